@@ -1,0 +1,1 @@
+"""Training runtime for Mixture-of-Experts language models of the DeepSeek-V3 kind."""

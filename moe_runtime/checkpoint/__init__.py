@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors files and one JSON manifest, written whole or not at all."""

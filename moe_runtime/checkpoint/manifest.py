@@ -1,0 +1,246 @@
+"""What a checkpoint holds, as one JSON file that proves its own wholeness.
+
+The manifest is written last and read first, and nothing else in the folder is believed without it: it
+names every file with its size and SHA-256, every tensor with its shape and dtype, and the run that
+made them. Its own first line is the SHA-256 of all the bytes that follow, so a byte flipped in it is
+found like one flipped in a tensor:
+
+    {"sha256": "9f0c...",
+     "format": 1, "step": 200, ...}
+
+A manifest may come from anywhere, so it is parsed as a stranger's: size bounded before it is read, no
+key twice, no key unknown, no file name that could leave the folder, no tensor larger than the file
+that is said to hold it. A pickle would be shorter to write and would run whatever it likes.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from moe_runtime.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+_PREFIX = b'{"sha256": "'
+_SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
+
+# Bytes an element takes, by safetensors' own dtype words; other dtypes are never written.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=256)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+DtypeWord = Literal[
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"
+]
+Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
+
+
+class Entry(BaseModel):
+    """A frozen part of a manifest; every key is known and every type exact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TensorEntry(Entry):
+    """One tensor of a file."""
+
+    shape: Shape
+    dtype: DtypeWord
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class FileEntry(Entry):
+    """One file of the folder.
+
+    `weights` files hold canonical parameters, each in one file only; `optimizer` files hold the
+    partitions of one rank; `extra` files are bytes that the checkpoint only carries.
+    """
+
+    kind: Literal["weights", "optimizer", "extra"]
+    bytes: Count
+    sha256: Digest
+    tensors: dict[TensorName, TensorEntry] = {}
+
+    @model_validator(mode="after")
+    def _tensors_fit(self) -> Self:
+        claimed = sum(tensor.num_bytes for tensor in self.tensors.values())
+        if claimed > self.bytes:
+            raise ValueError(f"tensors of {claimed} bytes cannot lie in a file of {self.bytes} bytes")
+        return self
+
+
+class Slot(Entry):
+    """Where a parameter lies in a flat group.
+
+    Args:
+        param: canonical name; an expert weight is the local slice that begins at `first_expert`.
+        shape: local shape.
+        offset: index of its first element in the whole flat group.
+        first_expert: global number of the slice's first expert; None for other parameters.
+    """
+
+    param: TensorName
+    shape: Shape
+    offset: Count
+    first_expert: Count | None = None
+
+
+class PartitionEntry(Entry):
+    """The share of one flat optimizer group that one rank owns.
+
+    Args:
+        rank: global rank.
+        group: name of the parameter group.
+        start, end: half-open element range of the whole flat group, padding included.
+        layout: index into `Manifest.layouts`.
+        file: file that holds its tensors, named `{group}.master` and `{group}.{key}`.
+        keys: the keys, `master` among them.
+        scalars: numbers that belong to the partition, such as the optimizer's own step.
+    """
+
+    rank: Count
+    group: TensorName
+    start: Count
+    end: Count
+    layout: Count
+    file: FileName
+    keys: tuple[TensorName, ...]
+    scalars: dict[str, int | float | bool] = {}
+
+
+class Manifest(Entry):
+    """All that a checkpoint says about itself.
+
+    Args:
+        step: optimizer steps done.
+        tokens: tokens trained on.
+        config: the whole resolved run configuration.
+        layout: pp, dp, ep, world_size and schedule of the run that saved.
+        state: counters and other JSON that the loop wants back.
+        layouts: parameter layouts of flat optimizer groups, each stored once.
+    """
+
+    format: Literal[1] = 1
+    step: Count
+    tokens: Count
+    config: dict[str, Any]
+    layout: dict[str, int | str]
+    state: dict[str, Any] = {}
+    files: dict[FileName, FileEntry]
+    layouts: tuple[tuple[Slot, ...], ...] = ()
+    partitions: tuple[PartitionEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if MANIFEST_NAME in self.files:
+            raise ValueError(f"{MANIFEST_NAME} cannot list itself")
+        seen: set[str] = set()
+        for name, _, _ in self.weights():
+            if name in seen:
+                raise ValueError(f"{name} lies in two files")
+            seen.add(name)
+        for part in self.partitions:
+            if part.layout >= len(self.layouts) or part.start > part.end or not self._holds(part):
+                raise ValueError(f"the partition of rank {part.rank}, group {part.group} is inconsistent")
+        return self
+
+    def _holds(self, part: PartitionEntry) -> bool:
+        file = self.files.get(part.file)
+        return file is not None and all(f"{part.group}.{key}" in file.tensors for key in part.keys)
+
+    def weights(self) -> Iterator[tuple[str, str, TensorEntry]]:
+        """(canonical name, file, entry) of every parameter and saved buffer."""
+        for file, entry in self.files.items():
+            if entry.kind == "weights":
+                for name, tensor in entry.tensors.items():
+                    yield name, file, tensor
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """The sealed file."""
+        body = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+        body = body.removeprefix(b"{\n") + b"\n"
+        return _PREFIX + hashlib.sha256(body).hexdigest().encode() + b'",\n' + body
+
+
+def parse_manifest(text: bytes, where: Path) -> Manifest:
+    """Read a sealed manifest.
+
+    Args:
+        text: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        CheckpointError: it is damaged, of another format, or says what cannot be.
+    """
+    seal = _SEAL.match(text)
+    if seal is None:
+        raise CheckpointError(f"{where}: damaged: expected a sealed manifest, got {_glimpse(text)}")
+    got = hashlib.sha256(text[seal.end() :]).hexdigest()
+    if got != seal.group(1).decode():
+        raise CheckpointError(
+            f"{where}: damaged: expected sha256 {seal.group(1).decode()[:12]}, got {got[:12]}"
+        )
+    try:
+        fields = json.loads(text, object_pairs_hook=_no_key_twice)
+        fields.pop("sha256")
+        if fields.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{where}: expected format {FORMAT}, got {fields.get('format')!r}: written by another version"
+            )
+        return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where}: not a manifest: {place}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not a manifest: {error}") from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and parse a manifest file.
+
+    Raises:
+        CheckpointError: missing, not a regular file, too large, or damaged.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: expected a file, got a symbolic link")
+    try:
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {size}")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_manifest(text, path)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _glimpse(text: bytes) -> str:
+    return f"{len(text)} bytes beginning {text[:16]!r}" if text else "an empty file"

@@ -1,0 +1,51 @@
+"""The `moe-runtime` command: registers the sub-commands, and turns errors into one line and a code."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import typer
+
+from moe_runtime.cli import bench, checkpoint, config, evaluate, generate, prepare, train
+from moe_runtime.errors import MoeRuntimeError
+
+STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
+
+app = typer.Typer(
+    help="Train Mixture-of-Experts language models of the DeepSeek-V3 kind.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("prepare")(prepare.prepare)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(config.app, name="config")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run one command; a user's mistake ends with its message alone and exit code 2."""
+    try:
+        app()
+    except MoeRuntimeError as error:
+        _leave(error.exit_code, str(error))
+    except Exception:
+        _leave(1, traceback.format_exc())
+
+
+def _leave(code: int, message: str) -> None:
+    """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
+    rank = os.environ.get("RANK", "0")
+    status = os.environ.get(STATUS_DIR)
+    if status:
+        Path(status, f"rank{rank}.json").write_text(json.dumps({"code": code, "message": message}))
+    elif rank == "0" or code != MoeRuntimeError.exit_code:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: after a failure other threads may wait for ranks that are gone.
+    os._exit(code)

@@ -1,0 +1,91 @@
+"""`moe-runtime generate`: continue a prompt from a checkpoint."""
+
+import codecs
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe_runtime.data.vocabulary import Tokenizer
+
+
+def generate(
+    path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="at most so many new tokens")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed draws the same text")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object at the end")] = False,
+) -> None:
+    """Continue a prompt; the tokenizer comes from the checkpoint."""
+    _check(temperature, top_p)
+    # Imported here: torch takes seconds, and a wrong option should be told at once.
+    import torch
+
+    from moe_runtime.checkpoint.folder import TOKENIZER_FILE, open_checkpoint
+    from moe_runtime.checkpoint.load import config_of, model_from
+    from moe_runtime.data.tokenizer import tokenizer_from_json
+    from moe_runtime.generate.decode import stream
+
+    checkpoint = open_checkpoint(path)
+    tokenizer = tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
+    model = model_from(checkpoint, device)
+    began = time.monotonic()
+    ids = stream(
+        model,
+        [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.eos_id],
+        max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids={tokenizer.eos_id},
+        generator=torch.Generator(device).manual_seed(seed),
+        context_limit=config_of(checkpoint).batch.seq_len,
+        device=device,
+    )
+    if not as_json:
+        _print(prompt, tokenizer, ids)
+        return
+    tokens = list(ids)
+    seconds = time.monotonic() - began
+    said = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.manifest.step,
+        "prompt": prompt,
+        "text": tokenizer.decode(tokens),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": len(tokens) / seconds,
+    }
+    typer.echo(json.dumps(said))
+
+
+def _check(temperature: float, top_p: float) -> None:
+    if not 0.0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature: expected 0 or more, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"--top-p: expected above 0 and at most 1, got {top_p}")
+
+
+def _print(prompt: str, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:
+    """Print the prompt, then each token as it comes."""
+    typer.echo(prompt, nl=False)
+    for piece in text_pieces(tokenizer, ids):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def text_pieces(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
+    """Text of tokens as they come; a character split over tokens waits for its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        if token < len(tokenizer.id_bytes):
+            yield decoder.decode(tokenizer.id_bytes[token])
+    yield decoder.decode(b"", final=True)

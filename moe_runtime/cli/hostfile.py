@@ -1,0 +1,71 @@
+"""The way to many machines through the `deepspeed` launcher: a hostfile, ssh and pdsh.
+
+It passes `--local_rank=N` to every rank, before the command; `moe_runtime.__main__` takes that out.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from moe_runtime.errors import ConfigError
+
+_LINE = re.compile(r"^(?P<host>\S+)\s+slots\s*=\s*(?P<slots>[1-9]\d*)\s*(#.*)?$")
+_HERE = ("localhost", "127.0.0.1")
+# What ranks on other machines get from this one, beside what deepspeed passes on by itself.
+_PASSED_ON = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DS_ACCELERATOR", "WANDB_MODE")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Processes on each host.
+
+    Raises:
+        ConfigError: the file is missing, empty, or a line is not `host slots=N`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--hostfile: no such file {path}; expected lines like `node0 slots=8`")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.split("#")[0].strip():
+            continue
+        match = _LINE.match(line.strip())
+        if match is None or match["host"] in hosts:
+            raise ConfigError(f"{path}:{number}: expected a new host as `host slots=N`, got {line.strip()!r}")
+        hosts[match["host"]] = int(match["slots"])
+    if not hosts:
+        raise ConfigError(f"{path}: expected lines like `node0 slots=8`, got none")
+    return hosts
+
+
+def deepspeed_command(hostfile: Path, hosts: dict[str, int], command: list[str]) -> list[str]:
+    """The program line of the deepspeed launcher.
+
+    Args:
+        hostfile: the file itself.
+        hosts: what stands in it.
+        command: arguments of `python -m moe_runtime`.
+
+    Raises:
+        ConfigError: several hosts, and pdsh or ssh is not installed here.
+    """
+    is_local = len(hosts) == 1 and next(iter(hosts)) in _HERE
+    for program in () if is_local else ("ssh", "pdsh"):
+        if shutil.which(program) is None:
+            raise ConfigError(
+                f"--hostfile: deepspeed starts other machines with {program}; please install it"
+            )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(hosts.values()))))
+    # deepspeed reads a file of variables for the remote ranks; it is small and outlives this program.
+    with tempfile.NamedTemporaryFile("w", prefix="moe_runtime_env_", delete=False) as file:
+        file.writelines(f"{name}={os.environ[name]}\n" for name in _PASSED_ON if name in os.environ)
+    os.environ["DS_ENV_FILE"] = file.name
+    return [
+        sys.executable,
+        *("-m", "deepspeed.launcher.runner"),
+        f"--hostfile={hostfile}",
+        *(["--no_ssh_check", "--master_addr=127.0.0.1"] if is_local else []),
+        *("--log_level=error", "--module", "moe_runtime"),
+        *command,
+    ]

@@ -1,0 +1,172 @@
+"""`python -m moe_runtime.cli.launch [options] COMMAND ...`: as many processes as the command needs.
+
+Only `train` has several. Its config is loaded and its layout checked here, once, before any process
+is started, so that a mistake is told in one line and at once. Then one rank runs in this
+process, several under torchrun, and with a hostfile under the `deepspeed` launcher.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from moe_runtime.cli import network, torchrun, train
+from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.config.layout import check_layout
+from moe_runtime.config.load import load_config
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError, MoeRuntimeError
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """The options before the command, and the command with its own."""
+    parser = argparse.ArgumentParser(
+        prog="launch.sh", allow_abbrev=False, description="Runs moe-runtime commands."
+    )
+    parser.add_argument("--nnodes", type=int, default=1, help="machines; start the same command on each")
+    parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--master", metavar="HOST:PORT", help="machine 0, and a free port on it")
+    parser.add_argument("--hostfile", type=Path, help="lines `host slots=N`; starts all through deepspeed")
+    parser.add_argument("--nproc", type=int, help="processes on each machine, if not what the layout says")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="train CONFIG a.b=c ..., or any other")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code (see `torchrun.run_ranks`)."""
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if options.command[:1] != ["train"]:
+            return _become(options.command)
+        return _launch_train(options)
+    except MoeRuntimeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _launch_train(options: argparse.Namespace) -> int:
+    parameters = parse_train(options.command[1:])
+    config = load_config(parameters["config"], parameters["overrides"] or ())
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile)
+        check_layout(config, sum(hosts.values()))
+        return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
+    per_node = ranks_per_node(config, options.nnodes, options.nproc)
+    check_rendezvous(options)
+    if per_node * options.nnodes == 1:
+        return _become(options.command)
+    environment = {
+        # Else every rank would take all cores and they would slow each other down.
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // per_node)),
+        # With gloo, torchrun's own store hands a restarted rank the addresses of the dead ones.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # Else the store warns, for every connection, that the address has no name.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    host, port = _master(options)
+    address = network.address_towards(host)
+    interface = network.interface_of(address) if address else None
+    if interface is not None:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+    rendezvous = [
+        f"--nnodes={options.nnodes}",
+        f"--node-rank={options.node_rank}",
+        f"--nproc-per-node={per_node}",
+        f"--master-addr={host}",
+        f"--master-port={port}",
+        *([f"--local-addr={address}"] if address else []),
+    ]
+    outcome = torchrun.run_ranks(rendezvous, ["-m", "moe_runtime", *options.command], environment)
+    if outcome.message:
+        print(outcome.message, file=sys.stderr)
+    return outcome.code
+
+
+def parse_train(arguments: list[str]) -> dict[str, Any]:
+    """The parameters of `train`, read by the command itself; a wrong option or --help ends here."""
+    parameters: dict[str, Any] = {}
+
+    @functools.wraps(train.train)
+    def record(**values: Any) -> None:
+        parameters.update(values)
+
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    reader.command("train")(record)
+    try:
+        reader(arguments, prog_name="launch.sh train")
+    except SystemExit as end:
+        if end.code or not parameters:
+            raise
+    return parameters
+
+
+def ranks_per_node(config: RunConfig, nnodes: int, nproc: int | None) -> int:
+    """Processes on each machine.
+
+    Args:
+        config: the run; its layout says how many processes there are in all.
+        nnodes: machines.
+        nproc: the user's own choice.
+
+    Raises:
+        ConfigError: they do not spread evenly, do not match the layout, or outnumber the GPUs.
+    """
+    if nproc is not None:
+        check_layout(config, nproc * nnodes)
+        return nproc
+    world_size = check_layout(config).world_size
+    if world_size % nnodes:
+        wanted = f"a divisor of the {world_size} processes of pp {config.layout.pp} x dp {config.layout.dp}"
+        raise ConfigError(f"--nnodes: expected {wanted}, got {nnodes}")
+    per_node = world_size // nnodes
+    gpus = 0 if config.device == "cpu" else count_gpus()
+    if gpus and per_node > gpus:
+        raise ConfigError(
+            f"layout: pp {config.layout.pp} x dp {config.layout.dp} needs {per_node} processes on each of "
+            f"{nnodes} machines, got {gpus} GPUs and runs one process on each; use more machines, a "
+            f"smaller layout, or device=cpu"
+        )
+    return per_node
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_rendezvous(options: argparse.Namespace) -> None:
+    """Raises ConfigError unless the machines can find each other."""
+    if not 0 <= options.node_rank < options.nnodes:
+        raise ConfigError(f"--node-rank: expected 0 to {options.nnodes - 1}, got {options.node_rank}")
+    if options.nnodes > 1 and options.master is None:
+        raise ConfigError("--master: expected HOST:PORT of machine 0, for there is more than one; got none")
+    if options.master is not None:
+        host, colon, port = options.master.rpartition(":")
+        if not (colon and host and port.isdigit()):
+            raise ConfigError(f"--master: expected HOST:PORT, such as 10.0.0.1:29500, got {options.master}")
+
+
+def _master(options: argparse.Namespace) -> tuple[str, int]:
+    if options.master is None:
+        return "127.0.0.1", network.free_port()
+    host, _, port = options.master.rpartition(":")
+    return host, int(port)
+
+
+def _become(command: list[str]) -> int:
+    return _become_program([sys.executable, "-m", "moe_runtime", *command])
+
+
+def _become_program(arguments: list[str]) -> int:
+    sys.stdout.flush()
+    os.execv(arguments[0], arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`moe-runtime train`: one rank of a training run; the launcher starts as many as the layout needs."""
+
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from moe_runtime.config.load import load_config
+from moe_runtime.errors import PeerLost
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="run config, such as configs/run/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c ...")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="forget this run's checkpoints and records")] = False,
+    local_rank: Annotated[int | None, typer.Option(help="set by the deepspeed launcher")] = None,
+) -> None:
+    """Train a model; the same command again resumes from the last good checkpoint."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    run = load_config(config, overrides or ())
+    # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
+    from moe_runtime.parallel.world import join_world, read_world
+    from moe_runtime.train import loop
+
+    world = read_world(run.device)
+    loop.check_layout(run, world.world_size)
+    with join_world(world, run.train.peer_timeout_s):
+        try:
+            loop.train(run, world, fresh=fresh)
+        except RuntimeError as error:
+            raise _explain(error, world.rank) from error
+
+
+def _explain(error: RuntimeError, rank: int) -> Exception:
+    """A broken connection is a lost peer; anything else stays what it is."""
+    text = _root_message(error)
+    signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")
+    if not any(sign in text.lower() for sign in signs):
+        return error
+    stamp = time.strftime("%H:%M:%S")
+    print(f"{stamp} rank {rank}: {error}", file=sys.stderr, flush=True)
+    return PeerLost(
+        f"rank {rank}: lost a peer ({text.splitlines()[0][:160]}); look for the first rank that died, "
+        "then run the same command again: it resumes from the last checkpoint"
+    )
+
+
+def _root_message(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)

@@ -1,0 +1,1 @@
+"""Typed, frozen run configuration: YAML bases and dotted overrides become one `RunConfig`."""

@@ -1,0 +1,129 @@
+"""Turns what pydantic found into findings that a user can act on."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from moe_runtime.config.finding import Finding, FindingsError
+from moe_runtime.config.schema import RunConfig
+
+# What each kind of pydantic error expected; `{}` fields come from the error's context.
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "truth_value": "a number or a word, not a truth value",
+    "literal_error": "one of {expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "multiple_of": "a multiple of {multiple_of:g}",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "model_type": "a section (keys and values)",
+    "model_attributes_type": "a section (keys and values)",
+    "tuple_type": "a list",
+    "too_short": "a list of {min_length}",
+    "too_long": "a list of {max_length}",
+}
+
+
+def explain(error: ValidationError) -> list[Finding]:
+    """One finding for each mistake; keys are dotted paths from the run."""
+    return [finding for item in error.errors() for finding in _explain_one(item)]
+
+
+def _explain_one(item: Mapping[str, Any]) -> list[Finding]:
+    path = tuple(str(part) for part in item["loc"])
+    key = ".".join(path)
+    context = item.get("ctx", {})
+    cause = context.get("error")
+    if isinstance(cause, FindingsError):
+        return [Finding(f"{key}.{inner.key}", inner.text) for inner in cause.findings]
+    if item["type"] == "extra_forbidden":
+        return [Finding(key, f"unknown key{suggest_key(path)}")]
+    if item["type"] == "missing":
+        if path[-1].isdigit():
+            return [Finding(".".join(path[:-1]), "expected a list with more values")]
+        return [Finding(key, "required key is missing")]
+    wanted = _EXPECTED.get(item["type"])
+    if wanted is None:
+        return [Finding(key, f"{item['msg']}, got {describe(item['input'])}")]
+    hint = _suggest_word(item["input"], context) if item["type"] == "literal_error" else ""
+    return [Finding.expected(key, wanted.format(**context), describe(item["input"]) + hint)]
+
+
+def describe(value: Any) -> str:
+    """A value as a user would recognise it, with its type where that is the point."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"text {value!r}"
+    if isinstance(value, dict):
+        return f"a section with keys {', '.join(map(str, value)) or 'none'}"
+    if isinstance(value, list | tuple):
+        return f"the list {list(value)!r}"
+    return str(value)
+
+
+def section_at(path: tuple[str, ...]) -> type[BaseModel] | None:
+    """The section class under a key path, or None where no section is."""
+    section: type[BaseModel] | None = RunConfig
+    for part in path:
+        info = section.model_fields.get(part) if section is not None else None
+        section = _section_of(info.annotation) if info is not None else None
+    return section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    choices = (annotation, *get_args(annotation))
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def suggest_key(path: tuple[str, ...]) -> str:
+    """`; did you mean X?` for an unknown key: first among its own section, then among all."""
+    section, key = section_at(path[:-1]), path[-1]
+    if section is None:
+        return ""
+    close = difflib.get_close_matches(key, list(section.model_fields), n=1, cutoff=0.5)
+    near = difflib.SequenceMatcher(None, key, close[0]).ratio() if close else 0.0
+    elsewhere = _best_elsewhere(key, path[:-1])
+    if elsewhere and elsewhere[0] > max(near, 0.8):
+        return f"; did you mean {elsewhere[1]}?"
+    if close:
+        return f"; did you mean {'.'.join((*path[:-1], close[0]))}?"
+    return f"; keys here: {', '.join(section.model_fields)}"
+
+
+def _best_elsewhere(key: str, own: tuple[str, ...]) -> tuple[float, str] | None:
+    places = [
+        (difflib.SequenceMatcher(None, key, name).ratio(), ".".join((*path, name)))
+        for path in _section_paths()
+        if path != own
+        for name in (section_at(path) or RunConfig).model_fields
+    ]
+    return max(places, default=None)
+
+
+def _section_paths(start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    section = section_at(start)
+    inner = list(section.model_fields) if section else []
+    below = [path for name in inner if section_at((*start, name)) for path in _section_paths((*start, name))]
+    return [start, *below]
+
+
+def _suggest_word(value: Any, context: Mapping[str, Any]) -> str:
+    words = [word.strip("' ") for word in str(context.get("expected", "")).replace(" or ", ",").split(",")]
+    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,127 @@
+"""From a YAML file and overrides to one validated `RunConfig`, and back to YAML.
+
+    files and overrides -> one plain dict (`tree`) -> one pydantic validation -> rules between sections
+
+Whatever is wrong is said in one `ConfigError`, a line for each mistake: file and line (or `override`),
+key path, what was expected, what was got.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from moe_runtime.config.explain import explain, section_at
+from moe_runtime.config.finding import Finding
+from moe_runtime.config.rules import cross_findings, parts_of
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.tree import Tree, read_file, read_overrides, shown
+from moe_runtime.errors import ConfigError
+
+_SUFFIXES = ("", ".yaml", ".yml")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads a run.
+
+    Args:
+        path: a file, a run folder, or the name of a file under `configs/run`.
+        overrides: `section.key=value`, the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: one line for each mistake.
+    """
+    file = find_config(path)
+    tree = read_file(file, _find_base)
+    for override in read_overrides(tuple(overrides)):
+        tree.merge(override)
+    config, findings = _validate(tree.values)
+    lines = [*tree.mistakes, *(_line(finding, tree, shown(file)) for finding in findings)]
+    if lines or config is None:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The run as YAML without bases; `load_config` of it gives an equal run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a user means by `quickstart`, `configs/run/quickstart.yaml`, `run/x` or a run folder.
+
+    Raises:
+        ConfigError: there is none; names the ones that come close.
+    """
+    given = Path(name).expanduser()
+    folders = [Path(), *(root / sub for root in _config_roots() for sub in ("run", "", ".."))]
+    for folder in folders:
+        for suffix in _SUFFIXES:
+            candidate = folder / f"{given}{suffix}"
+            if candidate.is_file():
+                return candidate
+        if (folder / given / "config.yaml").is_file():
+            return folder / given / "config.yaml"
+    known = [f.stem for root in _config_roots() for f in sorted((root / "run").glob("*.yaml"))]
+    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"in configs/run: {', '.join(dict.fromkeys(known))}"
+    raise ConfigError(f"{name}: no such config file; {hint}")
+
+
+def _config_roots() -> list[Path]:
+    beside_code = Path(__file__).resolve().parents[2] / "configs"
+    return [root for root in (Path("configs"), beside_code) if root.is_dir()]
+
+
+def _find_base(name: str, file: Path) -> Path:
+    """A base is named relative to the file, to a `configs` folder above it, or to the known ones."""
+    above = [folder for folder in file.resolve().parents if folder.name == "configs"]
+    folders = [file.parent, *above, *_config_roots()]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    known = {str(f.relative_to(folder)) for folder in folders[1:] for f in folder.rglob("*.yaml")}
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "give it relative to configs/ or to the file"
+    raise ConfigError(f"{shown(file)}: bases: no such file {name}; {hint}")
+
+
+def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Finding]]:
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        return None, [*explain(error), *cross_findings(_sound_parts(values, error))]
+    return config, cross_findings(parts_of(config))
+
+
+def _sound_parts(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The parts of a faulty run that are valid by themselves, unknown keys put aside."""
+    unknown = {item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"}
+    known = _without(values, unknown)
+    parts: dict[str, Any] = {}
+    for name, info in RunConfig.model_fields.items():
+        section = section_at((name,))
+        if section is not None:
+            try:
+                parts[name] = section.model_validate(known.get(name, {}))
+            except ValidationError:
+                continue
+        elif not any(item["loc"][:1] == (name,) for item in error.errors()):
+            parts[name] = known.get(name, info.default)
+    return parts
+
+
+def _without(values: dict[str, Any], unknown: set[tuple[int | str, ...]], path: tuple[str, ...] = ()) -> Any:
+    return {
+        key: _without(value, unknown, (*path, key)) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if (*path, key) not in unknown
+    }
+
+
+def _line(finding: Finding, tree: Tree, file: str) -> str:
+    path = tuple(finding.key.split("."))
+    return f"{tree.place(path, file)}: {finding.key}: {finding.text}"

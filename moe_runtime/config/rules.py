@@ -1,0 +1,58 @@
+"""Rules between sections, in one place. Rules within a section are that section's own `findings`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_runtime.config.finding import Finding
+from moe_runtime.config.layout import layout_findings
+from moe_runtime.config.schema import BatchConfig, ModelConfig, RunConfig, TrainConfig
+
+
+def cross_findings(parts: Mapping[str, Any]) -> list[Finding]:
+    """Everything that is wrong between the parts of a run.
+
+    Args:
+        parts: the validated values of `RunConfig`, by key; those that did not validate are left out,
+            and the rules that need them wait, so that one pass over a bad file tells all it can.
+    """
+    return [
+        finding
+        for needed, rule in _RULES
+        if all(name in parts for name in needed)
+        for finding in rule(*(parts[name] for name in needed))
+    ]
+
+
+def parts_of(config: RunConfig) -> dict[str, Any]:
+    """The parts of a whole run, for `cross_findings`."""
+    return {name: getattr(config, name) for name in RunConfig.model_fields}
+
+
+def _training_ends(train: TrainConfig) -> list[Finding]:
+    if train.total_steps is not None or train.total_tokens is not None:
+        return []
+    return [Finding("train.total_steps", "set total_steps or total_tokens, else training would never end")]
+
+
+def _fp64_stays_on_cpu(precision: str, device: str) -> list[Finding]:
+    if precision != "fp64" or device != "cuda":
+        return []
+    return [Finding("device", "precision fp64 is for proofs on the CPU; set device cpu, or precision bf16")]
+
+
+def _context_fits(model: ModelConfig, batch: BatchConfig) -> list[Finding]:
+    if model.yarn is None:
+        return []
+    longest = int(model.yarn.factor * model.yarn.original_seq_len)
+    if batch.seq_len <= longest:
+        return []
+    wanted = f"at most factor x original_seq_len = {longest} of model.yarn"
+    return [Finding.expected("batch.seq_len", wanted, batch.seq_len)]
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., list[Finding]]], ...] = (
+    (("train",), _training_ends),
+    (("precision", "device"), _fp64_stays_on_cpu),
+    (("model", "batch"), _context_fits),
+    (("model", "layout", "batch"), layout_findings),
+)

@@ -1,0 +1,277 @@
+"""The sections of a run, typed and frozen: numbers and words only, no class paths.
+
+One validated `RunConfig` is all that `build.py` needs. A layer never sees it: layers take flat
+arguments or their own section. Derived values live in `derive.py`, never written back here.
+Rules between keys of one section are its own validator; rules between sections are in `rules.py`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from moe_runtime.config.finding import Finding, FindingsError, divisors, nearest
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys are mistakes, not extras."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Lax parsing, wanted for numbers that YAML reads as text, would also read `true` as 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("truth_value", "a truth value stands where none belongs")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        findings = self.findings()
+        if findings:
+            raise FindingsError(findings)
+        return self
+
+    def findings(self) -> list[Finding]:
+        """What is wrong between the keys of this section, all of it; empty if they agree."""
+        return []
+
+
+class YarnConfig(Section):
+    """YaRN context extension of the rotary part. Ref: DSV3 §4.3."""
+
+    factor: PositiveFloat = Field(40.0, description="s: how many times longer than the original context")
+    original_seq_len: PositiveInt = Field(4096, description="context of pre-training, tokens")
+    beta_fast: PositiveFloat = Field(32.0, description="beta: turns above which a frequency is kept")
+    beta_slow: PositiveFloat = Field(1.0, description="alpha: turns below which a frequency is divided by s")
+    mscale: NonNegative = Field(1.0, description="softmax scale is multiplied by (0.1 mscale ln s + 1)^2")
+
+    def findings(self) -> list[Finding]:
+        """The kept frequencies lie above the interpolated ones."""
+        if self.beta_fast > self.beta_slow:
+            return []
+        return [
+            Finding.expected("beta_fast", f"more than beta_slow {self.beta_slow:g}", f"{self.beta_fast:g}")
+        ]
+
+
+class ModelConfig(Section):
+    """Widths and counts of the architecture, spelled as DeepSeek spells them. Ref: DSV3 §4.2."""
+
+    vocab_size: PositiveInt = Field(description="rows of embedding and head; at least the tokenizer's size")
+    hidden_size: PositiveInt
+    num_layers: PositiveInt = Field(description="dense and MoE layers together, without MTP")
+    num_dense_layers: Count = Field(description="the first k layers have a dense FFN")
+    ffn_size: PositiveInt = Field(description="SwiGLU width of a dense layer")
+    num_heads: PositiveInt
+    q_lora_rank: PositiveInt | None = Field(None, description="query latent width; null: full projection")
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    v_head_dim: PositiveInt
+    num_experts: PositiveInt = Field(description="routed experts a layer")
+    num_shared_experts: Count = 1
+    top_k: PositiveInt = Field(description="routed experts a token uses")
+    expert_ffn_size: PositiveInt = Field(description="SwiGLU width of one expert")
+    num_groups: PositiveInt = Field(1, description="routing groups; experts are split evenly over them")
+    num_groups_kept: PositiveInt = Field(1, description="groups a token may use")
+    routed_scaling_factor: PositiveFloat = 2.5
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    yarn: YarnConfig | None = None
+    mtp_depth: Count = Field(1, description="D: extra tokens predicted by MTP modules; 0 turns MTP off")
+    init_std: PositiveFloat = 0.006
+
+    def findings(self) -> list[Finding]:
+        """Layers, groups and experts fit each other. Ref: DSV3 §2.1.2."""
+        found = []
+        if self.num_dense_layers > self.num_layers:
+            wanted = f"0 to num_layers {self.num_layers}"
+            found.append(Finding.expected("num_dense_layers", wanted, self.num_dense_layers))
+        if self.num_groups_kept > self.num_groups:
+            wanted = f"1 to num_groups {self.num_groups}"
+            found.append(Finding.expected("num_groups_kept", wanted, self.num_groups_kept))
+        if self.num_experts % self.num_groups:
+            wanted = f"a divisor of num_experts {self.num_experts}"
+            near = nearest(self.num_groups, divisors(self.num_experts))
+            return [*found, Finding.expected("num_groups", wanted, f"{self.num_groups}; nearest: {near}")]
+        group_size = self.num_experts // self.num_groups
+        if self.num_groups > 1 and group_size < 2:
+            wanted = f"at most {self.num_experts // 2}, for a group is scored by its two best experts"
+            found.append(Finding.expected("num_groups", wanted, self.num_groups))
+        eligible = group_size * min(self.num_groups_kept, self.num_groups)
+        if self.top_k > eligible:
+            found.append(
+                Finding.expected("top_k", f"at most the {eligible} experts of kept groups", self.top_k)
+            )
+        return found
+
+
+class RecomputeConfig(Section):
+    """What the backward pass computes again instead of keeping. Ref: DSV3 §3.2.3."""
+
+    norm: bool = Field(False, description="outputs of every RMSNorm")
+    swiglu: bool = Field(False, description="outputs of every SwiGLU")
+    mla_up: bool = Field(False, description="queries, keys and values from their latents")
+
+
+class LayoutConfig(Section):
+    """How ranks share the model: world = pp x dp, and ep divides dp. Ref: design of the mesh."""
+
+    pp: PositiveInt = Field(1, description="pipeline ranks")
+    dp: PositiveInt = Field(1, description="data-parallel lanes")
+    ep: PositiveInt = Field(1, description="ranks that share one set of experts; divides dp")
+    schedule: Literal["auto", "single", "1f1b", "dualpipe"] = Field(
+        "auto", description="auto: single for pp 1, dualpipe for even pp, else 1f1b"
+    )
+    layers_per_stage: tuple[Count, ...] | None = Field(
+        None, description="layers of each stage; null: spread evenly, head and MTP counted as load"
+    )
+    dispatcher: Literal["auto", "local", "alltoall"] = Field(
+        "auto", description="auto: local for ep 1, else alltoall"
+    )
+    zero_stage: Literal[1, 2] = Field(1, description="2 needs pp 1")
+
+
+class BatchConfig(Section):
+    """Sequences per step. Ref: DSV3 §4.2 (batch-size ramp)."""
+
+    seq_len: PositiveInt = Field(description="tokens predicted per sequence")
+    micro_batch_size: PositiveInt = Field(1, description="sequences a microbatch")
+    global_batch_size: PositiveInt = Field(description="sequences a step, all lanes, after the ramp")
+    ramp_start_size: PositiveInt | None = Field(None, description="sequences a step at first; null: no ramp")
+    ramp_tokens: Count = Field(0, description="tokens over which the batch grows linearly")
+
+    def findings(self) -> list[Finding]:
+        """A ramp has a start, a length, and grows."""
+        if self.ramp_start_size is None:
+            text = "a ramp needs ramp_start_size too; without a ramp leave ramp_tokens 0"
+            return [Finding("ramp_tokens", text)] if self.ramp_tokens else []
+        found = []
+        if self.ramp_tokens == 0:
+            found.append(Finding("ramp_start_size", "a ramp needs ramp_tokens too, the length of its growth"))
+        if self.ramp_start_size > self.global_batch_size:
+            wanted = f"at most global_batch_size {self.global_batch_size}"
+            found.append(Finding.expected("ramp_start_size", wanted, self.ramp_start_size))
+        return found
+
+
+class OptimConfig(Section):
+    """AdamW and its storage. Ref: DSV3 §4.2; FP8 moments go beyond the report."""
+
+    peak_lr: PositiveFloat = 2.2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
+    moments: Literal["fp32", "bf16", "fp8"] = "bf16"
+
+    def findings(self) -> list[Finding]:
+        """A beta of 1 would divide by zero in the bias correction."""
+        return [
+            Finding.expected(f"betas.{i}", "less than 1", f"{beta:g}")
+            for i, beta in enumerate(self.betas)
+            if beta == 1.0
+        ]
+
+
+class RecipeConfig(Section):
+    """Schedules keyed to tokens. Ref: DSV3 §4.2.
+
+    The learning rate has five segments: linear warm-up over `warmup_steps` steps, constant to
+    `constant_until_tokens`, cosine from peak to `min_lr_ratio` x peak over `cosine_tokens`,
+    constant for `tail_tokens`, then `final_lr_ratio` x peak to the end.
+    """
+
+    warmup_steps: Count = 2000
+    constant_until_tokens: Count | None = Field(None, description="null: constant to the end")
+    cosine_tokens: Count = 0
+    min_lr_ratio: Fraction = 0.1
+    tail_tokens: Count = 0
+    final_lr_ratio: Fraction = Field(7.3e-6 / 2.2e-4, description="of peak, after the tail")
+    bias_gamma: NonNegative = Field(0.001, description="step of the routing bias")
+    bias_until_tokens: Count | None = Field(None, description="after this the bias stands still; null: never")
+    balance_alpha: NonNegative = Field(1e-4, description="weight of the sequence-wise balance loss")
+    mtp_lambda: NonNegative = Field(0.3, description="weight of the MTP loss at first")
+    mtp_lambda_final: NonNegative = Field(0.1, description="weight of the MTP loss after mtp_switch_tokens")
+    mtp_switch_tokens: Count | None = Field(None, description="null: mtp_lambda to the end")
+
+    def findings(self) -> list[Finding]:
+        """The later segments of the learning rate need the point where the first one ends."""
+        if self.constant_until_tokens is not None:
+            return []
+        text = "has no effect while constant_until_tokens is null: set both or neither"
+        return [Finding(key, text) for key in ("cosine_tokens", "tail_tokens") if getattr(self, key)]
+
+
+class DataConfig(Section):
+    """Where tokens come from."""
+
+    path: str = Field(description="folder of token shards; prepared there when missing and `source` is set")
+    source: str | None = Field(None, description="builtin:stdlib, dir:PATH or a .txt/.jsonl/.parquet file")
+    tokenizer: str = Field("byte", description="byte, bpe:N, deepseek, or a tokenizer.json")
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="of documents")
+    fim_rate: Fraction = Field(0.0, description="share of documents rewritten prefix-suffix-middle")
+    document_mask: bool = Field(False, description="attend within a document only")
+
+
+class TrainConfig(Section):
+    """How long to train and what to do on the way."""
+
+    total_steps: PositiveInt | None = Field(None, description="stop after this many steps")
+    total_tokens: PositiveInt | None = Field(None, description="stop after this many tokens")
+    eval_every: Count = Field(100, description="steps between validations; 0: only at the end")
+    eval_sequences: PositiveInt = Field(64, description="validation sequences, the same ones each time")
+    sample_every: Count = Field(0, description="steps between text samples; 0: only at the end")
+    sample_prompt: str = Field("def ", description="what samples continue")
+    sample_tokens: PositiveInt = 200
+    checkpoint_every: Count = Field(200, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: PositiveInt = Field(2, description="older ones are removed")
+    log_every: PositiveInt = Field(10, description="steps between console lines")
+    peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
+
+
+class MetricsConfig(Section):
+    """Where records go besides metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "moe_runtime"
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as false.
+        return "off" if value is False else value
+
+
+class RunConfig(Section):
+    """Everything that a run is made of."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "run"
+    out_dir: str = Field("runs", description="run folders are made here, as out_dir/name")
+    seed: Count = 1234
+    precision: Literal["fp32", "bf16", "fp64"] = Field("bf16", description="dtype of weights and activations")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    batch: BatchConfig
+    recompute: RecomputeConfig = RecomputeConfig()
+    optim: OptimConfig = OptimConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    metrics: MetricsConfig = MetricsConfig()

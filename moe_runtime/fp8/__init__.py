@@ -1,0 +1,1 @@
+"""Eight-bit floating-point formats and their exact rounding."""

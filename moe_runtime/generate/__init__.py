@@ -1,0 +1,1 @@
+"""Continues a prompt from a trained model."""

@@ -1,0 +1,94 @@
+"""A file of JSON lines that outlives its process: the source of truth of a run.
+
+Every line goes to the kernel in one write as soon as it exists, so a killed process loses nothing that
+it had finished. A write that fails (full disk) is undone and tried again with the next line: training
+goes on, and the file is complete once there is room. W&B's own file is flushed by blocks of 32 KiB and
+loses the last steps of a killed run, which is why it is a copy and this is the original.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of JSON objects.
+
+    Args:
+        path: made if missing; a torn last line, left by a power cut, is removed first.
+        keep_to_step: on resume, lines with a larger `step` are removed first, so that no step occurs
+            twice; None keeps all.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, keep_to_step: int | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._end = _good_bytes(path, keep_to_step)
+        if self._end < os.fstat(self._file).st_size:
+            os.ftruncate(self._file, self._end)  # lines are in order of step: one cut, whole or not at all
+            os.fsync(self._file)
+        self._waiting = b""
+
+    def append(self, fields: dict[str, Any]) -> str | None:
+        """Write one line; the reason if it has to wait for room, None if it is written."""
+        self._waiting += json.dumps(fields, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        return None
+
+    def close(self) -> None:
+        """Force everything to disk as far as it has room."""
+        try:
+            self._write()
+            os.fsync(self._file)
+        except OSError:
+            self._waiting = b""  # said already when the line was appended
+        os.close(self._file)
+
+    def _write(self) -> None:
+        try:
+            done = self._end
+            while self._waiting[done - self._end :]:
+                done += os.pwrite(self._file, self._waiting[done - self._end :], done)
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            raise
+        self._end, self._waiting = done, b""
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; a torn last line is left out, a missing file has none."""
+    if path.exists():
+        for line, fields in _lines(path):
+            if fields is not None and line.endswith(b"\n"):
+                yield fields
+
+
+def _good_bytes(path: Path, keep_to_step: int | None) -> int:
+    """Bytes before the first line that is torn, no JSON object, or past the step."""
+    end = 0
+    for line, fields in _lines(path):
+        if fields is None or not line.endswith(b"\n"):
+            break
+        if keep_to_step is not None and fields.get("step", 0) > keep_to_step:
+            break
+        end += len(line)
+    return end
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                fields = None
+            yield line, fields if isinstance(fields, dict) else None

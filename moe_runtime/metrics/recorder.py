@@ -1,0 +1,125 @@
+"""Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.metrics.console import ConsoleSink
+from moe_runtime.metrics.jsonl import JsonLines
+from moe_runtime.metrics.record import finite_or_none, to_line
+from moe_runtime.metrics.wandb_sink import WandbSink
+from moe_runtime.parallel.peers import Peers
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+
+
+class Recorder:
+    """Where a run reports to; only rank 0 writes anything.
+
+    No method raises for want of disk space, network or W&B: it warns once and goes on.
+
+    Args:
+        run_dir: the run folder.
+        config: the run's configuration; its `train` and `metrics` sections steer the sinks.
+        peers: all ranks of the run.
+        resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
+            metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
+        console: where the console sink writes; standard output if None.
+
+    Raises:
+        OSError: metrics.jsonl or events.jsonl cannot be opened (rank 0 only).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        config: RunConfig,
+        peers: Peers,
+        resume_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._warned: set[str] = set()
+        self._is_active = peers.is_first
+        self._wandb: WandbSink | None = None
+        if not self._is_active:
+            return
+        run_dir = Path(run_dir)
+        train, metrics = config.train, config.metrics
+        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console)
+        self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
+        self._events = JsonLines(run_dir / EVENTS_FILE)
+        if metrics.wandb != "off":
+            shown = config.model_dump(mode="json")
+            self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Report one optimizer step.
+
+        Args:
+            record: some of `record.KEYS`; `step`, `tokens` and `loss` among them.
+        """
+        if not self._is_active:
+            return
+        fields = to_line(record)
+        self._note(self._metrics.append(fields))
+        self._console.step(record)
+        if self._wandb is not None:
+            self._wandb.log(fields, record["step"])
+            self._note_wandb(self._wandb)
+
+    def say(self, text: str) -> None:
+        """Print a line on the console, above the progress bar."""
+        if self._is_active:
+            self._console.say(text)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Add a line to events.jsonl: resume, checkpoint, skipped, stopped ...
+
+        Args:
+            kind: one word.
+            **fields: JSON values.
+        """
+        if not self._is_active:
+            return
+        values = {key: finite_or_none(value) for key, value in fields.items()}
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        failure = self._events.append({"time": time, "kind": kind, **values})
+        if kind != "warning":
+            self._note(failure)
+
+    def sample(self, step: int, text: str) -> None:
+        """Report a generated text."""
+        if not self._is_active:
+            return
+        self.event("sample", step=step, text=text)
+        self.say(f"--- sample at step {step}\n{text}\n---")
+        if self._wandb is not None:
+            self._wandb.sample(step, text)
+
+    def close(self) -> None:
+        """Finish all sinks; gives W&B a few seconds."""
+        if not self._is_active:
+            return
+        if self._wandb is not None:
+            self._wandb.close()
+            self._note_wandb(self._wandb)
+        self._console.close()
+        self._metrics.close()
+        self._events.close()
+        self._is_active = False
+
+    def _note_wandb(self, sink: WandbSink) -> None:
+        while (warning := sink.take_warning()) is not None:
+            self._note(warning)
+
+    def _note(self, warning: str | None) -> None:
+        """Say a warning once."""
+        if warning is not None and warning not in self._warned:
+            self._warned.add(warning)
+            self.event("warning", message=warning)
+            self.say(f"warning: {warning}")

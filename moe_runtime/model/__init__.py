@@ -1,0 +1,1 @@
+"""Single-device mathematics of the model; parallelism arrives from outside, by injection."""

@@ -1,0 +1,80 @@
+"""The dense feed-forward network: SwiGLU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moe_runtime.model.linear import Linear
+from moe_runtime.model.recompute import Recomputed
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) x up of gate_up [..., 2f], gate first; in at least FP32, rounded once to its dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    high = torch.promote_types(gate.dtype, torch.float32)
+    return nn.functional.silu(gate.to(high)).mul_(up).to(gate_up.dtype)
+
+
+def gated_backward(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
+    """Write the gradient of `gated` into d_gate_up [..., 2f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    high = torch.promote_types(gate.dtype, torch.float32)
+    gate, d_out = gate.to(high), d_out.to(high)
+    d_up.copy_(nn.functional.silu(gate).mul_(d_out))
+    d_gate.copy_(torch.ops.aten.silu_backward(d_out * up, gate))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return gated(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        gate_up = ctx.saved_tensors[0]
+        d_gate_up = torch.empty_like(gate_up)
+        gated_backward(d_out, gate_up, d_gate_up)
+        return d_gate_up
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) x up for gate_up [..., 2f], gate first: [..., f]."""
+    out: Tensor = _SwiGLU.apply(gate_up)
+    return out
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) x up(x)): a dense layer's FFN, and the shared experts taken together.
+
+    Args:
+        hidden_size: width of the stream.
+        width: inner width f; `gate_up.weight` is [2f, hidden], gate rows first.
+        recompute: keep the product's two factors only and multiply them again in backward.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        recompute: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.gate_up = Linear(hidden_size, 2 * width, dtype, device)
+        self.down = Linear(width, hidden_size, dtype, device)
+
+    def forward(self, x: Tensor, source: Recomputed[Tensor] | None = None) -> Tensor:
+        """x [..., hidden] -> [..., hidden]; `source` makes x again in backward and is asked once."""
+        gate_up = self.gate_up(x, source)
+        again = None
+        if self.recompute:
+            kept = gate_up.detach()
+            again = Recomputed(lambda: gated(kept))
+        return self.down(swiglu(gate_up), again)

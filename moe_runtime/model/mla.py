@@ -1,0 +1,249 @@
+"""Multi-head latent attention. Ref: DSV3 (1)-(11).
+
+Queries, keys and values grow out of narrow latents; keys share one rotary part. The pieces
+
+    q_a, q_a_norm -> latent c_q -> q_b \\
+    kv_a -> latent, rotary key; kv_a_norm -> c_kv -> kv_b -> heads (rotate, join) -> attention -> o
+
+Two things are done for speed. `_Heads` writes queries, keys and values straight into the layout that
+attention reads, with one node on the tape instead of a dozen slices and joins. And v is padded with
+zeros to the width of q and k on the CPU, whose flash kernel wants equal widths; without it attention
+takes the slow path, which writes out the whole score matrix.
+
+With `recompute_up`, attention keeps its output and row sums, but q, k and v (by far the largest
+activations of a layer) are made again from the latents: saved-tensor hooks around the kernel recognise
+the three by address. This works with every kernel and dtype, where calling one kernel's backward by
+hand would tie us to that kernel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from moe_runtime.config.schema import ModelConfig, RecomputeConfig
+from moe_runtime.model.linear import Linear
+from moe_runtime.model.norm import RMSNorm
+from moe_runtime.model.product import product, widens
+from moe_runtime.model.recompute import Recomputed
+from moe_runtime.model.rope import Rotary, rotate
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def _join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, turns: Tensor, v_dim: int, v_width: int) -> Heads:
+    """q, k, v [batch, seq, heads, width] from the up-projections; v gets zeros up to `v_width`.
+
+    Args:
+        q: [batch, seq, heads, nope + rope]; kv: [batch, seq, heads, nope + v].
+        k_rope: [batch, seq, rope]; turns: complex [seq, rope / 2].
+    """
+    nope = kv.shape[-1] - v_dim
+    kind = torch.float32 if widens(q) else q.dtype
+    high = torch.promote_types(kind, torch.float32)
+    query = q.new_empty(q.shape, dtype=kind)
+    query[..., :nope] = q[..., :nope]
+    query[..., nope:] = rotate(q[..., nope:].to(high), turns)
+    key = torch.empty_like(query)
+    key[..., :nope] = kv[..., :nope]
+    key[..., nope:] = rotate(k_rope.unsqueeze(2).to(high), turns)
+    value = q.new_empty((*kv.shape[:-1], v_width), dtype=kind)
+    value[..., :v_dim] = kv[..., nope:]
+    if v_width > v_dim:
+        value[..., v_dim:] = 0
+    return query, key, value
+
+
+class _Heads(torch.autograd.Function):
+    """`_join_heads` with its backward; keeps nothing but the table of turns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, turns: Tensor, v_dim: int, v_width: int
+    ) -> Heads:
+        ctx.save_for_backward(turns)
+        ctx.v_dim, ctx.kind, ctx.nope = v_dim, q.dtype, kv.shape[-1] - v_dim
+        query, key, value = _join_heads(q, kv, k_rope, turns, v_dim, v_width)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        nope, v_dim, back = ctx.nope, ctx.v_dim, ctx.saved_tensors[0].conj()
+        d_query, d_key, d_value = (d.transpose(1, 2) for d in (d_query, d_key, d_value))
+        high = torch.promote_types(d_query.dtype, torch.float32)
+        d_q = torch.empty(d_query.shape, dtype=ctx.kind, device=d_query.device)
+        d_q[..., :nope] = d_query[..., :nope]
+        d_q[..., nope:] = rotate(d_query[..., nope:].to(high), back)
+        d_kv = d_q.new_empty((*d_key.shape[:-1], nope + v_dim))
+        d_kv[..., :nope] = d_key[..., :nope]
+        d_kv[..., nope:] = d_value[..., :v_dim]
+        d_k_rope = rotate(d_key[..., nope:].sum(dim=2, keepdim=True, dtype=high), back).squeeze(2)
+        return d_q, d_kv, d_k_rope.to(ctx.kind), None, None, None
+
+
+def _attend(heads: Heads, mask: Tensor | None, scale: float, remake: Recomputed[Heads] | None) -> Tensor:
+    """Causal attention over [batch, heads, seq, width]; q, k, v are not kept if `remake` is given."""
+    query, key, value = heads
+
+    def run() -> Tensor:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+
+    if remake is None:
+        return run()
+    places = {(x.data_ptr(), x.shape): number for number, x in enumerate(heads)}
+
+    def pack(tensor: Tensor) -> Tensor | int:
+        return places.get((tensor.data_ptr(), tensor.shape), tensor)
+
+    def unpack(saved: Tensor | int) -> Tensor:
+        return remake.take()[saved] if isinstance(saved, int) else saved
+
+    with saved_tensors_hooks(pack, unpack):
+        return run()
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention of one layer. Ref: DSV3 (1)-(11).
+
+    Args:
+        config: widths.
+        rotary: tables shared by all layers.
+        recompute: what backward makes again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: Rotary,
+        recompute: RecomputeConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.rotary, self.recompute = config, rotary, recompute
+        self.nope, self.rope, self.v = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        width = self.nope + self.rope
+        heads, hidden, eps = config.num_heads, config.hidden_size, config.rms_norm_eps
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        if config.q_lora_rank is None:
+            self.q = Linear(hidden, heads * width, **kind)
+        else:
+            self.q_a = Linear(hidden, config.q_lora_rank, **kind)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, eps, **kind)
+            self.q_b = Linear(config.q_lora_rank, heads * width, **kind)
+        self.kv_a = Linear(hidden, config.kv_lora_rank + self.rope, **kind)
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, eps, **kind)
+        self.kv_b = Linear(config.kv_lora_rank, heads * (self.nope + self.v), **kind)
+        self.o = Linear(heads * self.v, hidden, **kind)
+        self.scale = width**-0.5 * rotary.softmax_factor
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, source: Recomputed[Tensor] | None = None
+    ) -> Tensor:
+        """Attend within each sequence, causally.
+
+        Args:
+            x: normed stream [batch, seq, hidden].
+            mask: bool [batch, 1, seq, seq], True where a position (third axis) may look; None: causal.
+            source: makes x again in backward; asked twice.
+
+        Returns:
+            [batch, seq, hidden].
+        """
+        latent, k_rope = self.kv_a(x, source).split([self.config.kv_lora_rank, self.rope], dim=-1)
+        c_kv, kv_source = self._norm(self.kv_a_norm, latent)
+        if self.config.q_lora_rank is None:
+            c_q, q_source, up = x, source, self.q
+        else:
+            c_q, q_source = self._norm(self.q_a_norm, self.q_a(x, source))
+            up = self.q_b
+        q, kv = self._split(up(c_q, q_source)), self._split(self.kv_b(c_kv, kv_source))
+        turns = self._turns(x)
+        width = self._v_width(x)
+        heads: Heads = _Heads.apply(q, kv, k_rope, turns, self.v, width)
+        remake = None
+        if self.recompute.mla_up and torch.is_grad_enabled():
+            remake = self._remake((c_q, q_source, up), (c_kv, kv_source), k_rope.detach(), turns, width)
+        out = _attend(heads, mask, self.scale, remake)
+        return self.o(out[..., : self.v].transpose(1, 2).flatten(2).to(x.dtype))
+
+    def num_source_users(self) -> int:
+        """How often one backward asks `source` of `forward`."""
+        full = self.config.q_lora_rank is None
+        return 3 if full and self.recompute.mla_up else 2
+
+    def _norm(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Recomputed[Tensor] | None]:
+        """A latent's norm, and what makes it again if it is not to be kept."""
+        users = 2 if self.recompute.mla_up else 1
+        return norm(x), norm.recomputed(x, users) if self.recompute.norm else None
+
+    def _split(self, flat: Tensor) -> Tensor:
+        return flat.unflatten(-1, (self.config.num_heads, -1))
+
+    def _turns(self, x: Tensor) -> Tensor:
+        high = torch.promote_types(x.dtype, torch.float32)
+        return self.rotary.table(x.shape[1], high, x.device)
+
+    def _v_width(self, x: Tensor) -> int:
+        width = self.nope + self.rope
+        return max(width, self.v) if x.device.type == "cpu" else self.v
+
+    def _remake(
+        self,
+        query: tuple[Tensor, Recomputed[Tensor] | None, Linear],
+        latent: tuple[Tensor, Recomputed[Tensor] | None],
+        k_rope: Tensor,
+        turns: Tensor,
+        width: int,
+    ) -> Recomputed[Heads]:
+        """Queries, keys and values from their latents, once for the three of them."""
+        (c_q, q_source, up), (c_kv, kv_source) = query, latent
+        q_source = _kept(c_q) if q_source is None else q_source
+        kv_source = _kept(c_kv) if kv_source is None else kv_source
+        lead = c_q.shape[:-1]
+
+        def lift(source: Recomputed[Tensor], weight: Tensor) -> Tensor:
+            x = source.take()
+            flat = product(x.reshape(-1, x.shape[-1]), weight.detach().t())
+            return self._split(flat.view(*lead, -1))
+
+        def make() -> Heads:
+            q = lift(q_source, up.weight)
+            kv = lift(kv_source, self.kv_b.weight)
+            q, k, v = _join_heads(q, kv, k_rope, turns, self.v, width)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+        return Recomputed(make, users=3)
+
+
+def _kept(x: Tensor) -> Recomputed[Tensor]:
+    """A value that is kept, where one that is made again is asked for."""
+    x = x.detach()
+    return Recomputed(lambda: x)
+
+
+def document_mask(tokens: Tensor, separator: int) -> Tensor:
+    """Who may look at whom when attention stays within documents.
+
+    Args:
+        tokens: int64 [batch, seq].
+        separator: the token that ends a document; it belongs to the document it ends.
+
+    Returns:
+        bool [batch, 1, seq, seq], True where a position (third axis) may look at another (fourth).
+    """
+    ends = (tokens == separator).to(torch.int64)
+    document = ends.cumsum(dim=1) - ends
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return same.tril().unsqueeze(1)

@@ -1,0 +1,46 @@
+"""Matrix products of the model, in the arithmetic that this processor does best.
+
+A CPU without BF16 units multiplies BF16 by emulation, four to five times slower than FP32. There the
+operands are widened to FP32, multiplied, and the result is rounded once: more exact than BF16 units,
+never less, and several times faster. Everywhere else operands are multiplied as they come. FP32 and
+FP64 always stay what they are.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """True where the CPU has BF16 dot products or tiles; read once, it cannot change."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+def widens(tensor: Tensor) -> bool:
+    """True if products of `tensor` are better done in FP32 on this device."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not cpu_multiplies_bf16()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype in which this device multiplies it best; the same object if unchanged."""
+    return tensor.to(torch.float32) if widens(tensor) else tensor
+
+
+def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """left [m, k] times right [k, n], rounded to `out_dtype` (default: the dtype of `left`)."""
+    return torch.mm(wide(left), wide(right)).to(out_dtype or left.dtype)
+
+
+def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """out [m, n] = or += left [m, k] times right [k, n]; `out` may be wider than the operands."""
+    left, right = wide(left), wide(right)
+    if out.dtype == left.dtype:
+        # With beta 0 whatever `out` holds, NaN included, is ignored.
+        torch.addmm(out, left, right, beta=1 if accumulate else 0, out=out)
+    elif accumulate:
+        out.add_(torch.mm(left, right))
+    else:
+        out.copy_(torch.mm(left, right))

@@ -1,0 +1,264 @@
+"""AdamW for the flat partitions that DeepSpeed ZeRO hands to its client optimizer. Ref: DSV3 §4.2.
+
+Under ZeRO the optimizer never sees the model: each parameter group arrives as one 1-D FP32 tensor of
+any even length that cuts through parameters anywhere. DeepSpeed rebinds `param_groups` and calls
+`step` once per group, reads and writes `state` behind our back (its universal checkpoints put FP32
+tensors there), may share one `step` tensor between parameters, and sends what `state_dict` gives
+through a cast to the parameter's type. Hence:
+
+- nothing is kept outside `state` and `param_groups`: no counters, no lists, nothing keyed by id;
+- `step` is a tensor of each parameter and is replaced, never changed in place;
+- `state_dict` gives logical values (m, v, step) in the parameter's type, whatever the storage;
+  state in that form is stored anew at the top of the next step, wherever it came from;
+- `native_state` and `load_native_state` carry the stored bits, for checkpoints that resume bitwise.
+
+The noise of stochastic rounding depends on (seed, step, group_id, offset + element): a group says with
+`offset` where in the whole flat group its partition begins, and so an element is rounded alike
+wherever it lives. Blocks of FP8 scales do begin at the partition's start: other boundaries cost one
+more rounding.
+
+The arithmetic is torch's own fused kernel, on FP32 moments read window by window: temporaries stay
+bounded, and a window's many passes of decoding and encoding find it in the cache. Non-finite gradients are the caller's to find (the global norm shows them):
+it skips the step. If it does not, FP32 and BF16 behave as torch does; in FP8 the elements become NaN,
+and a block of 128 that held one has lost its scale.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from moe_runtime.errors import CheckpointError, ConfigError
+from moe_runtime.optim.counter_rng import derive_key
+from moe_runtime.optim.moments import BLOCK, MEAN, SQUARE, MomentStorage, Noise, State, mean_bound, moment_storage
+
+STEP = "step"
+# Elements worked on at a time, a multiple of BLOCK. CPU: a window's temporaries stay in the second-level
+# cache. Other devices: few launches, and 64 MiB of temporaries.
+WINDOW_CPU, WINDOW_DEVICE = 1 << 17, 1 << 21
+STREAM_STEP, STREAM_LOAD = 0, 1
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay and a choice of moment storage.
+
+    Args:
+        params: contiguous FP32 (or FP64) tensors of any shape, or group dicts. A group may set any
+            keyword below, and `group_id` (default: its position) and `offset` (default 0), see above;
+            several parameters of a group count as laid out one after the other from `offset`.
+        lr: a float; schedulers write floats into the groups.
+        betas: decay of m and of v.
+        eps: added to sqrt(v), bias-corrected.
+        weight_decay: parameters shrink by lr x weight_decay each step.
+        moments: `fp32`, `bf16` or `fp8`.
+        seed: of the rounding noise.
+
+    Raises:
+        ConfigError: a value out of range or a parameter of another type.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        moments: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "seed": seed,
+            "offset": 0,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group and add it; called by the constructor too."""
+        param_group.setdefault("group_id", len(self.param_groups))
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; those without keep their state untouched."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            offset = int(group["offset"])
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_one(param, group, offset)
+                offset += param.numel()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, with logical `exp_avg` and `exp_avg_sq` in the parameter's type and shape."""
+        packed = super().state_dict()
+        names = [name for group in packed["param_groups"] for name in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        owners = dict(zip(names, params, strict=True))
+        packed["state"] = {name: _logical(owners[name], state) for name, state in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take logical state, also that of torch.optim.AdamW, and store it in this optimizer's form.
+
+        What describes this run's layout and storage (`moments`, `offset`, `group_id`) stays as it was
+        constructed; hyper-parameters and `seed` are those loaded.
+        """
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({key: own[key] for key in ("moments", "offset", "group_id")})
+            group.setdefault("seed", own["seed"])
+            for param in group["params"]:
+                if self.state.get(param):
+                    self._settle(param, group, int(group["offset"]))
+
+    def native_state(self, param: Tensor) -> State:
+        """The state of `param` as stored: `step` and the tensors of its storage, not copies.
+
+        Empty before the first step. Restoring it in the same layout resumes bit for bit.
+        """
+        return dict(self.state[param]) if self.state.get(param) else {}
+
+    def load_native_state(self, param: Tensor, native: State) -> None:
+        """Copy what `native_state` gave into the state of `param`.
+
+        Raises:
+            CheckpointError: it is of another moment storage or another length.
+        """
+        if not native:
+            self.state.pop(param, None)
+            return
+        storage = moment_storage(self._group_of(param)["moments"])
+        expected = storage.blank(param.detach())
+        if {STEP, *expected} != set(native) or not storage.holds(native, param):
+            found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in native.items()}
+            raise CheckpointError(
+                f"optimizer state: expected {storage.kind} moments of {param.numel()} elements, got {found}; "
+                "resume with the same optim.moments and layout, or load logical state"
+            )
+        self.state[param] = {STEP: native[STEP].detach().clone().cpu()} | {
+            name: native[name].detach().clone().to(param.device) for name in expected
+        }
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is own for own in group["params"]):
+                return group
+        raise CheckpointError("optimizer state: this parameter is in no group of the optimizer")
+
+    def _settle(self, param: Tensor, group: dict[str, Any], offset: int) -> tuple[MomentStorage, State]:
+        """Make the state of `param` exist in the group's storage form."""
+        storage = moment_storage(group["moments"])
+        state = self.state[param]
+        if not state:
+            state[STEP] = torch.tensor(0.0)
+            state.update(storage.blank(param))
+        elif not storage.holds(state, param):
+            key = derive_key(group["seed"], int(state[STEP]), group["group_id"], STREAM_LOAD)
+            _store_anew(storage, state, param, Noise(key, offset))
+        return storage, state
+
+    def _step_one(self, param: Tensor, group: dict[str, Any], offset: int) -> None:
+        storage, state = self._settle(param, group, offset)
+        state[STEP] = state[STEP] + 1  # a new tensor: DeepSpeed may have given one to many parameters
+        step = int(state[STEP])
+        noise = Noise(derive_key(group["seed"], step, group["group_id"], STREAM_STEP), offset)
+        bound = mean_bound(group["betas"])
+        values, grads = param.view(-1), param.grad.reshape(-1)  # type: ignore[union-attr]
+        for start, stop in _windows(param, storage.is_direct):
+            value, grad = values[start:stop], grads[start:stop].to(param.dtype)
+            mean, square = (moment.to(param.dtype) for moment in storage.read(state, start, stop, bound))
+            _update(value, grad, mean, square, group, step)
+            storage.write(state, start, mean, square, noise)
+
+
+def _update(
+    value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any], step: int
+) -> None:
+    """One AdamW step on a window, all four 1-D and of one type, in place. torch's one-pass kernel:
+
+    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
+    value <- (1 - lr weight_decay) value - lr m^ / (sqrt(v^) + eps),
+    with m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step).
+    """
+    steps_before = torch.tensor(float(step - 1), device=value.device)  # the kernel counts it up
+    torch_adamw(
+        [value],
+        [grad],
+        [mean],
+        [square],
+        [],
+        [steps_before],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
+
+
+def _windows(param: Tensor, is_direct: bool = False) -> Iterable[tuple[int, int]]:
+    """Ranges of the flattened parameter; all of it where no temporaries are needed."""
+    size = WINDOW_CPU if param.device.type == "cpu" else WINDOW_DEVICE
+    size = max(param.numel(), 1) if is_direct else size
+    return ((start, min(start + size, param.numel())) for start in range(0, param.numel(), size))
+
+
+def _logical(param: Tensor, state: State) -> State:
+    """`step`, m and v of one parameter in its own type and shape; an empty state stays empty."""
+    if not state:
+        return {}
+    storage = next(form for form in map(moment_storage, ("fp32", "bf16", "fp8")) if form.holds(state, param))
+    mean, square = (torch.empty(param.numel(), dtype=param.dtype, device=param.device) for _ in range(2))
+    for start, stop in _windows(param):
+        mean[start:stop], square[start:stop] = storage.read(state, start, stop)
+    return {STEP: state[STEP].clone(), MEAN: mean.view(param.shape), SQUARE: square.view(param.shape)}
+
+
+def _store_anew(storage: MomentStorage, state: State, param: Tensor, noise: Noise) -> None:
+    """Replace logical tensors in `state` by those of `storage`."""
+    mean, square = state[MEAN], state[SQUARE]
+    if not mean.is_floating_point() or mean.numel() != param.numel() or square.numel() != param.numel():
+        raise CheckpointError(
+            f"optimizer state: expected exp_avg and exp_avg_sq of {param.numel()} values for "
+            f"{storage.kind} moments, got {mean.dtype} {list(mean.shape)}; was optim.moments changed?"
+        )
+    state.update(storage.blank(param))
+    for start, stop in _windows(param):
+        means, squares = (moment.reshape(-1)[start:stop].to(param.dtype) for moment in (mean, square))
+        storage.write(state, start, means, squares, noise)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    moment_storage(group["moments"])
+    beta1, beta2 = group["betas"]
+    if not (group["lr"] >= 0 and group["eps"] >= 0 and group["weight_decay"] >= 0):
+        found = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+        raise ConfigError(f"optim: expected lr, eps and weight_decay of at least 0, got {found}")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {(beta1, beta2)}")
+    for param in group["params"]:
+        if param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous():
+            raise ConfigError(
+                f"optim: expected contiguous float32 or float64 master weights, got {param.dtype} "
+                f"{list(param.shape)}; give the optimizer the FP32 masters, not the working copy"
+            )
+
+
+assert WINDOW_CPU % BLOCK == 0 and WINDOW_DEVICE % BLOCK == 0

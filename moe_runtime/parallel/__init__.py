@@ -1,0 +1,1 @@
+"""Runs chunks of the model over ranks: mesh, stages, overlap, transfers, executor, ZeRO."""

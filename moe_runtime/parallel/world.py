@@ -1,0 +1,95 @@
+"""Joins this process to the run: device, back end, process group.
+
+NCCL with one process per GPU where GPUs are, gloo otherwise. A run of one process gets a group of its
+own over an in-memory store, so that nothing above has to ask whether there is one.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_runtime.errors import ConfigError, PeerLost
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Args:
+        rank: global rank.
+        world_size: processes of the run.
+        local_rank: rank on this machine; picks the GPU.
+        ranks_per_node: processes on each machine.
+        device: where the model lives.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ranks_per_node: int
+    device: torch.device
+
+
+def read_world(wanted_device: str) -> World:
+    """Read rank and size from the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    Args:
+        wanted_device: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: cuda is wanted and there is none, or there are fewer GPUs than local ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    has_gpu = torch.cuda.is_available()
+    if wanted_device == "cuda" and not has_gpu:
+        raise ConfigError("device: expected a GPU, got none that torch can use; set device=cpu")
+    use_gpu = has_gpu and wanted_device != "cpu"
+    if use_gpu and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: expected one GPU per process, got {torch.cuda.device_count()} GPUs "
+            f"for {per_node} processes on this machine; use more machines or set device=cpu"
+        )
+    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    return World(int(os.environ.get("RANK", "0")), world_size, local_rank, per_node, device)
+
+
+@contextmanager
+def join_world(world: World, timeout_s: float) -> Iterator[None]:
+    """Open the default process group for the time of the context.
+
+    Args:
+        world: from `read_world`.
+        timeout_s: a collective that takes longer raises.
+
+    Raises:
+        PeerLost: not all ranks came.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    try:
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(
+                backend, rank=world.rank, world_size=world.world_size, timeout=timeout
+            )
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    except (dist.DistError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise PeerLost(
+            f"rank {world.rank}: not all of {world.world_size} ranks came within {timeout_s:.0f} s "
+            f"({first_line}); check that the others run and reach the master"
+        ) from error
+    yield
+    # Not in a `finally`: after a failure the peers may be gone, and destroying would wait for them.
+    dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""Proves a program right before anything runs it.
+
+Five questions, from the plainest to the subtlest; the first that fails is reported with rank, entry
+and action:
+
+1. shape: does every stage have a rank, and do M and the directions fit?          (this file)
+2. completeness: is everything done exactly once, by the rank that holds the stage? (completeness.py)
+3. order: does each rank, on its own, use only what it has?                        (order.py)
+4. matching: without tags, does each receive get the message that it means?        (matching.py)
+5. progress: do all ranks reach their end, whatever their speeds?                  (progress.py)
+
+A program is checked in either form. Before transfers are added, a computation is taken to see what its
+neighbour has made as soon as it is made; afterwards only through a matched send and receive.
+
+Collectives inside an entry (the dispatch and combine of an expert-parallel group) need no check of
+their own: the ranks of such a group are lanes of one pipeline rank, so they run the very same row and
+meet the same collectives in the same order, as long as rows are walked in order. Nor can collectives
+and messages block each other in a ring: joining the lanes' copies of an entry into one node gives the
+graph of a single lane again, which has no ring. Both arguments fall as soon as a reader of a program
+reorders a row by what happens to be ready; none may.
+"""
+
+from dataclasses import dataclass
+
+from moe_runtime.errors import ScheduleError
+from moe_runtime.schedule.action import Program
+from moe_runtime.schedule.completeness import check_completeness
+from moe_runtime.schedule.matching import check_matching
+from moe_runtime.schedule.order import walk_row
+from moe_runtime.schedule.progress import check_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a correct program costs, one number per pipeline rank.
+
+    Args:
+        peak_live: most (stage, microbatch) activations alive at once: from F to the end of B or W.
+        peak_pending_weight_grads: most I at once whose W is still to come.
+        peak_posted_receives: most receives posted at once whose tensor has not been used yet.
+        peak_unmatched_sends: most sends at once whose receive may not have been posted yet, with all
+            other ranks as slow as their dependencies allow.
+    """
+
+    peak_live: tuple[int, ...]
+    peak_pending_weight_grads: tuple[int, ...]
+    peak_posted_receives: tuple[int, ...]
+    peak_unmatched_sends: tuple[int, ...]
+
+
+def check(program: Program) -> Report:
+    """Prove a program complete, ordered, matched and free of deadlock.
+
+    Raises:
+        ScheduleError: it is not; names rank, entry and action, or each blocked rank's entry.
+    """
+    _check_shape(program)
+    check_completeness(program)
+    lowered = program.has_transfers
+    peaks = [walk_row(program, rank, lowered) for rank in range(program.num_ranks)]
+    channels = check_matching(program)
+    return Report(
+        peak_live=tuple(peak.live for peak in peaks),
+        peak_pending_weight_grads=tuple(peak.pending for peak in peaks),
+        peak_posted_receives=tuple(peak.posted for peak in peaks),
+        peak_unmatched_sends=check_progress(program, channels),
+    )
+
+
+def _check_shape(program: Program) -> None:
+    name, ranks = program.name, program.num_ranks
+    if len(program.placement) not in (1, 2):
+        raise ScheduleError(f"schedule {name}: expected 1 or 2 directions, got {len(program.placement)}")
+    for direction, holders in enumerate(program.placement):
+        if not holders or len(holders) != program.num_stages:
+            sizes = " and ".join(str(len(each)) for each in program.placement)
+            raise ScheduleError(f"schedule {name}: expected the same stages in each direction, got {sizes}")
+        for stage, holder in enumerate(holders):
+            if not 0 <= holder < ranks:
+                what = f"stage {stage} of direction {direction} is placed on rank {holder}"
+                raise ScheduleError(f"schedule {name}: {what}; expected one of the {ranks} rows")
+    if program.num_microbatches < 1 or program.num_microbatches % program.num_directions:
+        expected = f"a positive multiple of {program.num_directions} microbatches"
+        raise ScheduleError(f"schedule {name}: expected {expected}, got {program.num_microbatches}")

@@ -1,0 +1,93 @@
+"""What a run saves and how it comes back: weights, biases, this rank's optimizer partitions.
+
+Everything else of the state is arithmetic on the step number (data order, schedules, noise of the FP8
+moments), so a resumed run takes the same bits onward.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_runtime.build import Runtime
+from moe_runtime.checkpoint.folder import Checkpoint
+from moe_runtime.checkpoint.optimizer import (
+    capture_partition,
+    check_same_partitions,
+    read_partitions,
+    restore_partition,
+)
+from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
+from moe_runtime.checkpoint.weights import check_same_model, load_weights, weights_to_save
+from moe_runtime.errors import CheckpointError
+from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.zero import ZeroOptimizer
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The parts of a rank that a checkpoint holds."""
+
+    runtime: Runtime
+    optimizer: ZeroOptimizer
+    peers: Peers
+    tokenizer_json: str
+    tokenizer_name: str
+
+    @property
+    def first_expert(self) -> int:
+        mesh = self.runtime.mesh
+        return mesh.ep_rank * (self.runtime.config.model.num_experts // mesh.ep)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and saved buffer of this rank, live."""
+        chunks = self.runtime.chunks.values()
+        return {name: tensor for chunk in chunks for name, tensor in chunk.state_dict().items()}
+
+
+def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: int) -> Saved | SaveFailed:
+    """Write a checkpoint after `step` steps; a collective call, alike on every rank."""
+    client = state.optimizer.client
+    partitions = [
+        capture_partition(part, client.native_state(part.master), state.first_expert)  # type: ignore[attr-defined]
+        for part in state.optimizer.partitions()
+    ]
+    weights = weights_to_save(state.weights(), state.first_expert, state.peers)
+    extras = {TOKENIZER_FILE: state.tokenizer_json.encode()} if state.peers.is_first else {}
+    config, layout = state.runtime.config, state.runtime.layout
+    meta = SaveMeta(
+        tokens=tokens,
+        config=config.model_dump(mode="json"),
+        layout={
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "ep": layout.ep,
+            "world_size": layout.world_size,
+            "schedule": layout.schedule,
+        },
+        state={"tokenizer": state.tokenizer_name},
+    )
+    return store.save(step, Contribution(weights, partitions, extras), meta)
+
+
+def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
+    """Take everything from a verified checkpoint; gives the number of steps done.
+
+    Raises:
+        CheckpointError: another model, or another layout than this run's; on every rank alike.
+    """
+
+    def load() -> None:
+        check_same_model(checkpoint, state.runtime.config.model)
+        partitions = state.optimizer.partitions()
+        check_same_partitions(checkpoint, state.peers.rank, partitions, state.first_expert)
+        saved = read_partitions(checkpoint, state.peers.rank)
+        load_weights(state.weights(), checkpoint, state.first_expert)
+        for partition in partitions:
+            moments: dict = {}
+            restore_partition(saved[partition.group], partition, moments)
+            state.optimizer.client.load_native_state(partition.master, moments)  # type: ignore[attr-defined]
+
+    state.peers.alike(load, (CheckpointError,))
+    return checkpoint.manifest.step

@@ -1,0 +1,165 @@
+"""One optimizer step: tokens in, updated weights and one record out.
+
+    loader -> microbatches -> executor (program) -> gradients in FP32 accumulators
+           -> tied embedding summed -> expert counts summed -> ZeRO: reduce, norm, clip, AdamW
+           -> routing biases moved -> record
+
+Everything that varies over training is a pure function of the step, so that resuming needs the step
+number alone.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_runtime.build import Runtime
+from moe_runtime.config.derive import batch_size_at, tokens_before
+from moe_runtime.data.loader import BatchLoader
+from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
+from moe_runtime.parallel.executor import StepScalars
+from moe_runtime.parallel.expert_load import move_biases
+from moe_runtime.parallel.stage import ObjectiveWeights
+from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
+from moe_runtime.schedule.action import Program
+from moe_runtime.train.step_record import Record, StepFacts, record_step
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is due at one step.
+
+    Args:
+        step: from 0.
+        tokens: trained on before this step.
+        batch_size: sequences of this step over all lanes.
+        first_sequence: number of the first of them since the start of training.
+        num_microbatches: per lane, over all directions.
+    """
+
+    step: int
+    tokens: int
+    batch_size: int
+    first_sequence: int
+    num_microbatches: int
+    lr: float
+    gamma: float
+    mtp_lambda: float
+
+
+class TrainStep:
+    """Runs steps on one rank.
+
+    Args:
+        runtime: this rank's part of the run.
+        optimizer: ZeRO over the runtime's parameters.
+        loader: gives any sequence of training by its number.
+    """
+
+    def __init__(self, runtime: Runtime, optimizer: ZeroOptimizer, loader: BatchLoader) -> None:
+        self.runtime = runtime
+        self.optimizer = optimizer
+        self.loader = loader
+        self._programs: dict[int, Program] = {}
+
+    def plan(self, step: int) -> StepPlan:
+        """Everything that is due at `step`, by arithmetic alone."""
+        config, mesh = self.runtime.config, self.runtime.mesh
+        tokens = tokens_before(config, self.runtime.layout, step)
+        batch_size = batch_size_at(config, self.runtime.layout, step)
+        return StepPlan(
+            step=step,
+            tokens=tokens,
+            batch_size=batch_size,
+            first_sequence=tokens // config.batch.seq_len,
+            num_microbatches=batch_size // (mesh.dp * config.batch.micro_batch_size),
+            lr=lr_at(config.recipe, config.optim.peak_lr, step, tokens),
+            gamma=bias_gamma_at(config.recipe, tokens),
+            mtp_lambda=mtp_lambda_at(config.recipe, tokens),
+        )
+
+    def __call__(self, step: int) -> Record:
+        """Train one step; gives its record on every rank.
+
+        Raises:
+            ActionFailed: an action of the program raised.
+            NumericsError: DeepSpeed's gradient norm is not ours.
+        """
+        begun = time.perf_counter()
+        plan, runtime = self.plan(step), self.runtime
+        self._start_clocks()
+        scalars = self._forward_backward(plan)
+        self._sum_tied_embedding()
+        total = runtime.load.take_total(runtime.groups.data)
+        result = self.optimizer.step(plan.lr)
+        if not result.skipped:
+            move_biases(runtime.chunks, runtime.load, total, plan.gamma)
+        return self._record(plan, scalars, total, result, time.perf_counter() - begun)
+
+    def _start_clocks(self) -> None:
+        clock = self.runtime.clock
+        clock.exchange_wait_s = clock.transfer_wait_s = 0.0
+        self.runtime.dispatcher.traffic.snapshot(reset=True)
+
+    def _forward_backward(self, plan: StepPlan) -> StepScalars:
+        runtime = self.runtime
+        program = self._programs.get(plan.num_microbatches)
+        if program is None:
+            program = self._programs[plan.num_microbatches] = runtime.program(plan.num_microbatches)
+        self.optimizer.zero_grad()
+        weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
+        tokens = self._tokens(plan, program)
+        return runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
+
+    def _tokens(self, plan: StepPlan, program: Program) -> list[list[Tensor]]:
+        mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size
+        count = plan.num_microbatches * size
+        rows = self.loader.sequences(plan.first_sequence + mesh.dp_rank * count, count)
+        return split_microbatches(rows.to(self.runtime.device), size, program.num_directions)
+
+    def _sum_tied_embedding(self) -> None:
+        """Both copies of a tied embedding get the sum of both gradients, and stay equal."""
+        tied, group = self.runtime.tied_embedding, self.runtime.groups.tied
+        if tied is not None and group is not None:
+            dist.all_reduce(tied.grad_accum, group=group)  # type: ignore[attr-defined]
+
+    def _record(
+        self, plan: StepPlan, scalars: StepScalars, total: Tensor, result: StepResult, seconds: float
+    ) -> Record:
+        facts = StepFacts(
+            step=plan.step + 1,
+            tokens=plan.tokens + plan.batch_size * self.runtime.config.batch.seq_len,
+            new_tokens=plan.batch_size * self.runtime.config.batch.seq_len,
+            sequences=plan.batch_size,
+            lr=plan.lr,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            seconds=seconds,
+            microbatches=plan.num_microbatches * self.runtime.mesh.dp,
+        )
+        return record_step(self.runtime, facts, scalars, total)
+
+
+def objective_weights(runtime: Runtime, num_microbatches: int, mtp_lambda: float) -> ObjectiveWeights:
+    """Derivatives of the objective, so that ZeRO's mean over data-parallel ranks is the batch mean.
+
+    A stage's gradients come from `dp` lanes and, when mirrored, from both rows: ZeRO divides by all of
+    these ranks, so each microbatch counts one over the microbatches of one direction.
+    """
+    directions = 2 if runtime.mesh.is_mirrored else 1
+    scale = directions / num_microbatches
+    depth = max(1, runtime.config.model.mtp_depth)
+    return ObjectiveWeights(
+        loss=scale,
+        loss_mtp=scale * mtp_lambda / depth,
+        balance=scale * runtime.config.recipe.balance_alpha,
+    )
+
+
+def split_microbatches(rows: Tensor, size: int, directions: int) -> list[list[Tensor]]:
+    """Cut [sequences, tokens] into `directions` lists of microbatches of `size` sequences."""
+    microbatches = list(torch.split(rows, size))
+    per_direction = len(microbatches) // directions
+    return [microbatches[d * per_direction : (d + 1) * per_direction] for d in range(directions)]

@@ -1,0 +1,77 @@
+"""The oracle of the layout tests: the plain model on one process, autograd and torch AdamW.
+
+Nothing of `moe_runtime.parallel` is used here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.build import DTYPES
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.model.router import update_bias
+from moe_runtime.model.transformer import Losses, Transformer
+
+
+@dataclass
+class PlainStep:
+    """What one step of the plain model gives."""
+
+    losses: Losses
+    grads: dict[str, Tensor]
+    norm: float
+
+
+class PlainModel:
+    """The whole model on one process."""
+
+    def __init__(self, config: RunConfig, biases: dict[int, float]) -> None:
+        self.config = config
+        self.model = Transformer(config.model, recompute=config.recompute, dtype=DTYPES[config.precision])
+        self.model.init_weights(config.seed)
+        preset_biases(self.model, biases)
+        decays = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decays, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=optim.peak_lr,
+            betas=optim.betas,
+            eps=optim.eps,
+        )
+
+    def forward_backward(self, tokens: Tensor, mtp_lambda: float) -> PlainStep:
+        """Gradients of the objective over all sequences [sequences, seq + 1 + mtp_depth]."""
+        self.model.zero_grad()
+        losses = self.model.losses(tokens)
+        depth = max(1, self.config.model.mtp_depth)
+        alpha = self.config.recipe.balance_alpha
+        objective = losses.loss + mtp_lambda / depth * losses.loss_mtp + alpha * losses.balance
+        objective.backward()
+        grads = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self.model.named_parameters()
+        }
+        norm = torch.stack([grad.double().square().sum() for grad in grads.values()]).sum().sqrt()
+        return PlainStep(losses, grads, float(norm))
+
+    def update(self, done: PlainStep, lr: float, gamma: float) -> None:
+        """Clip, AdamW, biases."""
+        clip = self.config.optim.grad_clip
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if clip and done.norm > clip:
+            for param in self.model.parameters():
+                if param.grad is not None:
+                    param.grad.mul_(clip / done.norm)
+        self.optimizer.step()
+        for (_, moe), counts in zip(self.model.moe_layers(), done.losses.counts, strict=True):
+            update_bias(moe.router.bias, counts, gamma)
+
+
+def preset_biases(model: Transformer, biases: dict[int, float]) -> None:
+    """Set the routing bias of single experts in every layer, to idle or flood them."""
+    for _, moe in model.moe_layers():
+        for expert, bias in biases.items():
+            moe.router.bias[expert] = bias

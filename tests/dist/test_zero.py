@@ -1,0 +1,542 @@
+"""DeepSpeed ZeRO behind our door, against plain torch AdamW over the whole model in one process.
+
+Four ranks run all cases in one world. Gradients are given by hand, a pure function of (step,
+microbatch, rank, parameter), so the reference can compute what every rank adds.
+"""
+
+import gc
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from moe_runtime.errors import CheckpointError, ConfigError, NumericsError
+from moe_runtime.optim.adamw import AdamW
+from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
+from tests.ranks import run_ranks
+
+WORLD = 4
+STEPS = 3
+LR = 3e-3
+EPS = 1e-4  # larger than rounding noise of gradients, which AdamW would blow up to full steps
+
+
+def make_client(groups: list[dict[str, Any]], moments: str = "fp32") -> AdamW:
+    return AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, moments=moments)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks share what. `rows[r]` are the stages of pipeline row r, `shapes` those of a stage."""
+
+    rows: tuple[tuple[int, ...], ...]
+    dp: int
+    ep: int
+    shapes: dict[int, dict[str, tuple[int, ...]]]
+    replicated: tuple[str, ...] = ()  # this parameter of the last row is a copy of row 0's
+
+    @property
+    def is_mirrored(self) -> bool:
+        return len(self.rows) > 1 and self.rows[0] == self.rows[-1]
+
+    def peers(self, rank: int) -> list[int]:
+        return [r for r in range(WORLD) if self.rows[r // self.dp] == self.rows[rank // self.dp]]
+
+    def expert_peers(self, rank: int) -> list[int]:
+        return [r for r in self.peers(rank) if r % self.dp % self.ep == rank % self.dp % self.ep]
+
+    def norm_peers(self, rank: int) -> list[int]:
+        half = len(self.rows) // 2
+        own = [row for row in range(len(self.rows)) if (row < half) == (rank // self.dp < half)]
+        rows = own if self.is_mirrored else list(range(len(self.rows)))
+        return [row * self.dp + rank % self.dp for row in rows]
+
+    def names(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Full names and shapes held by a rank; an expert's name tells its expert-parallel rank."""
+        held = {}
+        for stage in sorted(self.rows[rank // self.dp]):
+            for name, shape in self.shapes[stage].items():
+                held[f"s{stage}.{name}"] = shape
+        return held
+
+
+DENSE = {"weight": (7, 13), "gain": (3,), "one": (1,), "big": (31, 9)}
+EXPERTS = {"experts.up": (2, 11, 3), "experts.down": (2, 3, 5)}
+LAYOUTS = {
+    # 4 lanes, 2 experts' homes; nothing divides by 4, and some parameters are smaller than the group
+    "dp4_ep2": Layout(((0,),), dp=4, ep=2, shapes={0: DENSE | EXPERTS}),
+    # two mirrored rows of two stages each: one data-parallel group of 4
+    "mirrored_dp2_ep2": Layout(
+        ((0, 1), (0, 1)), dp=2, ep=2, shapes={0: DENSE | EXPERTS, 1: {"weight": (5, 3)} | EXPERTS}
+    ),
+    # four rows; the outer pair has no experts, so pipeline ranks differ in their number of groups
+    "mirrored_pp4": Layout(
+        ((0, 3), (1, 2), (1, 2), (0, 3)),
+        dp=1,
+        ep=1,
+        shapes={0: DENSE, 1: DENSE | EXPERTS, 2: {"gain": (5,)} | EXPERTS, 3: {"weight": (2, 2)}},
+    ),
+    # one-way pipeline: the last stage holds a copy of the embedding
+    "one_way_pp2": Layout(
+        ((0,), (1,)),
+        dp=2,
+        ep=2,
+        shapes={0: {"embed": (17, 3)} | DENSE | EXPERTS, 1: {"embed": (17, 3)} | DENSE | EXPERTS},
+        replicated=("s1.embed",),
+    ),
+}
+
+
+def noise(*key: object, shape: tuple[int, ...]) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def identity(layout: Layout, name: str, rank: int) -> str:
+    """What a parameter is in the whole model: experts differ by home, a copy is its original."""
+    if name in layout.replicated:
+        return name.replace("s1", "s0")
+    return f"{name}@{rank % layout.dp % layout.ep}" if is_expert(name) else name
+
+
+def gradient(
+    layout: Layout, name: str, rank: int, step: int, microbatch: int, shape: tuple[int, ...]
+) -> Tensor:
+    """What one rank's microbatch adds; copies of the embedding get equal sums before ZeRO."""
+    lane = rank % layout.dp if name.endswith("embed") else rank
+    return 0.3 * noise("g", identity(layout, name, rank), lane, step, microbatch, shape=shape)
+
+
+def make_params(layout: Layout, rank: int, dtype: torch.dtype) -> list[tuple[str, Parameter]]:
+    named = []
+    for name, shape in layout.names(rank).items():
+        param = Parameter(noise("w", identity(layout, name, rank), shape=shape).to(dtype))
+        if is_expert(name):
+            param.is_expert = True
+        if name in layout.replicated:
+            param.ds_pipe_replicated = True
+        named.append((name, param))
+    return named
+
+
+def make_groups(named: list[tuple[str, Parameter]]) -> list[dict[str, Any]]:
+    def group(name: str, expert: bool, decay: bool) -> dict[str, Any]:
+        params = [p for n, p in named if is_expert(n) == expert and (p.dim() > 1) == decay]
+        return {"name": name, "params": params[::-1], "weight_decay": 0.1 if decay else 0.0}
+
+    return [
+        group("dense", False, True),
+        group("dense_no_decay", False, False),
+        group("experts", True, True),
+        group("experts_no_decay", True, False),  # always empty: must be left out, not break
+    ]
+
+
+class World:
+    """Process groups of the layouts, made alike on every rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        lists = {
+            tuple(ranks)
+            for layout in LAYOUTS.values()
+            for r in range(WORLD)
+            for ranks in (layout.peers(r), layout.expert_peers(r), layout.norm_peers(r))
+        }
+        for ranks in sorted(lists):
+            self.groups[ranks] = dist.new_group(list(ranks))
+
+    def open(
+        self,
+        layout: Layout,
+        named: list[tuple[str, Parameter]],
+        stage: int = 1,
+        clip: float = 0.0,
+        moments: str = "fp32",
+    ) -> ZeroOptimizer:
+        mine = {
+            key: self.groups[tuple(find(self.rank))]
+            for key, find in {
+                "dp_group": layout.peers,
+                "expert_dp_group": layout.expert_peers,
+                "ep_group": layout.norm_peers,  # DeepSpeed only looks whether it is there
+                "norm_group": layout.norm_peers,
+            }.items()
+        }
+        return ZeroOptimizer(
+            named,
+            groups=make_groups(named),
+            make_optimizer=partial(make_client, moments=moments),
+            stage=stage,  # type: ignore[arg-type]
+            grad_clip=clip,
+            bucket_elements=100,  # several buckets, and parameters that do not fit into one
+            **mine,  # type: ignore[arg-type]
+        )
+
+
+def accumulate(param: Parameter, grad: Tensor) -> None:
+    if param.grad_accum is None:
+        param.grad_accum = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+    param.grad_accum += grad
+
+
+def train(
+    layout: Layout,
+    zero: ZeroOptimizer,
+    named: list[tuple[str, Parameter]],
+    steps: range,
+    microbatches: int = 2,
+    early: bool = False,
+) -> list[StepResult]:
+    rank, results = dist.get_rank(), []
+    for step in steps:
+        for mb in range(microbatches):
+            for name, param in named:
+                if not (name.endswith("one") and rank == 1):  # idle on one rank alone
+                    grad = gradient(layout, name, rank, step, mb, tuple(param.shape)) / microbatches
+                    accumulate(param, grad)
+                if early:
+                    zero.release([param])
+            zero.end_microbatch()
+        results.append(zero.step(LR))
+    return results
+
+
+def reference(
+    layout: Layout, dtype: torch.dtype, clip: float, steps: int, microbatches: int = 2
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The whole model in one process: every distinct parameter, FP32 masters, torch AdamW and clipping."""
+    holders: dict[str, list[tuple[int, str]]] = {}
+    for rank in range(WORLD):
+        for name in layout.names(rank):
+            if name not in layout.replicated:
+                holders.setdefault(identity(layout, name, rank), []).append((rank, name))
+    shapes = {key: layout.names(rank)[name] for key, ((rank, name), *_) in holders.items()}
+    masters = {k: Parameter(noise("w", k, shape=s).to(dtype).float()) for k, s in shapes.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in masters.values()],
+        lr=LR,
+        betas=(0.9, 0.95),
+        eps=EPS,
+    )
+    norms = []
+    for step in range(steps):
+        for key, param in masters.items():
+            total = torch.zeros(shapes[key], dtype=torch.float64)
+            for rank, name in holders[key]:
+                if name.endswith("one") and rank == 1:
+                    continue
+                for mb in range(microbatches):
+                    total += gradient(layout, name, rank, step, mb, shapes[key])
+            param.grad = (total / microbatches / len(layout.peers(holders[key][0][0]))).float()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), clip or math.inf)))
+        optimizer.step()
+    return {key: p.detach().to(dtype) for key, p in masters.items()}, norms
+
+
+CASES = [
+    ("dp4_ep2", torch.float32, 1, 0.5),
+    ("dp4_ep2", torch.bfloat16, 1, 0.5),
+    ("dp4_ep2", torch.float32, 2, 0.5),
+    ("dp4_ep2", torch.bfloat16, 2, 0.0),
+    ("mirrored_dp2_ep2", torch.float32, 1, 0.0),
+    ("mirrored_dp2_ep2", torch.bfloat16, 1, 0.5),
+    ("mirrored_pp4", torch.float32, 1, 0.5),
+    ("one_way_pp2", torch.float32, 1, 0.5),
+]
+
+
+def case_name(case: tuple[str, torch.dtype, int, float]) -> str:
+    layout, dtype, stage, clip = case
+    return f"{layout}-{str(dtype)[6:]}-zero{stage}-clip{clip}"
+
+
+def compare(world: World, case: tuple[str, torch.dtype, int, float], early: bool = False) -> dict[str, Any]:
+    """Worst distance from the reference: of master slices, of norms; and whether weights are the masters."""
+    layout, dtype, stage, clip = LAYOUTS[case[0]], *case[1:]
+    named = make_params(layout, world.rank, dtype)
+    zero = world.open(layout, named, stage, clip)
+    results = train(layout, zero, named, range(STEPS), early=early)
+    expected, norms = reference(layout, dtype, clip, STEPS)
+    rounding = 0.0 if dtype == torch.float32 else 2.0**-8
+    error = 0.0
+    for name, param in named:
+        want = expected[identity(layout, name, world.rank)]
+        error = max(error, float((param.detach() - want).abs().max() / want.abs().max()) - rounding)
+    return {
+        "param_error": error,
+        "norm_error": max(abs(r.grad_norm / n - 1) for r, n in zip(results, norms, strict=True)),
+        "clipped": [r.clipped for r in results],
+        "skipped": any(r.skipped for r in results),
+        "weights": {identity(layout, name, world.rank): param.tolist() for name, param in named},
+    }
+
+
+def snapshot(zero: ZeroOptimizer) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Copies of this rank's masters and of the client's state, by group."""
+    return {
+        part.group: (
+            part.master.detach().clone(),
+            {key: value.clone() for key, value in zero.client.native_state(part.master).items()},
+        )
+        for part in zero.partitions()
+    }
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return all(
+        torch.equal(a[group][0], b[group][0])
+        and all(torch.equal(value, b[group][1][key]) for key, value in a[group][1].items())
+        for group in a
+    )
+
+
+def skip_non_finite(world: World) -> dict[str, Any]:
+    """One infinite gradient on rank 2, in the second of three steps."""
+    layout = LAYOUTS["mirrored_pp4"]
+    named = make_params(layout, world.rank, torch.bfloat16)
+    zero = world.open(layout, named, clip=0.5)
+    train(layout, zero, named, range(1))
+    before = snapshot(zero)
+    if world.rank == 2:
+        named[0][1].grad_accum.view(-1)[0] = math.inf
+    result = zero.step(LR)
+    same = same_bits(before, snapshot(zero))
+    after = train(layout, zero, named, range(1, 2))
+    return {"skipped": result.skipped, "same": same, "went_on": not after[0].skipped}
+
+
+def continue_from_saved(world: World, layout_name: str, dtype: torch.dtype, stage: int, moments: str) -> bool:
+    """Two steps, save, a new optimizer, load, one step: the same bits as three steps."""
+    layout = LAYOUTS[layout_name]
+    named = make_params(layout, world.rank, dtype)
+    zero = world.open(layout, named, stage, 0.5, moments)
+    train(layout, zero, named, range(2))
+    saved = snapshot(zero)
+    train(layout, zero, named, range(2, 3))
+    fresh = make_params(layout, world.rank, dtype)
+    again = world.open(layout, fresh, stage, 0.5, moments)
+    for group, (master, native) in saved.items():
+        again.load_partition(group, master, native)
+    again.refresh_weights()
+    train(layout, again, fresh, range(2, 3))
+    weights = zip(named, fresh, strict=True)
+    return same_bits(snapshot(zero), snapshot(again)) and all(torch.equal(a, b) for (_, a), (_, b) in weights)
+
+
+def owned_pieces(world: World) -> dict[str, list[tuple[int, int]]]:
+    """Which range of each parameter this rank owns, after checking that masters hold those values."""
+    layout = LAYOUTS["dp4_ep2"]
+    named = make_params(layout, world.rank, torch.float32)
+    zero = world.open(layout, named)
+    weights, owned = dict(named), {}
+    for partition in zero.partitions():
+        for piece in partition.pieces():
+            part = partition.master[piece.local : piece.local + piece.numel]
+            assert torch.equal(part, weights[piece.name].detach().flatten()[piece.begin : piece.end])
+            owned[identity(layout, piece.name, world.rank)] = (piece.begin, piece.end)
+    return owned
+
+
+def live_bytes() -> int:
+    """Bytes of all distinct floating-point storages that Python can reach.
+
+    The least of a few looks: a transport's thread may let go of what it sent a little later.
+    """
+    looks = []
+    for _ in range(4):
+        time.sleep(0.01)
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (Tensor, Parameter) and t.is_floating_point()]
+        looks.append(
+            sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        )
+    return min(looks)
+
+
+def gradient_memory(world: World, stage: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that appear between microbatches, and what a partition and a full set would be."""
+    layout = Layout(((0,),), dp=4, ep=2, shapes={0: {"weight": (300, 97), "gain": (101,)} | EXPERTS})
+    named = make_params(layout, world.rank, dtype)
+    zero = world.open(LAYOUTS["dp4_ep2"], named, stage)
+    before = live_bytes()
+    seen = []
+    for mb in range(2):
+        for name, param in named:
+            accumulate(param, gradient(layout, name, world.rank, 0, mb, tuple(param.shape)))
+        zero.end_microbatch()
+        seen.append(live_bytes() - before)
+    partition = sum(p.master.numel() for p in zero.partitions()) * 4
+    full = sum(p.numel() for _, p in named) * 4
+    zero.step(LR)
+    return {"seen": max(seen), "partition": partition, "full": full}
+
+
+def refusals(world: World) -> dict[str, str]:
+    """Messages of the errors that all ranks must raise alike."""
+    said = {}
+    layout = LAYOUTS["dp4_ep2"]
+    named = make_params(layout, world.rank, torch.float64)
+    zero = world.open(layout, named)
+    for name, param in named:
+        if not (name.endswith("one") and world.rank == 1):
+            accumulate(param, gradient(layout, name, world.rank, 0, 0, tuple(param.shape)))
+    _, norms = reference(layout, torch.float32, 0.0, 1, microbatches=1)
+    said["fp64_norm"] = str(abs(zero.reduce() / norms[0] - 1))
+    with pytest.raises(ConfigError) as caught:
+        zero.step(LR)
+    said["fp64"] = str(caught.value)
+    pipe = LAYOUTS["mirrored_pp4"]
+    with pytest.raises(ConfigError) as caught:
+        world.open(pipe, make_params(pipe, world.rank, torch.float32), stage=2)
+    said["stage2"] = str(caught.value)
+    named = make_params(layout, world.rank, torch.float32)
+    with pytest.raises(NumericsError) as lost:
+        world.open(layout, named[::-1] if world.rank == 1 else named)
+    said["order"] = str(lost.value)
+    zero = world.open(layout, named)
+    with pytest.raises(CheckpointError) as bad:
+        zero.load_partition("dense", torch.zeros(3), None)
+    said["size"] = str(bad.value)
+    with pytest.raises(CheckpointError) as bad:
+        zero.load_partition("nothing", torch.zeros(3), None)
+    said["group"] = str(bad.value)
+    for name, param in named:
+        accumulate(param, gradient(layout, name, world.rank, 0, 0, tuple(param.shape)))
+    zero.reduce()
+    zero._grad_norm *= 1.001  # type: ignore[operator]
+    with pytest.raises(NumericsError) as lost:
+        zero.step(LR)
+    said["norm"] = str(lost.value)
+    return said
+
+
+RESUMED = [
+    ("dp4_ep2", torch.bfloat16, 1, "fp8"),
+    ("dp4_ep2", torch.float32, 2, "fp32"),
+    ("one_way_pp2", torch.bfloat16, 1, "bf16"),
+]
+
+
+def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+    gc.freeze()  # what was imported so far need not be searched for tensors
+    world = World(rank)
+    found: dict[str, Any] = {case_name(case): compare(world, case) for case in CASES}
+    found["early"] = compare(world, CASES[2], early=True)
+    found["skip"] = skip_non_finite(world)
+    found["saved"] = {key: continue_from_saved(world, *key) for key in RESUMED}
+    found["pieces"] = owned_pieces(world)
+    found["memory"] = {
+        str(dtype): gradient_memory(world, 2, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
+    found["stage1_memory"] = gradient_memory(world, 1, torch.float32)
+    found["refusals"] = refusals(world)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(all_cases, WORLD)
+
+
+def single_rank(rank: int, world_size: int) -> float:
+    group = dist.group.WORLD
+    assert group is not None
+    param = Parameter(torch.ones(5))
+    zero = ZeroOptimizer(
+        [("w", param)],
+        groups=[{"params": [param]}],
+        make_optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
+        dp_group=group,
+        norm_group=group,
+    )
+    accumulate(param, torch.full((5,), 2.0))
+    zero.end_microbatch()
+    assert zero.step(0.25).grad_norm == pytest.approx(math.sqrt(20))
+    return float(param.sum())
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_three_steps_equal_plain_adamw_over_the_whole_model(ranks: list[dict[str, Any]], case: Any) -> None:
+    for found in ranks:
+        assert found[case_name(case)]["param_error"] <= 1e-6
+        assert not found[case_name(case)]["skipped"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_norm_counts_every_distinct_parameter_once(ranks: list[dict[str, Any]], case: Any) -> None:
+    for found in ranks:
+        assert found[case_name(case)]["norm_error"] <= 1e-6
+        assert all(found[case_name(case)]["clipped"]) == (case[3] > 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_all_holders_of_a_parameter_hold_the_same_bits(ranks: list[dict[str, Any]], case: Any) -> None:
+    held: dict[str, list[float]] = {}
+    for found in ranks:
+        for name, values in found[case_name(case)]["weights"].items():
+            assert held.setdefault(name, values) == values
+
+
+def test_gradients_may_be_released_before_the_microbatch_ends(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["early"]["param_error"] <= 1e-6
+
+
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["skip"] == {"skipped": True, "same": True, "went_on": True}
+
+
+def test_training_from_saved_partitions_continues_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert all(found["saved"].values()), found["saved"]
+
+
+def test_owned_pieces_cover_every_parameter_once(ranks: list[dict[str, Any]]) -> None:
+    owned: dict[str, list[tuple[int, int]]] = {}
+    for found in ranks:
+        for name, piece in found["pieces"].items():
+            owned.setdefault(name, []).append(piece)
+    layout = LAYOUTS["dp4_ep2"]
+    for rank in range(WORLD):
+        for name, shape in layout.names(rank).items():
+            pieces = sorted(owned[identity(layout, name, rank)])
+            assert [0, *(end for _, end in pieces)] == [*(begin for begin, _ in pieces), math.prod(shape)]
+
+
+def test_stage_2_keeps_only_its_partition_of_gradients_between_microbatches(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for found in ranks:
+        for memory in found["memory"].values():
+            assert memory["seen"] <= memory["partition"] < memory["full"] / 2
+        assert found["stage1_memory"]["seen"] == 0  # its accumulators are there from the start
+
+
+def test_mistakes_are_refused_on_all_ranks_alike(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        said = found["refusals"]
+        assert "fp64 models can be compared" in said["fp64"]
+        assert float(said["fp64_norm"]) <= 1e-6
+        assert "layout.pp 1" in said["stage2"]
+        assert "ascending stage id" in said["order"]
+        assert "has [3]" in said["size"] and "'nothing' is unknown" in said["group"]
+        assert "counted twice or not at all" in said["norm"]
+
+
+def test_a_world_of_one_rank_steps_too() -> None:
+    assert run_ranks(single_rank, 1) == [pytest.approx(5 * (1 - 0.25 * 2))]

@@ -1,0 +1,52 @@
+"""Inputs of every rank of a group, even and ragged, made from a seed alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PATTERNS = ("random", "unequal", "zero_tokens", "one_expert", "idle_expert", "idle_rank", "top_1")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """tokens [tokens, hidden], weights [tokens, top_k], expert_ids [tokens, top_k]; lists by rank."""
+
+    tokens: list[Tensor]
+    weights: list[Tensor]
+    expert_ids: list[Tensor]
+    num_experts: int
+
+
+def draw(
+    pattern: str,
+    world_size: int,
+    *,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    hidden: int = 5,
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of one pattern; the same on every rank that draws them.
+
+    unequal: other numbers of tokens on each rank, the last has none. zero_tokens: nobody has any.
+    one_expert: all tokens choose the last expert (top 1). idle_expert: nobody chooses expert 0.
+    idle_rank: nobody chooses an expert of rank 0. top_1: one choice a token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    local_experts = 3
+    num_experts = local_experts * world_size
+    top_k = 1 if pattern in ("one_expert", "top_1") else 3
+    first = {"idle_expert": 1, "idle_rank": local_experts if world_size > 1 else 0}.get(pattern, 0)
+    tokens, weights, expert_ids = [], [], []
+    for rank in range(world_size):
+        count = {"zero_tokens": 0, "unequal": 4 * (world_size - 1 - rank)}.get(pattern, 7)
+        scores = torch.rand(count, num_experts, generator=generator)
+        scores[:, :first] = -1.0
+        if pattern == "one_expert":
+            scores[:, -1] = 2.0
+        expert_ids.append(scores.topk(top_k, dim=1).indices)
+        tokens.append(torch.randn(count, hidden, generator=generator, dtype=torch.float64).to(dtype))
+        drawn = torch.rand(count, top_k, generator=generator, dtype=torch.float64)
+        weights.append(drawn.to(weight_dtype))
+    return Inputs(tokens, weights, expert_ids, num_experts)
