@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_runtime.cli.generate import check_device
 from moe_runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate(
     from moe_runtime.data.shards import TokenDataset
     from moe_runtime.train.evaluate import evaluate as measure
 
+    check_device(device)
     checkpoint = open_checkpoint(path)
     config = config_of(checkpoint)
     dataset = TokenDataset.open(data, "validation")
@@ -58,6 +60,6 @@ def _check_tokenizer(checkpoint: "Checkpoint", dataset: "TokenDataset") -> None:
     trained_with = json.loads(checkpoint.extra(TOKENIZER_FILE))
     if json.loads(dataset.load_tokenizer().to_json()) != trained_with:
         raise DataError(
-            f"{dataset.folder}: expected ids of the tokenizer that {checkpoint.path} was trained with, got those "
-            f"of {dataset.manifest.tokenizer.name}; prepare the data with that tokenizer"
+            f"{dataset.folder}: expected ids of the tokenizer that {checkpoint.path} was trained with, "
+            f"got those of {dataset.manifest.tokenizer.name}; prepare the data with that tokenizer"
         )

@@ -35,6 +35,7 @@ def generate(
     from moe_runtime.data.tokenizer import tokenizer_from_json
     from moe_runtime.generate.decode import stream
 
+    check_device(device)
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
     model = model_from(checkpoint, device)
@@ -72,6 +73,20 @@ def _check(temperature: float, top_p: float) -> None:
         raise ConfigError(f"--temperature: expected 0 or more, got {temperature}")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"--top-p: expected above 0 and at most 1, got {top_p}")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ConfigError: says what was expected.
+    """
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: expected a CUDA device, got none; use --device cpu")
 
 
 def _print(prompt: str, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:

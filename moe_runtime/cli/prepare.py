@@ -50,7 +50,8 @@ def prepare(
 def progress_display() -> Iterator[ProgressCallback]:
     """A bar on standard error while data is prepared; nothing where that is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("reading", total=None)
         shown_at = 0.0
 

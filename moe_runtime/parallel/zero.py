@@ -43,6 +43,9 @@ from moe_runtime.parallel.zero_partition import Partition, lay_out
 _NORM_TOLERANCE = 1e-5
 # DeepSpeed adds up squares in FP32: beyond this they overflow, and the gradient is not usable.
 _LARGEST_SQUARE_SUM = 1e38
+# Elements from which a message to each owner is quicker than one all-reduce of twice the bytes:
+# measured on gloo, 4 ranks: 30% slower at 2^16, 25% quicker at 2^20.
+_OWNER_MESSAGE = 2**18
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class ZeroOptimizer:
         norm_group: ranks that together hold every distinct stage once.
         stage: 1 partitions optimizer states, 2 also gradients.
         grad_clip: largest global gradient norm; 0 turns clipping off.
-        bucket_elements: gradients reduced by one message; bounds the memory of a reduction.
+        bucket_elements: gradients put together before they travel; bounds the memory of a reduction.
 
     Raises:
         ConfigError: stage 2 over several pipeline ranks, or a rank without parameters.
@@ -119,6 +122,8 @@ class ZeroOptimizer:
         for group, params, owners in zip(self._groups, self._members, self._owners, strict=True):
             check_replicas(group["name"], params, names, owners)
         self.client = _make_client(make_optimizer, self._groups)
+        largest = max(sum(p.numel() for p in params) for params in self._members)
+        bucket = min(bucket_elements, largest)
         self._engine = _load_engine(dp_group).ZeroEngine(
             self.client,
             names,
@@ -128,7 +133,8 @@ class ZeroOptimizer:
             stage=2 if self._partitions_grads else 1,
             grad_clip=grad_clip,
             accum_dtype=self._accum_dtype,
-            bucket_elements=min(bucket_elements, max(sum(p.numel() for p in ps) for ps in self._members)),
+            bucket_elements=bucket,
+            to_owners=min(bucket, largest // dist.get_world_size(dp_group)) >= _OWNER_MESSAGE,
         )
         self._partitions = [self._describe(i, lay_out(ps, names)) for i, ps in enumerate(self._members)]
         for own, partition in zip(self.client.param_groups, self._partitions, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_runtime.build import Runtime
-from moe_runtime.checkpoint.folder import Checkpoint
+from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint
 from moe_runtime.checkpoint.optimizer import (
     capture_partition,
     check_same_partitions,
@@ -21,8 +21,6 @@ from moe_runtime.checkpoint.weights import check_same_model, load_weights, weigh
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.zero import ZeroOptimizer
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A rank that does what its arguments say, to see what the launcher makes of it: `[rank:]deed ...`.
 
-    sleep     until a signal; then exit 0, as a rank that saved its checkpoint
-    kill      itself with SIGKILL after a moment
-    code=N    leave a status file with the code and exit with it
-    hang      deaf to all signals but SIGKILL
+sleep     until a signal; then exit 0, as a rank that saved its checkpoint
+kill      itself with SIGKILL after a moment
+code=N    leave a status file with the code and exit with it
+hang      deaf to all signals but SIGKILL
 """
 
 import json
@@ -16,7 +16,9 @@ from pathlib import Path
 
 def _leave(code: int) -> None:
     message = {"code": code, "message": f"message of code {code}"}
-    Path(os.environ["MOE_RUNTIME_STATUS_DIR"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(message))
+    Path(os.environ["MOE_RUNTIME_STATUS_DIR"], f"rank{os.environ['RANK']}.json").write_text(
+        json.dumps(message)
+    )
     sys.exit(code)
 
 

@@ -122,7 +122,8 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
 
 def _compare_losses(runtime: Runtime, scalars: object, plain: PlainStep, sequences: int) -> dict[str, float]:
     found = plain.losses
-    names = {"loss": float(found.loss), "loss_mtp": float(found.loss_mtp), "balance": float(found.balance)}
+    wanted = {"loss": found.loss, "loss_mtp": found.loss_mtp, "balance": found.balance}
+    names = {name: value.item() for name, value in wanted.items()}
     sums = torch.tensor([scalars.totals.get(name, 0.0) for name in names], dtype=torch.float64)
     dist.all_reduce(sums)
     pairs = zip(names, names.values(), sums / sequences, strict=True)

@@ -22,7 +22,7 @@ def test_command_prepares_and_tells_what_it_made(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said, error = run("--source", str(source), "--out", str(out), "--fim-rate", "1", "--tokenizer", "byte")
     assert error is None
-    assert "train: 88 tokens, 8 documents, 8 rewritten for infill" in said
+    assert "train: 80 tokens, 8 documents, 8 rewritten for infill" in said
     assert "duplicates: 1" in said
     assert read_manifest(out).fim_rate == 1.0
 

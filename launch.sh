@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Sets up .venv if need be, then runs a command in as many processes as it needs. See --help.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+python=$venv/bin/python
+
+usage() {
+  cat <<'HELP'
+./launch.sh                              set up .venv, then train configs/run/quickstart.yaml here
+./launch.sh train CONFIG [a.b=c ...]     train; the same command again resumes (--fresh starts over)
+./launch.sh COMMAND ...                  any moe-runtime command; ./launch.sh help lists them
+./launch.sh test [--all] [PYTEST ...]    run the tests; --all with the slow ones
+
+One machine runs torchrun over as many processes as the config's layout needs: NCCL and one process
+per GPU where there are GPUs, gloo otherwise. Ctrl-C saves a checkpoint and ends with 0.
+
+Options, before the command, for `train`:
+  --nnodes N --node-rank R --master HOST:PORT   one of N machines; the same command on each
+  --hostfile FILE                               start all of them from here with the deepspeed
+                                                launcher (ssh, pdsh); lines `host slots=PROCESSES`
+  --nproc N                                     processes on each machine, if not what the layout says
+
+Set-up needs Python 3.11 or newer and nothing else, and takes minutes once. Environment:
+  PYTHON           the Python to make .venv with
+  TORCH_INDEX_URL  where to get torch, such as https://download.pytorch.org/whl/cpu
+Exit codes: 0 done, 1 defect or failed test, 2 your mistake (one line says which), 3 a process was
+lost, 130 stopped at once.
+HELP
+}
+
+fail() {
+  echo "launch.sh: $*" >&2
+  exit 2
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "needs Python 3.11 or newer; found $(python3 --version 2>&1 || true); install one, or set PYTHON"
+}
+
+set_up() {
+  local stamp=$venv/.installed wanted found torch_pin
+  wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+  if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return
+  fi
+  rm -f "$stamp" # an interrupted set-up is done again
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    found=$(find_python)
+    echo "launch.sh: making .venv with $("$found" --version)" >&2
+    "$found" -m venv --clear "$venv" || fail "cannot make .venv; on Debian: apt install python3-venv"
+  fi
+  echo "launch.sh: installing, this takes some minutes" >&2
+  # torch first, from the index for this machine's hardware: what depends on it would fetch another.
+  torch_pin=$(grep '^torch==' "$root/constraints.txt")
+  "$python" -m pip install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin" >&2 ||
+    fail "pip could not install $torch_pin; see above"
+  "$python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[data,test,mpi]" >&2 ||
+    fail "pip could not install the dependencies; see above"
+  echo "$wanted" >"$stamp"
+}
+
+options=()
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    -h | --help) usage && exit 0 ;;
+    --nnodes | --node-rank | --master | --hostfile | --nproc)
+      [[ $# -ge 2 ]] || fail "$1 needs a value; see --help"
+      options+=("$1" "$2") && shift 2 ;;
+    --*=*) options+=("$1") && shift ;;
+    *) fail "unknown option $1; see --help" ;;
+  esac
+done
+[[ $# -gt 0 ]] || set -- train "$root/configs/run/quickstart.yaml"
+
+set_up
+case $1 in
+  help) exec "$python" -m moe_runtime --help ;;
+  test)
+    shift
+    marker=(-m "not slow")
+    if [[ ${1:-} == --all ]]; then marker=() && shift; fi
+    cd "$root" && exec "$python" -m pytest ${marker[@]+"${marker[@]}"} "$@" ;;
+  *) exec "$python" -m moe_runtime.cli.launch ${options[@]+"${options[@]}"} "$@" ;;
+esac
