@@ -11,14 +11,16 @@ Secrets stay out of its files: no command line, no environment, no source code i
 import os
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 _QUEUE_ITEMS = 10_000
 _INIT_TIMEOUT_S = 20.0
-_FINISH_TIMEOUT_S = 15.0
 _ID_FILE = "run_id"
 
 
@@ -30,6 +32,10 @@ class WandbSink:
         config: what W&B shows as the run's configuration.
         name, project: as W&B shows them.
         mode: `online` falls back to offline when there is no key or no network.
+        finish_timeout_s: how long `close` waits; then W&B's service is killed, for its own exit hook
+            would wait for it without limit.
+
+    W&B has one session per process; closing the sink ends it.
     """
 
     def __init__(
@@ -39,9 +45,11 @@ class WandbSink:
         name: str,
         project: str,
         mode: Literal["offline", "online"],
+        finish_timeout_s: float = 15.0,
     ) -> None:
         self._run_dir, self._config = run_dir, config
         self._name, self._project, self._mode = name, project, mode
+        self._finish_timeout_s = finish_timeout_s
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_ITEMS)
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._failed = threading.Event()
@@ -71,11 +79,13 @@ class WandbSink:
             return None
 
     def close(self) -> None:
-        """Finish the run; gives up after a few seconds."""
+        """Finish the run and W&B's session, within a time limit."""
         self._put(None)
-        self._thread.join(_FINISH_TIMEOUT_S)
-        if self._thread.is_alive() and not self._failed.is_set():
-            self._give_up(f"did not finish within {_FINISH_TIMEOUT_S:.0f} s")
+        self._thread.join(self._finish_timeout_s)
+        if self._thread.is_alive():
+            self._give_up(f"did not finish within {self._finish_timeout_s:.0f} s")
+            _kill_service()
+            self._thread.join(1.0)
 
     def _put(self, item: Callable[[Any], None] | None) -> None:
         if self._failed.is_set():
@@ -96,8 +106,12 @@ class WandbSink:
             run = self._open()
             while not self._failed.is_set() and (item := self._queue.get()) is not None:
                 item(run)
-            run.finish(quiet=True)
+            run.finish()
         except BaseException as error:  # a thread has nobody to raise to; W&B may even raise SystemExit
+            self._give_up(f"{type(error).__name__}: {error}")
+        try:
+            _end_session()
+        except BaseException as error:  # a dead service cannot be told to end; its hook is gone by now
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _open(self) -> Any:
@@ -110,6 +124,7 @@ class WandbSink:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             self._warnings.put(f"W&B records offline: {reason}; `wandb sync` sends it later")
+            _end_session()  # the service keeps the id of a run that it could not open
             return self._init("offline")
 
     def _init(self, mode: Literal["offline", "online"]) -> Any:
@@ -158,6 +173,23 @@ def _kept_id(path: Path) -> str:
     made = secrets.token_hex(4)
     path.write_text(made + "\n")
     return made
+
+
+def _end_session() -> None:
+    """Let W&B's service end now, rather than in a hook at exit that prints and may wait."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        wandb.teardown()
+
+
+def _kill_service() -> None:
+    """Kill the service that W&B started under this process."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "wandb-core" in " ".join(child.cmdline()):
+                child.kill()
+        except psutil.Error:  # it has ended by itself
+            continue
 
 
 def _has_key() -> bool:

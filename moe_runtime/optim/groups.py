@@ -1,11 +1,49 @@
-"""Parameter groups."""
-def parameter_groups(named_params, weight_decay, expert_group_name):
-    groups = []
-    for is_expert in (False, True):
-        for decays in (True, False):
-            ps = [p for _, p in named_params if getattr(p, "is_expert", False) == is_expert and (p.ndim > 1) == decays]
-            if ps:
-                g = {"params": ps, "weight_decay": weight_decay if decays else 0.0, "moe": is_expert,
-                     "name": (expert_group_name if is_expert else "dense") + ("" if decays else "_nd")}
-                groups.append(g)
-    return groups
+"""Which parameters decay, and which are experts: four groups, in one order everywhere.
+
+ZeRO flattens each group to one vector, so what is treated alike must be together: experts are reduced
+over fewer ranks than the rest, and gains of norms do not decay. The report states one weight decay of
+0.1 and names no exception; leaving one-dimensional gains out is the custom of the field and ours. All
+matrices decay: projections, experts, the router, embedding and head. Ref: DSV3 §4.2
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import Parameter
+
+DENSE_GROUP = "dense"
+NO_DECAY_SUFFIX = "_no_decay"
+
+
+def parameter_groups(
+    named_params: Iterable[tuple[str, Parameter]], weight_decay: float, expert_group_name: str
+) -> list[dict[str, Any]]:
+    """Group dicts for an optimizer: dense, dense without decay, experts, experts without decay.
+
+    Each has `params` in the order given, `name` (unique: `dense`, `dense_no_decay`, and
+    `expert_group_name` alone and with the same suffix), `weight_decay`, `moe` (True for experts, as
+    DeepSpeed wants it) and `group_id`, its place among the four. Empty groups are left out; the
+    others keep their `group_id`, so a rank without experts numbers the rest as its peers do.
+
+    Args:
+        named_params: parameters of this rank; those with `is_expert` are experts. Frozen ones are
+            left out.
+        weight_decay: of the groups that decay.
+        expert_group_name: what the expert-parallel process group is registered under.
+    """
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [],
+            "name": name if decays else name + NO_DECAY_SUFFIX,
+            "weight_decay": weight_decay if decays else 0.0,
+            "moe": place == 1,
+            "group_id": 2 * place + (not decays),
+        }
+        for place, name in enumerate((DENSE_GROUP, expert_group_name))
+        for decays in (True, False)
+    ]
+    for _, param in named_params:
+        if param.requires_grad:
+            place = int(getattr(param, "is_expert", False))
+            groups[2 * place + (param.ndim <= 1)]["params"].append(param)
+    return [group for group in groups if group["params"]]

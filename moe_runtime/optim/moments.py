@@ -3,52 +3,60 @@
     kind   exp_avg (m)               exp_avg_sq (v)              bytes a parameter
     fp32   as the parameter          as the parameter            8
     bf16   BF16, nearest             BF16, nearest               4
-    fp8    E4M3, stochastic          sqrt(v) in UE5M3, stoch.    2.016
+    fp8    m / sqrt(v) in E4M3,      sqrt(v) in UE5M3,           2.008
+           stochastic                stochastic, block scale
 
 The arithmetic is always that of the parameter's type: a step reads a window of both moments in full
 precision, updates them, updates the parameters from the unrounded values, and stores them again.
 
-FP8. Each moment has one power-of-two scale per block of 128 consecutive elements of the flat tensor,
-so that decoding and encoding again at the same block boundaries loses nothing. What makes it safe:
+FP8. The square root of v has one power-of-two scale per block of 128 consecutive elements of the flat
+tensor; m is stored in units of the decoded sqrt(v). All of it decodes exactly, and encoding again at
+the same block boundaries loses nothing. What makes it safe, each point measured in the tests:
 
-- The square root of v is stored: half the exponent span, so that gradients of 1 : 10^5 within a block
-  do not underflow, where linear v already fails at 1 : 10^3.
+- sqrt(v), not v: half the exponent span, so that gradients of 1 : 10^5 within a block do not
+  underflow, where linear v fails at 1 : 10^3.
 - v is always rounded stochastically. Under nearest rounding a decay of a few per cent rounds back to
-  the same code while growth passes: stored sqrt(v) ends at 13 to 16 times its true value after
-  gradients drop tenfold (beta2 0.95).
-- m is rounded stochastically too, with a second draw from the same random bits. Nearest would be
-  somewhat more exact for large elements; but below five quanta a decay by 0.9 rounds back, so that
-  m stands still while v falls, and the update grows without any gradient (measured in the tests).
-- |m| <= R sqrt(v) holds for exact AdamW by the Cauchy-Schwarz inequality (`mean_bound`) and is
-  imposed on what is read, so no rounding of either can make an update that exact AdamW could not
-  make. In particular m reads as zero where v is zero: m / (0 + eps) never happens.
-- Scales never fall below 2^-100, so all decoded values are normal FP32 numbers and devices that
-  flush subnormals agree with those that do not.
+  the same code while growth passes: stored sqrt(v) stays 16 times too large after gradients drop
+  tenfold at beta2 0.95.
+- m / sqrt(v), not m under a scale of its own. The quotient is what the update is made of; it is about
+  0.2 for any element, and at most (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)) by the
+  Cauchy-Schwarz inequality (1.2 for the report's betas, 7.3 for (0.9, 0.999)). So m needs no range,
+  and its error does not grow with the spread of its block: 2 % of sqrt(v) where m under a block scale
+  has 14 % (lognormal gradients, sigma 3) and updates up to three times too large at beta2 0.999. And
+  m is zero where v is zero: m / (0 + eps) cannot happen.
+- m is rounded stochastically too. Nearest is a third more exact on a busy element, but a decay rounds
+  back on one without gradients: it then moved 36 times too far at betas (0.95, 0.98).
+- Scales never fall below 2^-96, so all decoded values are normal FP32 numbers and devices that flush
+  subnormals agree with those that do not.
 
 Payloads are [num_blocks, 128] and scales [num_blocks, 1]: DeepSpeed hands out state tensors that have
 the shape of the flat partition as if they were values, and these must not look like one.
 
-Rejected: linear v; nearest rounding; a scale per tensor (one outlier row hides the rest); COAT's
-per-block exponent (three FP32 a block, and exact zeros wreck its range).
+Rejected besides: a scale per tensor (one outlier row hides the rest); COAT's per-block exponent (three
+FP32 numbers a block, and exact zeros wreck its range).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.fp8.formats import E4M3, UE5M3, Float8Format, decode, encode_stochastic
+from moe_runtime.fp8.formats import E4M3, FP32_MANTISSA_BITS, UE5M3, decode, encode_stochastic
 from moe_runtime.optim.counter_rng import NoiseKey, random_bits, second_draw
 
 MEAN, SQUARE = "exp_avg", "exp_avg_sq"
-MEAN_SCALE, ROOT_SCALE = "exp_avg_scale", "exp_avg_sq_scale"
+ROOT_SCALE = "exp_avg_sq_scale"
 BLOCK = 128
 SCALE_BIAS = 127
-MIN_SCALE_EXPONENT = -100
+MIN_SCALE_EXPONENT = -96
+SMALLEST_NORMAL = 2.0**-126
+FP32_MANTISSA = (1 << FP32_MANTISSA_BITS) - 1
+# Mantissa of UE5M3's largest value, as FP32 has it.
+MAX_ROOT_MANTISSA = (UE5M3.max_code << (FP32_MANTISSA_BITS - UE5M3.mantissa_bits)) & FP32_MANTISSA
+# m / sqrt(v) is multiplied by 2^4 before it is cast to E4M3: saturates at 28, quantum 2^-13.
+RATIO_EXPONENT = 4
 
 State = dict[str, Tensor]
 
@@ -90,8 +98,8 @@ class MomentStorage(Protocol):
         """True if `state` is in this storage's form and fits `param`."""
         ...
 
-    def read(self, state: State, start: int, stop: int, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-        """(m, v) of a window, 1-D, FP32 or wider; may be views of the state. |m| <= bound sqrt(v)."""
+    def read(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(m, v) of a window, 1-D, FP32 or wider; may be views of the state."""
         ...
 
     def write(self, state: State, start: int, mean: Tensor, square: Tensor, noise: Noise) -> None:
@@ -112,18 +120,6 @@ def moment_storage(kind: str) -> MomentStorage:
     raise ConfigError(f"optim.moments: expected fp32, bf16 or fp8, got {kind!r}")
 
 
-def mean_bound(betas: tuple[float, float]) -> float:
-    """R, the largest |m| / sqrt(v) that exact Adam can reach; infinite unless beta1^2 < beta2.
-
-    With a = beta1^2 / beta2, m = (1 - beta1) sum beta1^i g_i and v = (1 - beta2) sum beta2^i g_i^2 give
-    |m| <= (1 - beta1) sqrt(v) / sqrt((1 - beta2) (1 - a)). It is 1.17 for the report's (0.9, 0.95).
-    """
-    beta1, beta2 = betas
-    if beta1 * beta1 >= beta2:
-        return math.inf
-    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
-
-
 @dataclass(frozen=True)
 class FullMoments:
     """Both moments in the parameter's own type and shape; windows are views, so writing is nothing."""
@@ -133,15 +129,18 @@ class FullMoments:
 
     def blank(self, param: Tensor) -> State:
         """Zeros like the parameter."""
-        return {name: torch.zeros_like(param, memory_format=torch.contiguous_format) for name in (MEAN, SQUARE)}
+        return {
+            name: torch.zeros_like(param, memory_format=torch.contiguous_format) for name in (MEAN, SQUARE)
+        }
 
     def holds(self, state: State, param: Tensor) -> bool:
         """True for tensors of the parameter's type and size."""
         return all(
-            state[name].dtype == param.dtype and state[name].numel() == param.numel() for name in (MEAN, SQUARE)
+            state[name].dtype == param.dtype and state[name].numel() == param.numel()
+            for name in (MEAN, SQUARE)
         )
 
-    def read(self, state: State, start: int, stop: int, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    def read(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Views; what the caller changes in them is stored."""
         return state[MEAN].view(-1)[start:stop], state[SQUARE].view(-1)[start:stop]
 
@@ -167,7 +166,10 @@ class Bf16Moments:
 
     def blank(self, param: Tensor) -> State:
         """Zeros of the parameter's shape."""
-        return {name: torch.zeros(param.shape, dtype=torch.bfloat16, device=param.device) for name in (MEAN, SQUARE)}
+        return {
+            name: torch.zeros(param.shape, dtype=torch.bfloat16, device=param.device)
+            for name in (MEAN, SQUARE)
+        }
 
     def holds(self, state: State, param: Tensor) -> bool:
         """True for BF16 tensors of the parameter's size."""
@@ -176,7 +178,7 @@ class Bf16Moments:
             for name in (MEAN, SQUARE)
         )
 
-    def read(self, state: State, start: int, stop: int, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    def read(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """FP32 copies."""
         mean, square = (state[name].view(-1)[start:stop].to(torch.float32) for name in (MEAN, SQUARE))
         return mean, square
@@ -189,10 +191,10 @@ class Bf16Moments:
 
 @dataclass(frozen=True)
 class Fp8Moments:
-    """m in E4M3 and sqrt(v) in UE5M3, blocks of 128 with power-of-two scales; see the top of the file.
+    """sqrt(v) in UE5M3 with a power-of-two scale a block, m / sqrt(v) in E4M3; see the top of the file.
 
-    State: exp_avg, exp_avg_sq uint8 [num_blocks, 128] codes; exp_avg_scale, exp_avg_sq_scale uint8
-    [num_blocks, 1], exponents plus 127. The tail of the last block holds zeros.
+    State: exp_avg, exp_avg_sq uint8 [num_blocks, 128] codes; exp_avg_sq_scale uint8 [num_blocks, 1],
+    exponents plus 127. The tail of the last block holds zeros.
     """
 
     kind: str = "fp8"
@@ -200,70 +202,65 @@ class Fp8Moments:
 
     def blank(self, param: Tensor) -> State:
         """Zero codes and zero scales: decodes to exact zeros."""
-        blocks = -(-param.numel() // BLOCK)
-        widths = {MEAN: BLOCK, MEAN_SCALE: 1, SQUARE: BLOCK, ROOT_SCALE: 1}
         return {
-            name: torch.zeros(blocks, width, dtype=torch.uint8, device=param.device)
-            for name, width in widths.items()
+            name: torch.zeros(shape, dtype=torch.uint8, device=param.device)
+            for name, shape in _fp8_shapes(param).items()
         }
 
     def holds(self, state: State, param: Tensor) -> bool:
         """True for codes and scales that fit the parameter's number of blocks."""
-        blocks = -(-param.numel() // BLOCK)
-        widths = {MEAN: BLOCK, MEAN_SCALE: 1, SQUARE: BLOCK, ROOT_SCALE: 1}
         return all(
-            name in state and state[name].dtype == torch.uint8 and state[name].shape == (blocks, width)
-            for name, width in widths.items()
+            name in state and state[name].dtype == torch.uint8 and state[name].shape == shape
+            for name, shape in _fp8_shapes(param).items()
         )
 
-    def read(self, state: State, start: int, stop: int, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    def read(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Decode a window to FP32."""
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
-        root = _decode_blocks(state[SQUARE][blocks], state[ROOT_SCALE][blocks], UE5M3)
-        mean = _decode_blocks(state[MEAN][blocks], state[MEAN_SCALE][blocks], E4M3)
-        if math.isfinite(bound):
-            largest = root * bound
-            torch.clamp(mean, min=-largest, max=largest, out=mean)
+        root = _decode_roots(state[SQUARE][blocks], state[ROOT_SCALE][blocks])
+        mean = decode(state[MEAN][blocks], E4M3).mul_(root).mul_(2.0**-RATIO_EXPONENT)
         square = root.mul_(root)
         return mean.view(-1)[: stop - start], square.view(-1)[: stop - start]
 
     def write(self, state: State, start: int, mean: Tensor, square: Tensor, noise: Noise) -> None:
         """Encode a window; m becomes zero where sqrt(v) did."""
-        roots, means = _as_blocks(square).sqrt(), _as_blocks(mean)
+        roots, means = _as_blocks(square).sqrt_(), _as_blocks(mean)
+        bits = random_bits(noise.key, noise.offset + start, roots.numel(), roots.device).view_as(roots)
+        root_codes, scales = _encode_roots(roots, bits)
+        # Units of the root as it will be read; where that is zero, the quotient is masked afterwards.
+        units = _decode_roots(root_codes, scales - RATIO_EXPONENT).clamp_(min=SMALLEST_NORMAL)
+        ratio_codes = encode_stochastic(means / units, E4M3, second_draw(bits))
         blocks = slice(start // BLOCK, start // BLOCK + roots.shape[0])
-        bits = random_bits(noise.key, noise.offset + start, roots.numel(), square.device).view_as(roots)
-        root_codes, root_scales = _encode_blocks(roots, UE5M3, bits)
-        mean_codes, mean_scales = _encode_blocks(means, E4M3, second_draw(bits))
-        mean_codes.mul_(root_codes.clamp(max=1))
-        state[SQUARE][blocks], state[ROOT_SCALE][blocks] = root_codes, root_scales
-        state[MEAN][blocks], state[MEAN_SCALE][blocks] = mean_codes, mean_scales
+        state[SQUARE][blocks], state[ROOT_SCALE][blocks] = root_codes, scales
+        state[MEAN][blocks] = ratio_codes.mul_(root_codes.clamp_(max=1))
+
+
+def _fp8_shapes(param: Tensor) -> dict[str, tuple[int, int]]:
+    blocks = -(-param.numel() // BLOCK)
+    return {MEAN: (blocks, BLOCK), SQUARE: (blocks, BLOCK), ROOT_SCALE: (blocks, 1)}
 
 
 def _as_blocks(values: Tensor) -> Tensor:
-    """[numel] in any float type as contiguous float32 [num_blocks, BLOCK], zeros at the tail."""
-    missing = -values.numel() % BLOCK
-    values = values.to(torch.float32)
-    return (pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
+    """[numel] in any float type as contiguous float32 [num_blocks, BLOCK], a copy, zeros at the tail."""
+    padded = values.new_zeros(-(-values.numel() // BLOCK) * BLOCK, dtype=torch.float32)
+    padded[: values.numel()] = values
+    return padded.view(-1, BLOCK)
 
 
-def _encode_blocks(values: Tensor, fmt: Float8Format, bits: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_roots(roots: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [num_blocks, BLOCK] and biased scale exponents [num_blocks, 1], both uint8.
 
-    The scale is the smallest power of two under which the block's largest magnitude does not saturate.
+    The scale is the smallest power of two under which the block's largest root does not saturate:
+    its exponent, one more where the mantissa exceeds that of UE5M3's largest value.
     """
-    largest = values.abs().amax(dim=1, keepdim=True).view(torch.int32)
-    # Rounds the exponent up where the mantissa exceeds that of max_value (1.75 in both formats).
-    exponent = (largest + (0x7FFFFF - _max_mantissa_bits(fmt))).bitwise_right_shift_(23)
-    scale = exponent.sub_(fmt.max_exponent).clamp_(min=SCALE_BIAS + MIN_SCALE_EXPONENT)
-    inverse = (2 * SCALE_BIAS - scale).bitwise_left_shift_(23).view(torch.float32)
-    return encode_stochastic(values * inverse, fmt, bits), scale.to(torch.uint8)
+    largest = roots.amax(dim=1, keepdim=True).view(torch.int32)
+    exponent = (largest + (FP32_MANTISSA - MAX_ROOT_MANTISSA)).bitwise_right_shift_(FP32_MANTISSA_BITS)
+    scale = exponent.sub_(UE5M3.max_exponent).clamp_(min=SCALE_BIAS + MIN_SCALE_EXPONENT)
+    inverse = (2 * SCALE_BIAS - scale).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
+    return encode_stochastic(roots.mul_(inverse), UE5M3, bits), scale.to(torch.uint8)
 
 
-def _decode_blocks(codes: Tensor, scale: Tensor, fmt: Float8Format) -> Tensor:
+def _decode_roots(codes: Tensor, scale: Tensor) -> Tensor:
     """float32 [num_blocks, BLOCK]; a scale of 0 (an untouched block) is 0."""
-    return decode(codes, fmt).mul_(scale.to(torch.int32).bitwise_left_shift_(23).view(torch.float32))
-
-
-def _max_mantissa_bits(fmt: Float8Format) -> int:
-    """FP32 mantissa field of the format's largest finite value."""
-    return (fmt.max_code & ((1 << fmt.mantissa_bits) - 1)) << (23 - fmt.mantissa_bits)
+    power = scale.to(torch.int32).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
+    return decode(codes, UE5M3).mul_(power)

@@ -36,13 +36,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from moe_runtime.errors import CheckpointError, ConfigError, NumericsError
-from moe_runtime.parallel.zero_groups import check_replicas, complete_groups
+from moe_runtime.parallel.zero_groups import check_replicas, complete_groups, make_client, owners_of
 from moe_runtime.parallel.zero_partition import Partition, lay_out
 
 # Both norms are sums of the same squares; DeepSpeed rounds them to FP32 a few times on the way.
 _NORM_TOLERANCE = 1e-5
 # DeepSpeed adds up squares in FP32: beyond this they overflow, and the gradient is not usable.
 _LARGEST_SQUARE_SUM = 1e38
+# Elements converted to FP64 at a time.
+_NORM_WINDOW = 2**20
 # Elements from which a message to each owner is quicker than one all-reduce of twice the bytes:
 # measured on gloo, 4 ranks: 30% slower at 2^16, 25% quicker at 2^20.
 _OWNER_MESSAGE = 2**18
@@ -72,7 +74,8 @@ class ZeroOptimizer:
 
     Args:
         named_params: this rank's parameters in ascending order of stage id, the same order on every
-            rank that holds them. A second copy of a parameter has `ds_pipe_replicated = True`.
+            rank that holds them; frozen ones are left alone. A second copy of a parameter has
+            `ds_pipe_replicated = True`.
         groups: parameter groups with `params`, hyper-parameters and a `name`; a group holds experts
             (`param.is_expert`) only, or none. Empty ones are left out.
         make_optimizer: builds the client optimizer from the groups; it will see one flat FP32 tensor
@@ -105,26 +108,25 @@ class ZeroOptimizer:
         grad_clip: float = 0.0,
         bucket_elements: int = 2**24,
     ) -> None:
-        if not named_params:
+        self._named = [(name, param) for name, param in named_params if param.requires_grad]
+        if not self._named:
             raise ConfigError("layout.layers_per_stage: a pipeline rank holds no parameter; give it a layer")
         if stage == 2 and dist.get_world_size(norm_group) > 1:
             raise ConfigError("layout.zero_stage: 2 needs layout.pp 1; use zero_stage 1 with a pipeline")
-        self._named = list(named_params)
         names = {param: name for name, param in self._named}
         self._groups = complete_groups(groups, names)
-        self._dtype = self._named[0][1].dtype
-        self._accum_dtype = torch.promote_types(self._dtype, torch.float32)
+        self._accum_dtype = torch.promote_types(self._named[0][1].dtype, torch.float32)
         # FP64 models exist to be compared, not trained: reduced and normed, but never partitioned.
         self._partitions_grads = stage == 2 and self._accum_dtype == torch.float32
         self._dp_group, self._norm_group, self._grad_clip = dp_group, norm_group, grad_clip
         self._members = [list(group["params"]) for group in self._groups]
-        self._owners = [_owners_of(group, dp_group, expert_dp_group) for group in self._groups]
+        self._owners = [owners_of(group, dp_group, expert_dp_group) for group in self._groups]
         for group, params, owners in zip(self._groups, self._members, self._owners, strict=True):
             check_replicas(group["name"], params, names, owners)
-        self.client = _make_client(make_optimizer, self._groups)
+        self.client = make_client(make_optimizer, self._groups)
         largest = max(sum(p.numel() for p in params) for params in self._members)
         bucket = min(bucket_elements, largest)
-        self._engine = _load_engine(dp_group).ZeroEngine(
+        self._engine = _load_engine().ZeroEngine(
             self.client,
             names,
             dp_group=dp_group,
@@ -262,8 +264,8 @@ class ZeroOptimizer:
             if any(entry.name in replicated for entry in partition.layout):
                 owned = (piece for piece in partition.pieces() if piece.name not in replicated)
                 parts = [flat.narrow(0, piece.local, piece.numel) for piece in owned]
-            for part in parts:
-                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            for window in (window for part in parts for window in part.split(_NORM_WINDOW)):
+                total += torch.linalg.vector_norm(window, dtype=torch.float64).square()
         for group in (self._dp_group, self._norm_group):
             if dist.get_world_size(group) > 1:
                 dist.all_reduce(total, group=group)
@@ -285,30 +287,6 @@ class ZeroOptimizer:
         )
 
 
-def _make_client(
-    make_optimizer: Callable[[list[dict[str, Any]]], Optimizer], groups: list[dict[str, Any]]
-) -> Optimizer:
-    """A client that never meets the model's weights: DeepSpeed wants them in its groups, then replaces them.
-
-    It is made with stand-ins of the kind that it will work on, for it may refuse BF16.
-    """
-    client = make_optimizer(
-        [{**group, "params": [group["params"][0].new_zeros(2, dtype=torch.float32)]} for group in groups]
-    )
-    for own, group in zip(client.param_groups, groups, strict=True):
-        own["params"] = list(group["params"])
-    return client
-
-
-def _owners_of(
-    group: dict[str, Any], dp_group: dist.ProcessGroup, expert_dp_group: dist.ProcessGroup | None
-) -> dist.ProcessGroup:
-    if not group["moe"]:
-        return dp_group
-    assert expert_dp_group is not None, f"group {group['name']} holds experts, but there is no expert group"
-    return expert_dp_group
-
-
 def _compare_norms(ours: float, theirs: float) -> None:
     if not math.isclose(ours, theirs, rel_tol=_NORM_TOLERANCE, abs_tol=1e-18):
         raise NumericsError(
@@ -317,7 +295,7 @@ def _compare_norms(ours: float, theirs: float) -> None:
         )
 
 
-def _load_engine(dp_group: dist.ProcessGroup) -> Any:
+def _load_engine() -> Any:
     """Import DeepSpeed now: it takes seconds, and reads DS_ACCELERATOR while it is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

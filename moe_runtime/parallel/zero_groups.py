@@ -6,12 +6,13 @@ looked for once, when the optimizer is built.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from moe_runtime.errors import NumericsError
 
@@ -42,6 +43,31 @@ def complete_groups(groups: Sequence[dict[str, Any]], names: dict[Parameter, str
         # Its place among all groups, also those that are empty here: the same number on every rank.
         kept.append({"group_id": i, **group, "params": params, "name": name, "moe": experts[0]})
     return kept
+
+
+def make_client(
+    make_optimizer: Callable[[list[dict[str, Any]]], Optimizer], groups: list[dict[str, Any]]
+) -> Optimizer:
+    """A client that never meets the model's weights: DeepSpeed wants them in its groups, then replaces them.
+
+    It is made with stand-ins of the kind that it will work on, for it may refuse BF16.
+    """
+    client = make_optimizer(
+        [{**group, "params": [group["params"][0].new_zeros(2, dtype=torch.float32)]} for group in groups]
+    )
+    for own, group in zip(client.param_groups, groups, strict=True):
+        own["params"] = list(group["params"])
+    return client
+
+
+def owners_of(
+    group: dict[str, Any], dp_group: dist.ProcessGroup, expert_dp_group: dist.ProcessGroup | None
+) -> dist.ProcessGroup:
+    """The ranks that share a completed group's flat vector."""
+    if not group["moe"]:
+        return dp_group
+    assert expert_dp_group is not None, f"group {group['name']} holds experts, but there is no expert group"
+    return expert_dp_group
 
 
 def check_replicas(

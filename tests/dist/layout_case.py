@@ -9,6 +9,8 @@ from torch import Tensor
 from moe_runtime.build import Runtime, build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.optim.schedule import lr_at
+from moe_runtime.parallel.expert_load import move_biases
 from moe_runtime.parallel.mesh import open_groups
 from moe_runtime.train.step import objective_weights, split_microbatches
 from tests.dist.plain_model import PlainModel, PlainStep, preset_biases
@@ -170,10 +172,6 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def compare_training(case: Case, rank: int) -> dict[str, float]:
     """Parameters after three ZeRO steps against torch AdamW on FP32 masters; biases exactly."""
-    from moe_runtime.optim.schedule import lr_at
-
-    from moe_runtime.parallel.expert_load import move_biases
-
     runtime = build(case, rank)
     optimizer = build_optimizer(runtime)
     plain = PlainModel(runtime.config, case.biases)
