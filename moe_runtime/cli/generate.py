@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,10 +91,13 @@ def check_device(name: str) -> None:
 
 
 def _print(prompt: str, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:
-    """Print the prompt, then each token as it comes."""
+    """Print the prompt, then each token as it comes; a terminal gets no control characters."""
+    from moe_runtime.metrics.console import printable
+
+    show = printable if sys.stdout.isatty() else str
     typer.echo(prompt, nl=False)
     for piece in text_pieces(tokenizer, ids):
-        typer.echo(piece, nl=False)
+        typer.echo(show(piece), nl=False)
     typer.echo()
 
 

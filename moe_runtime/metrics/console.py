@@ -1,6 +1,7 @@
 """What the person in front of the terminal sees: a bar on a terminal, plain lines in a pipe."""
 
 import time
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,15 @@ class ConsoleSink:
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         self._bar.update(self._task, completed=done, description=line)
+
+
+def printable(text: str) -> str:
+    """Text of a model, made safe for a terminal: control characters but tab and newline as escapes."""
+    return "".join(char if char in "\t\n" or not _is_control(char) else ascii(char)[1:-1] for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) == "Cc"
 
 
 def clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.metrics.console import ConsoleSink
+from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.record import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
@@ -97,7 +97,7 @@ class Recorder:
         if not self._is_active:
             return
         self.event("sample", step=step, text=text)
-        self.say(f"--- sample at step {step}\n{text}\n---")
+        self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
 

@@ -96,6 +96,14 @@ def test_samples_are_kept_and_shown(tmp_path: Path) -> None:
     assert (event["kind"], event["step"], event["text"]) == ("sample", 20, "def f(x):\n    return [x]")
 
 
+def test_a_sample_cannot_command_the_terminal(tmp_path: Path) -> None:
+    recorder, out = open_recorder(tmp_path)
+    recorder.sample(1, "a\x1b[2J\x08b\x7f\té\n\x9b")
+    recorder.close()
+    assert "a\\x1b[2J\\x08b\\x7f" in out.getvalue() and "é" in out.getvalue()
+    assert not set("\x1b\x08\x7f\x9b") & set(out.getvalue())
+
+
 def test_what_was_not_measured_has_no_key_and_what_is_not_finite_is_null() -> None:
     line = to_line(record(1, loss=float("nan"), grad_norm=float("inf"), lr=None, layers={}))
     assert line == {"step": 1, "tokens": 64, "loss": None, "grad_norm": None, "tokens_per_s": 1234.5}

@@ -1,0 +1,77 @@
+"""Real runs through the real launcher: kill, resume, stop, and what a user can do wrong."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.small_run import digests, finish, run, start, steps_done, wait_for_step, write_config
+
+pytestmark = pytest.mark.launcher
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The rank processes below a launcher."""
+    children = psutil.Process(launcher).children(recursive=True)
+    return [child for child in children if "-m moe_runtime train" in " ".join(child.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = run("train", str(write_config(folder)))
+    assert code == 0, output
+    return folder
+
+
+def test_a_run_says_what_it_does_and_records_every_step(uninterrupted: Path) -> None:
+    run_dir = uninterrupted / "runs" / "small"
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    wanted = {"tokens", "loss", "loss_mtp", "loss_balance", "grad_norm", "lr", "tokens_per_s", "step_s"}
+    wanted |= {"bubble_fraction", "exposed_comm_fraction", "comm_bytes_inter", "comm_bytes_intra"}
+    assert all(wanted | {"max_violation", "layers"} <= set(record) for record in records)
+    assert [record["step"] for record in records if "val_bpb" in record] == [4, 8]
+    assert records[-1]["loss"] < records[0]["loss"]
+    events = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert events.count("checkpoint") == 4 and events.count("sample") == 1 and "finished" in events
+
+
+def test_kill_of_one_rank_ends_all_and_the_same_command_resumes_to_the_same_bits(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    config, run_dir = write_config(tmp_path), tmp_path / "runs" / "small"
+    process = start("train", str(config))
+    wait_for_step(run_dir, 3, process)
+    ranks = _ranks(process.pid)
+    assert len(ranks) == 2
+    killed = time.monotonic()
+    ranks[1].send_signal(signal.SIGKILL)
+    code, output = finish(process, timeout_s=30)
+    assert time.monotonic() - killed < 15
+    assert code == 3 and "rank" in output and "resumes" in output, output
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    code, output = run("train", str(config))
+    assert code == 0 and "resuming after step" in output, output
+    assert steps_done(run_dir) == list(range(1, 9))
+    assert digests(run_dir, 8) == digests(uninterrupted / "runs" / "small", 8)
+
+
+def test_ctrl_c_ends_cleanly_with_a_checkpoint_and_fresh_starts_over(tmp_path: Path) -> None:
+    config, run_dir = write_config(tmp_path, train__checkpoint_every=0), tmp_path / "runs" / "small"
+    process = start("train", str(config), "train.total_steps=100000", "train.eval_every=0")
+    wait_for_step(run_dir, 3, process)
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process, timeout_s=30)
+    assert code == 0 and "stopped at step" in output, output
+    stopped = steps_done(run_dir)[-1]
+    assert digests(run_dir, stopped)
+    code, output = run("train", str(config), f"train.total_steps={stopped + 1}", "train.eval_every=0")
+    assert code == 0 and f"resuming after step {stopped}" in output, output
+    code, output = run("train", str(config), "train.total_steps=1", "train.eval_every=0", "--fresh")
+    assert code == 0 and "resuming" not in output, output
+    assert steps_done(run_dir) == [1]
