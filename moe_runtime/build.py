@@ -1,7 +1,12 @@
-"""The only place that turns a RunConfig into objects."""
+"""The only place that turns a RunConfig into objects: the model's part of a rank, its optimizer, a run.
 
+Whatever one rank finds wrong here, all ranks say alike.
+"""
+
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from moe_comm.dispatcher import Dispatcher
@@ -9,62 +14,36 @@ from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from torch.nn import Parameter
 
-from moe_runtime.config.layout import ResolvedLayout
+from moe_runtime.checkpoint.store import CheckpointStore
+from moe_runtime.config.derive import total_steps
+from moe_runtime.config.layout import ResolvedLayout, check_layout
+from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.prepare import ensure_prepared
+from moe_runtime.data.shards import TokenDataset
+from moe_runtime.data.vocabulary import Tokenizer
+from moe_runtime.errors import CheckpointError, ConfigError, DataError
+from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.groups import parameter_groups
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
-from moe_runtime.parallel.mesh import Groups, Mesh
+from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.p2p import TorchTransport, Transport
+from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import Clock, StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
+from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
-from moe_runtime.schedule.action import Program
-from moe_runtime.schedule.builders import build
-from moe_runtime.schedule.passes import lower
+from moe_runtime.train.loop import Run
+from moe_runtime.train.saving import TrainingState, load_state
+from moe_runtime.train.step import TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-@dataclass
-class Runtime:
-    """Everything of one rank that a training step touches.
-
-    Args:
-        chunks: stage -> module, in ascending stage order.
-        named_params: canonical name -> parameter, each object once, in ascending stage order.
-        tied_embedding: the embedding that first and last stage hold a copy of each, or None.
-        executor: runs training and validation programs.
-        sampler: runs forwards that end with the normed stream, before head and MTP.
-    """
-
-    config: RunConfig
-    layout: ResolvedLayout
-    mesh: Mesh
-    groups: Groups
-    device: torch.device
-    chunks: dict[int, Transformer]
-    named_params: list[tuple[str, Parameter]]
-    tied_embedding: Parameter | None
-    sink: WeightGradSink
-    load: ExpertLoad
-    clock: Clock
-    dispatcher: Dispatcher
-    executor: Executor
-    sampler: Executor
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        """`placement[direction][stage]` is the pipeline rank that holds the stage."""
-        stages = tuple(range(self.mesh.pp))
-        return (stages, stages[::-1]) if self.mesh.is_mirrored else (stages,)
-
-    def program(self, num_microbatches: int) -> Program:
-        """This run's schedule for a number of microbatches a lane, checked, with transfers."""
-        return lower(build(self.layout.schedule, self.mesh.pp, num_microbatches))
 
 
 def build_mesh(layout: ResolvedLayout, rank: int) -> Mesh:
@@ -91,54 +70,45 @@ def build_runtime(
         transport: between pipeline ranks; None takes torch.distributed.
     """
     dispatcher = _build_dispatcher(config, layout, mesh, groups, ranks_per_node)
-    held = sorted({stage for _, stage in _placement(layout, mesh)})
+    places = _placement(layout, mesh)
     chunks = {
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
-        for stage in held
+        for stage in sorted({stage for _, stage in places})
     }
     tied = _tie_embedding(config, layout, chunks)
     named = _unique_parameters(chunks)
-    sink = WeightGradSink()
+    sink, clock = WeightGradSink(), Clock()
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    load, clock = ExpertLoad(layers, config.model.num_experts, device), Clock()
-    if transport is None and mesh.pp > 1:
-        transport = _torch_transport(mesh, groups)
+    load = ExpertLoad(layers, config.model.num_experts, device)
+    open_executor = partial(
+        Executor,
+        mesh.pp_rank,
+        transport=transport or _torch_transport(mesh, groups),
+        boundary_dtype=DTYPES[config.precision],
+        hidden_size=config.model.hidden_size,
+        device=device,
+        clock=clock,
+        needs_tokens=document_separator is not None,
+        extra_tokens=1 + config.model.mtp_depth,
+    )
 
-    def open_executor(phases_of: Callable[[Transformer], Sequence[Phase]]) -> Executor:
-        runners = {
-            stage: StageRunner(phases_of(chunk), dispatcher, sink, load.add, clock)
-            for stage, chunk in chunks.items()
-        }
-        return Executor(
-            mesh.pp_rank,
-            {(direction, stage): runners[stage] for direction, stage in _placement(layout, mesh)},
-            transport,
-            boundary_dtype=DTYPES[config.precision],
-            hidden_size=config.model.hidden_size,
-            device=device,
-            clock=clock,
-            needs_tokens=document_separator is not None,
-            extra_tokens=1 + config.model.mtp_depth,
-        )
-
-    executor = open_executor(lambda chunk: chunk.phases())
-    sampler = open_executor(lambda chunk: _until_head(chunk.phases()))
+    make = partial(StageRunner, dispatcher=dispatcher, sink=sink, count_experts=load.add, clock=clock)
     return Runtime(
-        config,
-        layout,
-        mesh,
-        groups,
-        device,
-        chunks,
-        named,
-        tied,
-        sink,
-        load,
-        clock,
-        dispatcher,
-        executor,
-        sampler,
+        config=config,
+        layout=layout,
+        mesh=mesh,
+        groups=groups,
+        device=device,
+        chunks=chunks,
+        named_params=named,
+        tied_embedding=tied,
+        sink=sink,
+        load=load,
+        clock=clock,
+        dispatcher=dispatcher,
+        executor=open_executor(_runners(chunks, places, make)),
+        sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
 
 
@@ -225,13 +195,14 @@ def _tie_embedding(
     if first in chunks and last in chunks:
         chunks[last].embed.weight = chunks[first].embed.weight
         return None
-    if first in chunks:
-        return chunks[first].embed.weight
-    if last in chunks:
-        copy = chunks[last].embed.weight
-        copy.ds_pipe_replicated = True  # counted once in the gradient norm
-        return copy
-    return None
+    held = next((stage for stage in (first, last) if stage in chunks), None)
+    if held is None:
+        return None
+    weight = chunks[held].embed.weight
+    # A flat group of its own, so that both copies are rounded alike; one of them counts in the norm.
+    weight.is_tied = True  # type: ignore[attr-defined]
+    weight.ds_pipe_replicated = held == last  # type: ignore[attr-defined]
+    return weight
 
 
 def _unique_parameters(chunks: dict[int, Transformer]) -> list[tuple[str, Parameter]]:
@@ -245,13 +216,118 @@ def _unique_parameters(chunks: dict[int, Transformer]) -> list[tuple[str, Parame
     return named
 
 
+def _runners(
+    chunks: dict[int, Transformer],
+    places: list[tuple[int, int]],
+    make: Callable[[Sequence[Phase]], StageRunner],
+) -> dict[tuple[int, int], StageRunner]:
+    """One runner a stage, under each (direction, stage) that is held here."""
+    made = {stage: make(chunk.phases()) for stage, chunk in chunks.items()}
+    return {(direction, stage): made[stage] for direction, stage in places}
+
+
 def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     """The phases up to the final norm; all of them in a chunk without a head."""
     ends = [i for i, phase in enumerate(phases) if isinstance(phase, Compute) and "hidden" in phase.outputs]
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _torch_transport(mesh: Mesh, groups: Groups) -> TorchTransport:
+def _torch_transport(mesh: Mesh, groups: Groups) -> TorchTransport | None:
+    if mesh.pp == 1:
+        return None
     assert groups.pipe_up is not None and groups.pipe_down is not None
     lane = [mesh.rank_at(row) for row in range(mesh.pp)]
     return TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
+
+
+def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
+    """Build everything and take up where the last checkpoint stands."""
+    layout = check_layout(config, world.world_size)
+    mesh = build_mesh(layout, world.rank)
+    groups = open_groups(mesh)
+    peers = Peers(world.rank, world.world_size, groups.control)
+    _check_same_config(config, peers)
+    tokenizer, train_data, validation_data = _open_data(config, peers)
+    runtime = build_runtime(
+        config,
+        layout,
+        mesh,
+        groups,
+        world.device,
+        ranks_per_node=world.ranks_per_node,
+        document_separator=tokenizer.eos_id if config.data.document_mask else None,
+    )
+    optimizer = build_optimizer(runtime)
+    run_dir = Path(config.out_dir) / config.name
+    peers.alike(lambda: _write_config(run_dir, config, peers), (ConfigError,))
+    state = TrainingState(runtime, optimizer, peers, tokenizer)
+    store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
+    start, said = _resume(store, state, fresh)
+    recorder = Recorder(run_dir, config, peers, resume_step=start)
+    for line in said:
+        recorder.event("resume", message=line)
+        recorder.say(line)
+    return Run(
+        config,
+        state,
+        TrainStep(runtime, optimizer, peers.alike(lambda: _loader(config, train_data), (DataError,))),
+        tokenizer,
+        peers.alike(lambda: _loader(config, validation_data), (DataError,)),
+        store,
+        recorder,
+        start,
+        total_steps(config, layout),
+    )
+
+
+def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
+    """Rank 0 prepares what is missing; then every rank opens the same shards."""
+    peers.alike(lambda: ensure_prepared(config.data, config.seed) if peers.is_first else None, (DataError,))
+
+    def open_all() -> tuple[Tokenizer, TokenDataset, TokenDataset]:
+        ensure_prepared(config.data, config.seed)
+        folder = Path(config.data.path)
+        data = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
+        return data[0].load_tokenizer(), *data
+
+    return peers.alike(open_all, (DataError,))
+
+
+def _loader(config: RunConfig, dataset: TokenDataset) -> BatchLoader:
+    model = config.model
+    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
+
+
+def _check_same_config(config: RunConfig, peers: Peers) -> None:
+    """Ranks with different settings would compute nonsense, or wait for each other for ever."""
+    digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
+
+
+def _write_config(run_dir: Path, config: RunConfig, peers: Peers) -> None:
+    if not peers.is_first:
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
+        raise ConfigError(text) from error
+
+
+def _resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[int, list[str]]:
+    """Load the newest good checkpoint; gives the steps done and what to tell."""
+    if fresh:
+        store.clear()
+        return 0, []
+    found = store.latest_good()
+    if found.checkpoint is None and found.skipped:
+        reasons = "; ".join(map(str, found.skipped))
+        raise CheckpointError(f"no good checkpoint is left: {reasons}; --fresh starts over")
+    said = [f"passed over a damaged checkpoint: {damaged}" for damaged in found.skipped]
+    if found.checkpoint is None:
+        return 0, said
+    start = load_state(state, found.checkpoint)
+    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}"]

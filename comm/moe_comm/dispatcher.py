@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from moe_comm.traffic import TrafficMeter
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -48,7 +50,13 @@ class Received:
 
 
 class Dispatcher(Protocol):
-    """Moves tokens between the ranks of one expert-parallel group."""
+    """Moves tokens between the ranks of one expert-parallel group.
+
+    Attributes:
+        traffic: counts the rows and bytes that were sent.
+    """
+
+    traffic: TrafficMeter
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:
         """Start sending each token to its experts.

@@ -191,7 +191,9 @@ def floor_of(config: ModelConfig, dtype: torch.dtype) -> Callable[[], None]:
     tokens = SEQUENCES * SEQ_LEN
     products = []
     for times, rows, fan_in, fan_out in gemm_shapes(config, tokens):
-        x, w, d = (wide(torch.randn(s, dtype=dtype)) for s in ((rows, fan_in), (fan_out, fan_in), (rows, fan_out)))
+        x, w, d = (
+            wide(torch.randn(s, dtype=dtype)) for s in ((rows, fan_in), (fan_out, fan_in), (rows, fan_out))
+        )
         products.append((times, x, w, d))
     width = config.qk_nope_head_dim + config.qk_rope_head_dim
     shape = (SEQUENCES, SEQ_LEN, config.num_heads, width)

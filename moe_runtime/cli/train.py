@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import PeerLost
 
@@ -22,14 +23,15 @@ def train(
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
+    from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
 
     world = read_world(run.device)
-    loop.check_layout(run, world.world_size)
+    check_layout(run, world.world_size)
     with join_world(world, run.train.peer_timeout_s):
         try:
-            loop.train(run, world, fresh=fresh)
+            loop.train(open_run(run, world, fresh=fresh))
         except RuntimeError as error:
             raise _explain(error, world.rank) from error
 

@@ -77,13 +77,9 @@ def join_world(world: World, timeout_s: float) -> Iterator[None]:
         torch.cuda.set_device(world.device)
     try:
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(
-                backend, rank=world.rank, world_size=world.world_size, timeout=timeout
-            )
+            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
         else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         raise PeerLost(

@@ -1,29 +1,19 @@
 """The training loop: resume, step, validate, sample, save, until the end or until asked to stop."""
 
-import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from moe_runtime.build import Runtime, build_mesh, build_optimizer, build_runtime
 from moe_runtime.checkpoint.store import CheckpointStore, SaveFailed
-from moe_runtime.config.derive import tokens_before, total_steps
-from moe_runtime.config.layout import check_layout
-from moe_runtime.config.load import dump_config
+from moe_runtime.config.derive import tokens_before
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
-from moe_runtime.data.prepare import ensure_prepared
-from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import ConfigError, DataError
 from moe_runtime.metrics.recorder import Recorder
-from moe_runtime.parallel.mesh import open_groups
-from moe_runtime.parallel.peers import Peers
-from moe_runtime.parallel.world import World
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.train.sample import sample_tokens
-from moe_runtime.train.saving import TrainingState, load_state, save_state
+from moe_runtime.train.saving import TrainingState, save_state
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
 from moe_runtime.train.validate import validate
@@ -57,16 +47,8 @@ class Run:
         return ByteCounter(self.tokenizer)
 
 
-def train(config: RunConfig, world: World, *, fresh: bool) -> None:
-    """Train from the last good checkpoint to the end; call within `join_world` on every rank.
-
-    Args:
-        fresh: forget earlier checkpoints and records of this run.
-
-    Raises:
-        MoeRuntimeError: a user's mistake, on every rank alike.
-    """
-    run = open_run(config, world, fresh=fresh)
+def train(run: Run) -> None:
+    """Train from where the run stands to its end; call within `join_world` on every rank."""
     with StopRequest() as stop:
         steps_done = _loop(run, stop)
     if steps_done == run.end:
@@ -76,96 +58,6 @@ def train(config: RunConfig, world: World, *, fresh: bool) -> None:
         run.recorder.event("stopped", step=steps_done)
         run.recorder.say(message)
     run.recorder.close()
-
-
-def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
-    """Build everything and take up where the last checkpoint stands."""
-    layout = check_layout(config, world.world_size)
-    mesh = build_mesh(layout, world.rank)
-    groups = open_groups(mesh)
-    peers = Peers(world.rank, world.world_size, groups.control)
-    _check_same_config(config, peers)
-    tokenizer, train_data, validation_data = _open_data(config, peers)
-    runtime = build_runtime(
-        config,
-        layout,
-        mesh,
-        groups,
-        world.device,
-        ranks_per_node=world.ranks_per_node,
-        document_separator=tokenizer.eos_id if config.data.document_mask else None,
-    )
-    optimizer = build_optimizer(runtime)
-    run_dir = Path(config.out_dir) / config.name
-    peers.alike(lambda: _write_config(run_dir, config, peers), (ConfigError,))
-    state = TrainingState(runtime, optimizer, peers, tokenizer.to_json(), tokenizer.name)
-    store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
-    start, said = _resume(store, state, fresh)
-    recorder = Recorder(run_dir, config, peers, resume_step=start)
-    for line in said:
-        recorder.event("resume", message=line)
-        recorder.say(line)
-    return Run(
-        config,
-        state,
-        TrainStep(runtime, optimizer, peers.alike(lambda: _loader(config, train_data), (DataError,))),
-        tokenizer,
-        peers.alike(lambda: _loader(config, validation_data), (DataError,)),
-        store,
-        recorder,
-        start,
-        total_steps(config, layout),
-    )
-
-
-def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
-    """Rank 0 prepares what is missing; then every rank opens the same shards."""
-    peers.alike(lambda: ensure_prepared(config.data, config.seed) if peers.is_first else None, (DataError,))
-
-    def open_all() -> tuple[Tokenizer, TokenDataset, TokenDataset]:
-        ensure_prepared(config.data, config.seed)
-        folder = Path(config.data.path)
-        data = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
-        return data[0].load_tokenizer(), *data
-
-    return peers.alike(open_all, (DataError,))
-
-
-def _loader(config: RunConfig, dataset: TokenDataset) -> BatchLoader:
-    model = config.model
-    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
-
-
-def _check_same_config(config: RunConfig, peers: Peers) -> None:
-    """Ranks with different settings would compute nonsense, or wait for each other for ever."""
-    digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
-
-
-def _write_config(run_dir: Path, config: RunConfig, peers: Peers) -> None:
-    if not peers.is_first:
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config))
-    except OSError as error:
-        text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
-        raise ConfigError(text) from error
-
-
-def _resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[int, list[str]]:
-    """Load the newest good checkpoint; gives the steps done and what to tell."""
-    if fresh:
-        store.clear()
-        return 0, []
-    found = store.latest_good()
-    said = [f"passed over a damaged checkpoint: {damaged}" for damaged in found.skipped]
-    if found.checkpoint is None:
-        return 0, said
-    start = load_state(state, found.checkpoint)
-    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}"]
 
 
 def _loop(run: Run, stop: StopRequest) -> int:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.build import Runtime
 from moe_runtime.generate.sampling import sample_token
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.schedule.forward_only import forward_only
 
 TEMPERATURE, TOP_P = 0.8, 0.95

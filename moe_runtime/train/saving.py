@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_runtime.build import Runtime
 from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint
 from moe_runtime.checkpoint.optimizer import (
     capture_partition,
@@ -18,8 +17,10 @@ from moe_runtime.checkpoint.optimizer import (
 )
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
 from moe_runtime.checkpoint.weights import check_same_model, load_weights, weights_to_save
+from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
 
 
@@ -30,8 +31,7 @@ class TrainingState:
     runtime: Runtime
     optimizer: ZeroOptimizer
     peers: Peers
-    tokenizer_json: str
-    tokenizer_name: str
+    tokenizer: Tokenizer
 
     @property
     def first_expert(self) -> int:
@@ -52,8 +52,9 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
         for part in state.optimizer.partitions()
     ]
     weights = weights_to_save(state.weights(), state.first_expert, state.peers)
-    extras = {TOKENIZER_FILE: state.tokenizer_json.encode()} if state.peers.is_first else {}
+    extras = {TOKENIZER_FILE: state.tokenizer.to_json().encode()} if state.peers.is_first else {}
     config, layout = state.runtime.config, state.runtime.layout
+    separator = {"document_separator": state.tokenizer.eos_id} if config.data.document_mask else {}
     meta = SaveMeta(
         tokens=tokens,
         config=config.model_dump(mode="json"),
@@ -64,7 +65,7 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
             "world_size": layout.world_size,
             "schedule": layout.schedule,
         },
-        state={"tokenizer": state.tokenizer_name},
+        state={"tokenizer": state.tokenizer.name} | separator,
     )
     return store.save(step, Contribution(weights, partitions, extras), meta)
 

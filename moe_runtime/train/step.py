@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.build import Runtime
 from moe_runtime.config.derive import batch_size_at, tokens_before
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import ObjectiveWeights
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 from moe_runtime.schedule.action import Program

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.build import Runtime
 from moe_runtime.metrics.balance import expert_balance
 from moe_runtime.metrics.record import LAYER_KEYS
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP
 from moe_runtime.parallel.executor import StepScalars
+from moe_runtime.parallel.runtime import Runtime
 
 Record = dict[str, Any]
 

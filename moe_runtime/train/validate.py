@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moe_runtime.build import Runtime
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.model.phase import LOSS
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.schedule.forward_only import forward_only
 from moe_runtime.train.step import split_microbatches
 

@@ -54,10 +54,8 @@ def test_no_module_unpickles() -> None:
         f"{name_of(file)}:{node.lineno}"
         for file in python_files(PACKAGES)
         for node in ast.walk(tree_of(file))
-        if isinstance(node, ast.Import)
-        and {alias.name for alias in node.names} & _FORBIDDEN_MODULES
-        or isinstance(node, ast.ImportFrom)
-        and node.module in _FORBIDDEN_MODULES
+        if (isinstance(node, ast.Import) and {alias.name for alias in node.names} & _FORBIDDEN_MODULES)
+        or (isinstance(node, ast.ImportFrom) and node.module in _FORBIDDEN_MODULES)
     ]
     assert not offenders
 

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.build import Runtime, build_mesh, build_optimizer, build_runtime
+from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.optim.schedule import lr_at
 from moe_runtime.parallel.expert_load import move_biases
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.mesh import open_groups
 from moe_runtime.train.step import objective_weights, split_microbatches
 from tests.dist.plain_model import PlainModel, PlainStep, preset_biases

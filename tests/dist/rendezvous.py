@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_runtime.build import Runtime, build_mesh, build_runtime
+from moe_runtime.build import build_mesh, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.parallel.executor import StepScalars
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.mesh import Groups
 from moe_runtime.schedule.action import Program
 from moe_runtime.train.step import objective_weights, split_microbatches

@@ -1,6 +1,7 @@
 """Schedules at the report's own numbers. Ref: DSV3 §4.2."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_learning_rate_has_the_five_segments_of_the_report(step: int, tokens: in
 
 def test_learning_rate_never_rises_after_warmup() -> None:
     rates = [lr_at(V3, PEAK, 10**6, tokens) for tokens in range(0, 15 * T, 50 * B)]
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates))
 
 
 def test_defaults_warm_up_and_stay_at_the_peak() -> None:

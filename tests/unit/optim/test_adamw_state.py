@@ -1,0 +1,147 @@
+"""State in and out: bitwise in native form, exact in logical form, and mended where DeepSpeed meddles."""
+
+import copy
+
+import pytest
+import torch
+
+from moe_runtime.errors import CheckpointError
+from moe_runtime.optim.adamw import AdamW
+from tests.unit.optim.test_adamw import KINDS, parameter, train
+
+SIZES = [1, 127, 129, 6682]
+
+
+def trained(kind: str, numel: int, steps: int = 5, **settings: object) -> tuple[AdamW, torch.nn.Parameter]:
+    param = parameter(numel)
+    optimizer = AdamW([param], moments=kind, **settings)  # type: ignore[arg-type]
+    train(optimizer, param, range(steps))
+    return optimizer, param
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("numel", SIZES)
+def test_native_state_resumes_bit_for_bit(kind: str, numel: int) -> None:
+    optimizer, param = trained(kind, numel)
+    resumed = torch.nn.Parameter(param.detach().clone())
+    other = AdamW([resumed], moments=kind)
+    other.load_native_state(resumed, {k: v.clone() for k, v in optimizer.native_state(param).items()})
+    train(optimizer, param, range(5, 9))
+    train(other, resumed, range(5, 9))
+    assert torch.equal(param, resumed)
+    mine, theirs = optimizer.native_state(param), other.native_state(resumed)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_is_logical_and_resumes_bit_for_bit(kind: str) -> None:
+    optimizer, param = trained(kind, 6682)
+    exported = copy.deepcopy(optimizer.state_dict())
+    entry = exported["state"][0]
+    assert set(entry) == {"step", "exp_avg", "exp_avg_sq"} and float(entry["step"]) == 5
+    assert all(entry[name].shape == param.shape for name in ("exp_avg", "exp_avg_sq"))
+    assert all(entry[name].dtype == torch.float32 for name in ("exp_avg", "exp_avg_sq"))
+    resumed = torch.nn.Parameter(param.detach().clone())
+    other = AdamW([resumed], moments=kind)
+    other.load_state_dict(exported)
+    stored = other.state[resumed]["exp_avg"]
+    assert stored.dtype == optimizer.state[param]["exp_avg"].dtype
+    train(optimizer, param, range(5, 9))
+    train(other, resumed, range(5, 9))
+    assert torch.equal(param, resumed)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_fp32_tensors_put_into_the_state_are_stored_anew_at_the_next_step(kind: str) -> None:
+    """What DeepSpeed's universal checkpoints do: zeros_like and copy, past load_state_dict."""
+    optimizer, param = trained(kind, 300)
+    logical = copy.deepcopy(optimizer.state_dict()["state"][0])
+    resumed = torch.nn.Parameter(param.detach().clone())
+    other = AdamW([resumed], moments=kind)
+    other.state[resumed] = logical
+    train(optimizer, param, range(5, 6))
+    train(other, resumed, range(5, 6))
+    assert torch.equal(param, resumed)
+    assert other.state[resumed]["exp_avg"].dtype == optimizer.state[param]["exp_avg"].dtype
+
+
+def test_a_step_tensor_shared_by_two_parameters_is_counted_once_for_each() -> None:
+    params = [parameter(8), parameter(8)]
+    optimizer = AdamW([{"params": [p]} for p in params])
+    shared = torch.tensor(4.0)
+    for param in params:
+        optimizer.state[param] = {
+            "step": shared, "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)
+        }  # fmt: skip
+        train(optimizer, param, range(1))
+        param.grad = None
+    assert [float(optimizer.state[p]["step"]) for p in params] == [5.0, 5.0]
+
+
+def test_an_empty_state_left_behind_is_no_state() -> None:
+    param = parameter(8)
+    optimizer = AdamW([param], moments="fp8")
+    optimizer.state[param] = {}
+    assert optimizer.native_state(param) == {} and optimizer.state_dict()["state"] == {0: {}}
+    train(optimizer, param, range(1))
+    assert float(optimizer.state[param]["step"]) == 1
+
+
+def test_loading_nothing_forgets_the_state() -> None:
+    optimizer, param = trained("fp8", 40)
+    optimizer.load_native_state(param, {})
+    assert optimizer.native_state(param) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_torch_adamw_is_taken(kind: str) -> None:
+    theirs = parameter(500)
+    other = torch.optim.AdamW([theirs], lr=1e-2)
+    train(other, theirs, range(3))
+    param = torch.nn.Parameter(theirs.detach().clone())
+    optimizer = AdamW([{"params": [param], "offset": 64, "group_id": 3}], moments=kind, seed=9)
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["moments"], group["offset"], group["group_id"]) == (1e-2, kind, 64, 3)
+    train(optimizer, param, range(3, 4))
+    train(other, theirs, range(3, 4))
+    assert float(optimizer.state[param]["step"]) == 4
+    # Steps are of 1e-2; what is stored in eight bits is off by up to an eighth.
+    assert (param - theirs).abs().max() < {"fp32": 1e-6, "bf16": 2e-4, "fp8": 3e-3}[kind]
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("fp8", "bf16"), ("fp32", "fp8"), ("bf16", "fp32")])
+def test_native_state_of_another_storage_is_refused(saved: str, wanted: str) -> None:
+    optimizer, param = trained(saved, 300)
+    other = AdamW([param], moments=wanted)
+    with pytest.raises(CheckpointError, match=rf"expected {wanted} moments of 300 elements"):
+        other.load_native_state(param, optimizer.native_state(param))
+
+
+def test_native_state_of_another_length_is_refused() -> None:
+    optimizer, param = trained("fp8", 300)
+    shorter = parameter(256)
+    with pytest.raises(CheckpointError, match="expected fp8 moments of 256 elements"):
+        AdamW([shorter], moments="fp8").load_native_state(shorter, optimizer.native_state(param))
+
+
+def test_fp8_codes_under_a_group_that_wants_another_storage_are_refused() -> None:
+    optimizer, param = trained("fp8", 300)
+    optimizer.param_groups[0]["moments"] = "bf16"
+    with pytest.raises(CheckpointError, match=r"was optim\.moments changed"):
+        train(optimizer, param, range(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp64_parameters_are_tolerated(kind: str) -> None:
+    param = parameter(300, dtype=torch.float64)
+    optimizer = AdamW([param], moments=kind)
+    train(optimizer, param, range(3))
+    entry = optimizer.state_dict()["state"][0]
+    assert param.dtype == entry["exp_avg"].dtype == torch.float64
+    resumed = torch.nn.Parameter(param.detach().clone())
+    other = AdamW([resumed], moments=kind)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, param, range(3, 4))
+    train(other, resumed, range(3, 4))
+    assert torch.equal(param, resumed)
