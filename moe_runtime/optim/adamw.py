@@ -184,7 +184,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_one(self, param: Tensor, group: dict[str, Any], offset: int) -> None:
         storage, state = self._settle(param, group, offset)
-        state[STEP] = state[STEP] + 1  # a new tensor: DeepSpeed may have given one to many parameters
+        # A new tensor, for DeepSpeed may have given one to many parameters; on the CPU, to be read at once.
+        state[STEP] = torch.as_tensor(state[STEP], dtype=torch.float32, device="cpu") + 1
         step = int(state[STEP])
         noise = Noise(derive_key(group["seed"], step, group["group_id"], STREAM_STEP), offset)
         values, grads = param.view(-1), param.grad.reshape(-1)  # type: ignore[union-attr]

@@ -41,6 +41,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.formats import E4M3, FP32_MANTISSA_BITS, UE5M3, decode, encode_stochastic
@@ -224,7 +225,7 @@ class Fp8Moments:
 
     def write(self, state: State, start: int, mean: Tensor, square: Tensor, noise: Noise) -> None:
         """Encode a window; m becomes zero where sqrt(v) did."""
-        roots, means = _as_blocks(square).sqrt_(), _as_blocks(mean)
+        roots, means = _as_blocks(square).sqrt(), _as_blocks(mean)
         bits = random_bits(noise.key, noise.offset + start, roots.numel(), roots.device).view_as(roots)
         root_codes, scales = _encode_roots(roots, bits)
         # Units of the root as it will be read; where that is zero, the quotient is masked afterwards.
@@ -241,10 +242,10 @@ def _fp8_shapes(param: Tensor) -> dict[str, tuple[int, int]]:
 
 
 def _as_blocks(values: Tensor) -> Tensor:
-    """[numel] in any float type as contiguous float32 [num_blocks, BLOCK], a copy, zeros at the tail."""
-    padded = values.new_zeros(-(-values.numel() // BLOCK) * BLOCK, dtype=torch.float32)
-    padded[: values.numel()] = values
-    return padded.view(-1, BLOCK)
+    """[numel] in any float type as float32 [num_blocks, BLOCK], zeros at the tail; a view if it can be."""
+    missing = -values.numel() % BLOCK
+    values = values.to(torch.float32)
+    return (pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
 def _encode_roots(roots: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:

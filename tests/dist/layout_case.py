@@ -60,6 +60,7 @@ class Case:
     biases: dict[int, float] = field(default_factory=dict)
     precision: str = "fp64"
     model: dict = field(default_factory=dict)
+    moments: str = "fp32"
 
     def config(self) -> RunConfig:
         dp = self.layout.get("dp", 1)
@@ -70,7 +71,7 @@ class Case:
                 "batch": {"seq_len": SEQ_LEN, "global_batch_size": dp * self.microbatches},
                 "recompute": dict.fromkeys(("norm", "swiglu", "mla_up"), self.recompute),
                 "recipe": {"balance_alpha": 0.01, "warmup_steps": 0, "mtp_lambda": MTP_LAMBDA},
-                "optim": {"moments": "fp32", "eps": 1e-4, "grad_clip": 0.5, "peak_lr": 1e-2},
+                "optim": {"moments": self.moments, "eps": 1e-4, "grad_clip": 0.5, "peak_lr": 2e-3},
                 "precision": self.precision,
                 "data": {"path": "none"},
                 "train": {"total_steps": 3},
@@ -173,9 +174,20 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def compare_training(case: Case, rank: int) -> dict[str, float]:
     """Parameters after three ZeRO steps against torch AdamW on FP32 masters; biases exactly."""
+    plain = PlainModel(case.config(), case.biases)
+    runtime = train(case, rank, plain)
+    for name, moe in plain.model.moe_layers():
+        for chunk in runtime.chunks.values():
+            for own_name, own in chunk.moe_layers():
+                assert own_name != name or torch.equal(own.router.bias, moe.router.bias), f"bias of {name}"
+    expected = {name: param.detach() for name, param in plain.model.named_parameters()}
+    return {n: relative(p.detach(), local_part(runtime, n, expected[n])) for n, p in runtime.named_params}
+
+
+def train(case: Case, rank: int, plain: PlainModel | None = None) -> Runtime:
+    """Three ZeRO steps, of the plain model too if it is given."""
     runtime = build(case, rank)
     optimizer = build_optimizer(runtime)
-    plain = PlainModel(runtime.config, case.biases)
     recipe, gamma = runtime.config.recipe, 0.01
     for step in range(3):
         tokens = batch(runtime.config, step)
@@ -184,12 +196,14 @@ def compare_training(case: Case, rank: int) -> dict[str, float]:
         run_lane(runtime, tokens)
         _sum_tied(runtime)
         total = runtime.load.take_total(runtime.groups.data)
-        optimizer.step(lr)
+        assert not optimizer.step(lr).skipped
         move_biases(runtime.chunks, runtime.load, total, gamma)
-        plain.update(plain.forward_backward(tokens, MTP_LAMBDA), lr, gamma)
-    expected = dict(plain.model.named_parameters())
-    for (name, moe), _ in zip(plain.model.moe_layers(), expected, strict=False):
-        for chunk in runtime.chunks.values():
-            for own_name, own in chunk.moe_layers():
-                assert own_name != name or torch.equal(own.router.bias, moe.router.bias), f"bias of {name}"
-    return {n: relative(p.detach(), local_part(runtime, n, expected[n])) for n, p in runtime.named_params}
+        if plain is not None:
+            plain.update(plain.forward_backward(tokens, MTP_LAMBDA), lr, gamma)
+    return runtime
+
+
+def embedding_bytes(case: Case, rank: int) -> bytes | None:
+    """The embedding after three steps, if this rank holds one."""
+    held = dict(train(case, rank).named_params).get("embed.weight")
+    return None if held is None else held.detach().numpy().tobytes()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.dist.layout_case import Case, compare_gradients, compare_training
+from tests.dist.layout_case import Case, compare_gradients, compare_training, embedding_bytes, relative
 from tests.ranks import run_ranks
 
 # Expert 3 never chosen; experts 0 and 1 always chosen, so that all tokens go to the first EP rank.
@@ -98,8 +98,18 @@ def test_a_model_without_query_latent_or_shared_expert_is_no_exception() -> None
     _check(run_ranks(_gradients, 4, cases), 1e-10)
 
 
-def test_relative_difference_sees_a_difference() -> None:
-    from tests.dist.layout_case import relative
+def _embeddings(rank: int, world_size: int, case: Case) -> bytes | None:
+    return embedding_bytes(case, rank)
 
+
+@pytest.mark.parametrize("moments", ["fp8", "bf16"])
+def test_both_copies_of_a_tied_embedding_stay_the_same_bits(moments: str) -> None:
+    layout = {"pp": 2, "dp": 2, "schedule": "1f1b"}
+    case = Case("tied", layout, 2, mtp_depth=1, precision="fp32", moments=moments)
+    copies = run_ranks(_embeddings, 4, case)
+    assert None not in copies and len(set(copies)) == 1
+
+
+def test_relative_difference_sees_a_difference() -> None:
     assert relative(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1])) == pytest.approx(0.1 / 2.1)
     assert relative(torch.tensor([1e-3]), torch.zeros(1)) == pytest.approx(1e-3)

@@ -109,6 +109,17 @@ def test_reading_and_writing_again_changes_nothing(kind: str) -> None:
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
+def test_other_block_boundaries_cost_one_rounding_and_no_more() -> None:
+    """What a change of the number of ranks does: the same values, cut elsewhere."""
+    mean, square = read(stored(*random_moments(6682)), 6682)
+    cut = slice(37, 6682)
+    got_mean, got_square = read(stored(mean[cut].clone(), square[cut].clone(), step=2), 6682 - 37)
+    root = square[cut].sqrt()
+    assert ((got_square.sqrt() - root).abs() <= root / 8).all()
+    assert ((got_mean - mean[cut]).abs() <= mean[cut].abs() / 8 + root * 1.125 * 2.0**-13).all()
+    assert (got_square == square[cut]).float().mean() > 0.95  # most values are in the new grid as well
+
+
 def test_windows_and_offsets_do_not_change_what_is_stored() -> None:
     mean, square = random_moments(10 * BLOCK + 5)
     whole = stored(mean, square)
