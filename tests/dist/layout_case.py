@@ -1,5 +1,6 @@
 """One layout against the plain model: what a rank of the layout tests runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +11,10 @@ from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.optim.schedule import lr_at
+from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
-from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.mesh import open_groups
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.train.step import objective_weights, split_microbatches
 from tests.dist.plain_model import PlainModel, PlainStep, preset_biases
 
@@ -61,6 +63,7 @@ class Case:
     precision: str = "fp64"
     model: dict = field(default_factory=dict)
     moments: str = "fp32"
+    document_separator: int | None = None
 
     def config(self) -> RunConfig:
         dp = self.layout.get("dp", 1)
@@ -86,7 +89,15 @@ def build(case: Case, rank: int) -> Runtime:
     layout = check_layout(config, dist.get_world_size())
     mesh = build_mesh(layout, rank)
     cpu = torch.device("cpu")
-    runtime = build_runtime(config, layout, mesh, open_groups(mesh), cpu, ranks_per_node=mesh.world_size)
+    runtime = build_runtime(
+        config,
+        layout,
+        mesh,
+        open_groups(mesh),
+        cpu,
+        ranks_per_node=mesh.world_size,
+        document_separator=case.document_separator,
+    )
     for chunk in runtime.chunks.values():
         preset_biases(chunk, case.biases)
     return runtime
@@ -99,14 +110,16 @@ def batch(config: RunConfig, step: int = 0) -> Tensor:
     return torch.randint(0, config.model.vocab_size, shape, generator=generator)
 
 
-def run_lane(runtime: Runtime, tokens: Tensor) -> object:
+def run_lane(
+    runtime: Runtime, tokens: Tensor, after_backward: Callable[[], None] | None = None
+) -> StepScalars:
     """Forward and backward of this lane's part of the global batch."""
     mesh = runtime.mesh
     count = tokens.shape[0] // mesh.dp
     own = tokens[mesh.dp_rank * count : (mesh.dp_rank + 1) * count]
     microbatches = split_microbatches(own, 1, 2 if mesh.is_mirrored else 1)
     weights = objective_weights(runtime, count, MTP_LAMBDA)
-    return runtime.executor.run(runtime.program(count), microbatches, weights)
+    return runtime.executor.run(runtime.program(count), microbatches, weights, after_backward)
 
 
 def compare_gradients(case: Case, rank: int) -> dict[str, float]:
@@ -115,8 +128,10 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     optimizer = build_optimizer(runtime)
     tokens = batch(runtime.config)
     scalars = run_lane(runtime, tokens)
-    plain = PlainModel(runtime.config, case.biases).forward_backward(tokens, MTP_LAMBDA)
-    worst = _compare_losses(runtime, scalars, plain, tokens.shape[0])
+    plain = PlainModel(runtime.config, case.biases, case.document_separator).forward_backward(
+        tokens, MTP_LAMBDA
+    )
+    worst = _compare_losses(scalars, plain.losses, tokens.shape[0])
     _sum_tied(runtime)
     worst |= _compare_parameters(runtime, plain)
     assert torch.equal(_held_counts(runtime, plain), runtime.load.take_total(runtime.groups.data)), "counts"
@@ -124,7 +139,9 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     return worst
 
 
-def _compare_losses(runtime: Runtime, scalars: object, plain: PlainStep, sequences: int) -> dict[str, float]:
+def _compare_losses(
+    runtime: Runtime, scalars: StepScalars, plain: PlainStep, sequences: int
+) -> dict[str, float]:
     found = plain.losses
     wanted = {"loss": found.loss, "loss_mtp": found.loss_mtp, "balance": found.balance}
     names = {name: value.item() for name, value in wanted.items()}
@@ -174,7 +191,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def compare_training(case: Case, rank: int) -> dict[str, float]:
     """Parameters after three ZeRO steps against torch AdamW on FP32 masters; biases exactly."""
-    plain = PlainModel(case.config(), case.biases)
+    plain = PlainModel(case.config(), case.biases, case.document_separator)
     runtime = train(case, rank, plain)
     for name, moe in plain.model.moe_layers():
         for chunk in runtime.chunks.values():
@@ -193,7 +210,7 @@ def train(case: Case, rank: int, plain: PlainModel | None = None) -> Runtime:
         tokens = batch(runtime.config, step)
         lr = lr_at(recipe, runtime.config.optim.peak_lr, step, step * tokens.numel())
         optimizer.zero_grad()
-        run_lane(runtime, tokens)
+        run_lane(runtime, tokens, optimizer.end_microbatch)
         _sum_tied(runtime)
         total = runtime.load.take_total(runtime.groups.data)
         assert not optimizer.step(lr).skipped

@@ -26,9 +26,16 @@ class PlainStep:
 class PlainModel:
     """The whole model on one process."""
 
-    def __init__(self, config: RunConfig, biases: dict[int, float]) -> None:
+    def __init__(
+        self, config: RunConfig, biases: dict[int, float], document_separator: int | None = None
+    ) -> None:
         self.config = config
-        self.model = Transformer(config.model, recompute=config.recompute, dtype=DTYPES[config.precision])
+        self.model = Transformer(
+            config.model,
+            recompute=config.recompute,
+            dtype=DTYPES[config.precision],
+            document_separator=document_separator,
+        )
         self.model.init_weights(config.seed)
         preset_biases(self.model, biases)
         decays = [p for p in self.model.parameters() if p.ndim > 1]

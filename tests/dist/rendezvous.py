@@ -14,8 +14,8 @@ from torch import Tensor
 from moe_runtime.build import build_mesh, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.parallel.executor import StepScalars
-from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.mesh import Groups
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.schedule.action import Program
 from moe_runtime.train.step import objective_weights, split_microbatches
 from tests.dist.layout_case import MTP_LAMBDA, Case, batch

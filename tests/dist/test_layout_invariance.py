@@ -33,6 +33,7 @@ WORLDS = {
     },
     8: {"pp4 ep2 dualpipe": PP4_EP2, "pp2 ep2 dp4 dualpipe": PP2_EP2_DP4},
 }
+ZERO_2 = {4: {"dp4 ep2 ZeRO 2": ({"dp": 4, "ep": 2, "zero_stage": 2}, 3)}}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 
 
@@ -74,10 +75,8 @@ def test_gradients_do_not_depend_on_the_layout(world_size: int, precision: str) 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_three_zero_steps_do_not_depend_on_the_layout(world_size: int) -> None:
-    cases = [
-        Case(name, layout, m, mtp_depth=1, precision="fp32")
-        for name, (layout, m) in WORLDS[world_size].items()
-    ]
+    layouts = WORLDS[world_size] | ZERO_2.get(world_size, {})
+    cases = [Case(n, layout, m, mtp_depth=1, precision="fp32") for n, (layout, m) in layouts.items()]
     _check(run_ranks(_training, world_size, cases, timeout_s=300), 1e-6)
 
 
@@ -95,6 +94,12 @@ def test_a_model_without_query_latent_or_shared_expert_is_no_exception() -> None
     model = {"q_lora_rank": None, "num_shared_experts": 0, "num_dense_layers": 0}
     layout, microbatches = PP2_EP2_DUALPIPE
     cases = [Case("bare", layout, microbatches, mtp_depth=1, model=model)]
+    _check(run_ranks(_gradients, 4, cases), 1e-10)
+
+
+def test_a_document_mask_reaches_every_stage() -> None:
+    layouts = {"dualpipe": ({"pp": 4, "schedule": "dualpipe"}, 8), "1f1b": ({"pp": 4, "schedule": "1f1b"}, 2)}
+    cases = [Case(n, layout, m, mtp_depth=1, document_separator=5) for n, (layout, m) in layouts.items()]
     _check(run_ranks(_gradients, 4, cases), 1e-10)
 
 
