@@ -58,7 +58,7 @@ def open_peer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise ConfigError(
-            "bench train: compares with transformers, which is not installed; pip install 'transformers>=5.10,<6'"
+            "bench train: compares with transformers, which is not installed; pip install transformers"
         ) from error
     peer_config = DeepseekV3Config(
         vocab_size=config.vocab_size,
@@ -85,7 +85,8 @@ def open_peer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         num_mtp_layers=0,
         use_cache=False,
     )
-    return DeepseekV3ForCausalLM(peer_config).to(dtype)
+    peer: nn.Module = DeepseekV3ForCausalLM(peer_config)
+    return peer.to(dtype)
 
 
 def copy_weights(model: Transformer, peer: nn.Module) -> None:
@@ -205,7 +206,7 @@ def floor_of(config: ModelConfig, dtype: torch.dtype) -> Callable[[], None]:
             for _ in range(times):
                 torch.mm(x, w.t()), torch.mm(d, w), torch.mm(d.t(), x)
         for _ in range(config.num_layers):
-            out = nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+            out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             torch.autograd.grad(out, leaves, pull)
 
     return run

@@ -113,6 +113,16 @@ def balance_loss(affinities: Tensor, top_k: int) -> Tensor:
     return total
 
 
+def shared_experts(token: Tensor, w: Weights, config: ModelConfig) -> Tensor:
+    """Sum of the shared experts' outputs, one by one; their gate rows come first, then all up rows."""
+    y, width, count = torch.zeros_like(token), config.expert_ffn_size, config.num_shared_experts
+    for n in range(count):
+        gate, up = slice(n * width, (n + 1) * width), slice((count + n) * width, (count + n + 1) * width)
+        rows = w["shared.gate_up.weight"]
+        y = y + swiglu(token, torch.cat((rows[gate], rows[up])), w["shared.down.weight"][:, gate])
+    return y
+
+
 def moe(x: Tensor, w: Weights, config: ModelConfig) -> tuple[Tensor, Tensor, list[int]]:
     """MoE FFN of one sequence x [seq, hidden]: output, balance loss, tokens per expert."""
     affinities = 1 / (1 + torch.exp(-x @ w["router.weight"].T))
@@ -127,13 +137,7 @@ def moe(x: Tensor, w: Weights, config: ModelConfig) -> tuple[Tensor, Tensor, lis
             counts[e] += 1
             gate = config.routed_scaling_factor * row[e] / total
             y = y + gate * swiglu(token, w["experts.gate_up"][e], w["experts.down"][e])
-        width, shared = config.expert_ffn_size, w["shared.gate_up.weight"]
-        for n in range(config.num_shared_experts):
-            part = slice(n * width, (n + 1) * width)
-            up = slice((config.num_shared_experts + n) * width, (config.num_shared_experts + n + 1) * width)
-            gate_up = torch.cat((shared[part], shared[up]))
-            y = y + swiglu(token, gate_up, w["shared.down.weight"][:, part])
-        out.append(y)
+        out.append(y + shared_experts(token, w, config))
     return torch.stack(out), balance_loss(affinities, config.top_k), counts
 
 
