@@ -244,7 +244,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     """Build everything and take up where the last checkpoint stands."""
     layout = check_layout(config, world.world_size)
     mesh = build_mesh(layout, world.rank)
-    groups = open_groups(mesh)
+    groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     _check_same_config(config, peers)
     tokenizer, train_data, validation_data = _open_data(config, peers)
@@ -282,7 +282,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
 
 def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
     """Rank 0 prepares what is missing; then every rank opens the same shards."""
-    peers.alike(lambda: ensure_prepared(config.data, config.seed) if peers.is_first else None, (DataError,))
+    peers.first_does(lambda: ensure_prepared(config.data, config.seed), (DataError,))
 
     def open_all() -> tuple[Tokenizer, TokenDataset, TokenDataset]:
         ensure_prepared(config.data, config.seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from moe_runtime.cli import bench, checkpoint, config, evaluate, generate, prepare, train
+from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
 
 STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
@@ -18,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 app.command("train")(train.train)
 app.command("prepare")(prepare.prepare)
@@ -31,11 +33,15 @@ app.add_typer(bench.app, name="bench")
 def main() -> None:
     """Run one command; a user's mistake ends with its message alone and exit code 2."""
     try:
-        app()
+        code = run_typer(app, "moe-runtime")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted before there was anything to save")
     except MoeRuntimeError as error:
         _leave(error.exit_code, str(error))
     except Exception:
         _leave(1, traceback.format_exc())
+    else:
+        sys.exit(code)
 
 
 def _leave(code: int, message: str) -> None:

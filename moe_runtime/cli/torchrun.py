@@ -64,9 +64,10 @@ def run_ranks(torchrun_options: list[str], program: list[str], environment: Mapp
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--max-restarts=0", "--signals-to-handle=SIGQUIT"]
     with tempfile.TemporaryDirectory(prefix="moe_runtime_") as folder:
         os.environ[STATUS_DIR] = folder
+        # torchrun makes a folder for logs, used or not, and leaves it; here it goes with the rest.
+        options = ["--max-restarts=0", "--signals-to-handle=SIGQUIT", f"--log-dir={folder}/logs"]
         with _signals_to_ranks() as received:
             try:
                 torchrun.main([*options, *torchrun_options, *program])

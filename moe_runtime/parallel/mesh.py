@@ -12,6 +12,7 @@ must count each stage once, so its group is one half of the pipeline: rows 0..P/
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -127,8 +128,11 @@ class Groups:
     control: dist.ProcessGroup
 
 
-def open_groups(mesh: Mesh) -> Groups:
+def open_groups(mesh: Mesh, timeout_s: float = 600.0) -> Groups:
     """Make the process groups; every rank of the world must call this, and calls alike.
+
+    Args:
+        timeout_s: a collective that takes longer raises. Groups do not inherit the world's limit.
 
     Raises:
         ValueError: the default process group has another size than the mesh.
@@ -136,10 +140,12 @@ def open_groups(mesh: Mesh) -> Groups:
     if dist.get_world_size() != mesh.world_size:
         raise ValueError(f"the process group has {dist.get_world_size()} ranks, the mesh {mesh.world_size}")
 
+    timeout = timedelta(seconds=timeout_s)
+
     def mine(lists: Callable[[], RankLists]) -> dist.ProcessGroup:
         own: dist.ProcessGroup | None = None
         for ranks in lists():
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             if mesh.rank in ranks:
                 own = group
         assert own is not None or lists == mesh.tied_groups, f"rank {mesh.rank} is in no group"
@@ -154,5 +160,5 @@ def open_groups(mesh: Mesh) -> Groups:
         pipe_up=mine(mesh.pipe_groups) if has_pipe else None,
         pipe_down=mine(mesh.pipe_groups) if has_pipe else None,
         tied=mine(mesh.tied_groups) if has_pipe and not mesh.is_mirrored else None,
-        control=dist.new_group(list(range(mesh.world_size)), backend="gloo"),
+        control=dist.new_group(list(range(mesh.world_size)), timeout=timeout, backend="gloo"),
     )

@@ -5,6 +5,7 @@ others wait for ever in the next collective.
 """
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -68,6 +69,33 @@ class Peers:
     def first_says(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         return self.gather_json(value if self.is_first else None)[0]
+
+    def first_does(self, action: Callable[[], object], errors: tuple[type[BaseException], ...]) -> None:
+        """Rank 0 runs `action`, however long; the others wait, and learn it at once if rank 0 dies.
+
+        Args:
+            action: local work that issues no collective; it runs on a thread of its own.
+            errors: what may fail; every rank raises it then.
+        """
+        outcome: list[BaseException | None] = [None]
+
+        def run() -> None:
+            try:
+                action()
+            except BaseException as error:
+                outcome[0] = error
+
+        worker = threading.Thread(target=run, daemon=True)
+        if self.is_first:
+            worker.start()
+        while self.any_true(worker.is_alive()):
+            worker.join(timeout=0.2) if self.is_first else None
+
+        def result() -> None:
+            if outcome[0] is not None:
+                raise outcome[0]
+
+        self.alike(result, errors)
 
     def alike(self, action: Callable[[], T], errors: tuple[type[BaseException], ...]) -> T:
         """Run `action` everywhere; if it fails on one rank, every rank raises the first failure.

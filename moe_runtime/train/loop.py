@@ -16,7 +16,7 @@ from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState, save_state
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
-from moe_runtime.train.validate import validate
+from moe_runtime.train.validate import Validation, validate
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Run:
     Args:
         start: steps already done.
         end: steps to do in all.
+        latest: the newest validation, if it was made in this process.
     """
 
     config: RunConfig
@@ -37,14 +38,11 @@ class Run:
     recorder: Recorder
     start: int
     end: int
+    latest: Validation | None = None
 
     @property
     def runtime(self) -> Runtime:
         return self.state.runtime
-
-    @property
-    def bytes(self) -> ByteCounter:
-        return ByteCounter(self.tokenizer)
 
 
 def train(run: Run) -> None:
@@ -69,8 +67,8 @@ def _loop(run: Run, stop: StopRequest) -> int:
         stopping = run.state.peers.any_true(stop.wanted)
         is_last = step == run.end
         if is_last or (every.eval_every and step % every.eval_every == 0):
-            result = validate(run.runtime, run.validation, run.bytes, every.eval_sequences)
-            record |= {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+            run.latest = _validate(run)
+            record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
         run.recorder.step(record)
         if record["skipped"]:
             message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
@@ -98,6 +96,11 @@ def _save(run: Run, step: int) -> None:
         run.recorder.say(outcome.warning)
 
 
+def _validate(run: Run) -> Validation:
+    counter = ByteCounter(run.tokenizer)
+    return validate(run.runtime, run.validation, counter, run.config.train.eval_sequences)
+
+
 def _sample(run: Run, step: int) -> None:
     every = run.config.train
     prompt = [int(token) for token in run.tokenizer.encode(every.sample_prompt)] or [run.tokenizer.eos_id]
@@ -107,7 +110,7 @@ def _sample(run: Run, step: int) -> None:
 
 def _finish(run: Run) -> None:
     """What a finished run says: loss in bits per byte beside a plain baseline, and a sample."""
-    result = validate(run.runtime, run.validation, run.bytes, run.config.train.eval_sequences)
+    result = run.latest or _validate(run)
     baseline = math.nan
     if run.state.peers.is_first:
         baseline = order1_bits_per_byte(run.step.loader.dataset, run.validation.dataset, run.tokenizer)
