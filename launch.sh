@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv if need be, then runs a command in as many processes as it needs. See --help.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # the real one, if called through a link
 venv=$root/.venv
 python=$venv/bin/python
 
@@ -35,19 +35,22 @@ fail() {
 }
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.14) found
+  [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  fail "needs Python 3.11 or newer; found $(python3 --version 2>&1 || true); install one, or set PYTHON"
+  found=$("${candidates[0]}" --version 2>/dev/null || echo none)
+  fail "${candidates[0]}: expected Python 3.11 or newer, found $found; install one, or set PYTHON to one"
 }
 
 set_up() {
   local stamp=$venv/.installed wanted found torch_pin
-  wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+  # The folder counts too: when it is moved, the installed package would still point to the old one.
+  wanted=$(echo "$root" | cat - "$root/pyproject.toml" "$root/constraints.txt" | cksum)
   if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     return
   fi

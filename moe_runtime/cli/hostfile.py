@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
+from moe_runtime.cli.network import loopback_name
 from moe_runtime.errors import ConfigError
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots\s*=\s*(?P<slots>[1-9]\d*)\s*(#.*)?$")
@@ -51,16 +51,16 @@ def deepspeed_command(hostfile: Path, hosts: dict[str, int], command: list[str])
         ConfigError: several hosts, and pdsh or ssh is not installed here.
     """
     is_local = len(hosts) == 1 and next(iter(hosts)) in _HERE
-    for program in () if is_local else ("ssh", "pdsh"):
-        if shutil.which(program) is None:
-            raise ConfigError(
-                f"--hostfile: deepspeed starts other machines with {program}; please install it"
-            )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(hosts.values()))))
-    # deepspeed reads a file of variables for the remote ranks; it is small and outlives this program.
-    with tempfile.NamedTemporaryFile("w", prefix="moe_runtime_env_", delete=False) as file:
-        file.writelines(f"{name}={os.environ[name]}\n" for name in _PASSED_ON if name in os.environ)
-    os.environ["DS_ENV_FILE"] = file.name
+    if is_local:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_name() or "lo")
+    else:
+        for program in ("ssh", "pdsh"):
+            if shutil.which(program) is None:
+                raise ConfigError(
+                    f"--hostfile: deepspeed starts other machines with {program}; please install it"
+                )
+        os.environ["DS_ENV_FILE"] = _environment_file()
     return [
         sys.executable,
         *("-m", "deepspeed.launcher.runner"),
@@ -69,3 +69,15 @@ def deepspeed_command(hostfile: Path, hosts: dict[str, int], command: list[str])
         *("--log_level=error", "--module", "moe_runtime"),
         *command,
     ]
+
+
+def _environment_file() -> str:
+    """What deepspeed reads variables for the remote ranks from.
+
+    It lies in memory and goes with the deepspeed launcher, which this process becomes: nothing has
+    to be removed after it.
+    """
+    descriptor = os.memfd_create("moe_runtime_env", 0)
+    lines = [f"{name}={os.environ[name]}\n" for name in _PASSED_ON if name in os.environ]
+    os.write(descriptor, "".join(lines).encode())
+    return f"/proc/self/fd/{descriptor}"

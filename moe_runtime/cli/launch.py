@@ -16,6 +16,7 @@ import typer
 
 from moe_runtime.cli import network, torchrun, train
 from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.cli.usage import OneLineParser, run_typer
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
@@ -23,23 +24,43 @@ from moe_runtime.errors import ConfigError, MoeRuntimeError
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """The options before the command, and the command with its own."""
-    parser = argparse.ArgumentParser(
-        prog="launch.sh", allow_abbrev=False, description="Runs moe-runtime commands."
-    )
-    parser.add_argument("--nnodes", type=int, default=1, help="machines; start the same command on each")
+    """The options before the command, and the command with its own.
+
+    Raises:
+        UsageMistake: an option is unknown, wrong, or does not go with the others or the command.
+    """
+    parser = OneLineParser(prog="launch.sh", allow_abbrev=False, description="Runs moe-runtime commands.")
+    parser.add_argument("--nnodes", type=_count, default=1, help="machines; start the same command on each")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--master", metavar="HOST:PORT", help="machine 0, and a free port on it")
     parser.add_argument("--hostfile", type=Path, help="lines `host slots=N`; starts all through deepspeed")
-    parser.add_argument("--nproc", type=int, help="processes on each machine, if not what the layout says")
+    parser.add_argument("--nproc", type=_count, help="processes on each machine, if not what the layout says")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="train CONFIG a.b=c ..., or any other")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    given = [name for name in _FOR_TRAIN if getattr(options, name) != parser.get_default(name)]
+    shown = [f"--{name.replace('_', '-')}" for name in given]
+    if given and options.command[:1] != ["train"]:
+        got = " ".join(options.command[:1]) or "no command"
+        parser.error(f"{shown[0]} is for train, the only command of several processes, got {got}")
+    if options.hostfile is not None and len(given) > 1:
+        other = next(name for name in shown if name != "--hostfile")
+        parser.error(f"{other} does not go with --hostfile, which says the machines and their processes")
+    return options
+
+
+_FOR_TRAIN = ("nnodes", "node_rank", "master", "hostfile", "nproc")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code (see `torchrun.run_ranks`)."""
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
         if options.command[:1] != ["train"]:
             return _become(options.command)
         return _launch_train(options)
@@ -54,6 +75,8 @@ def _launch_train(options: argparse.Namespace) -> int:
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile)
         check_layout(config, sum(hosts.values()))
+        if config.device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
     per_node = ranks_per_node(config, options.nnodes, options.nproc)
     check_rendezvous(options)
@@ -87,20 +110,22 @@ def _launch_train(options: argparse.Namespace) -> int:
 
 
 def parse_train(arguments: list[str]) -> dict[str, Any]:
-    """The parameters of `train`, read by the command itself; a wrong option or --help ends here."""
+    """The parameters of `train`, read by the command itself; --help ends here.
+
+    Raises:
+        UsageMistake: a wrong option, or no config.
+    """
     parameters: dict[str, Any] = {}
 
     @functools.wraps(train.train)
     def record(**values: Any) -> None:
         parameters.update(values)
 
-    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     reader.command("train")(record)
-    try:
-        reader(arguments, prog_name="launch.sh train")
-    except SystemExit as end:
-        if end.code or not parameters:
-            raise
+    code = run_typer(reader, "launch.sh train", arguments)
+    if not parameters:
+        raise SystemExit(code)
     return parameters
 
 
@@ -148,7 +173,7 @@ def check_rendezvous(options: argparse.Namespace) -> None:
         raise ConfigError("--master: expected HOST:PORT of machine 0, for there is more than one; got none")
     if options.master is not None:
         host, colon, port = options.master.rpartition(":")
-        if not (colon and host and port.isdigit()):
+        if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
             raise ConfigError(f"--master: expected HOST:PORT, such as 10.0.0.1:29500, got {options.master}")
 
 

@@ -41,7 +41,7 @@ def run_typer(app: typer.Typer, program: str, arguments: list[str] | None = None
         message = error.format_message()
         if not message or "\n" in message:
             # A group of commands without one: it has printed its help, or brings it as the message.
-            print(message, end="")
+            print(message.rstrip())
             return int(error.exit_code)
         raise UsageMistake(f"{where}: {message} (see {where} --help)") from None
     return code if isinstance(code, int) else 0

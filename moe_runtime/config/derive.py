@@ -9,8 +9,9 @@ answer for a step is the same on every rank and after every restart.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_runtime.config.axes import admissible_size
 from moe_runtime.config.counts import ParameterCounts, count_parameters
-from moe_runtime.config.layout import ResolvedLayout, admissible_size
+from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 
 __all__ = [

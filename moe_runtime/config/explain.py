@@ -69,12 +69,17 @@ def describe(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"text {value!r}"
+        return f"text {_short(value)}"
     if isinstance(value, dict):
         return f"a section with keys {', '.join(map(str, value)) or 'none'}"
     if isinstance(value, list | tuple):
-        return f"the list {list(value)!r}"
+        return f"the list {_short(list(value))}"
     return str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def section_at(path: tuple[str, ...]) -> type[BaseModel] | None:
@@ -98,22 +103,26 @@ def suggest_key(path: tuple[str, ...]) -> str:
         return ""
     close = difflib.get_close_matches(key, list(section.model_fields), n=1, cutoff=0.5)
     near = difflib.SequenceMatcher(None, key, close[0]).ratio() if close else 0.0
-    elsewhere = _best_elsewhere(key, path[:-1])
-    if elsewhere and elsewhere[0] > max(near, 0.8):
-        return f"; did you mean {elsewhere[1]}?"
+    elsewhere = _elsewhere(key, path[:-1], better_than=max(near, 0.8))
+    if elsewhere:
+        return f"; did you mean {elsewhere}?"
     if close:
         return f"; did you mean {'.'.join((*path[:-1], close[0]))}?"
     return f"; keys here: {', '.join(section.model_fields)}"
 
 
-def _best_elsewhere(key: str, own: tuple[str, ...]) -> tuple[float, str] | None:
-    places = [
-        (difflib.SequenceMatcher(None, key, name).ratio(), ".".join((*path, name)))
-        for path in _section_paths()
+def _elsewhere(key: str, own: tuple[str, ...], better_than: float) -> str | None:
+    """The path of the most similar key outside of a section, if it is more similar than that."""
+    places = {
+        name: ".".join((*path, name))
+        for path in reversed(_section_paths())
         if path != own
         for name in (section_at(path) or RunConfig).model_fields
-    ]
-    return max(places, default=None)
+    }
+    close = difflib.get_close_matches(key, list(places), n=1, cutoff=better_than)
+    if not close or difflib.SequenceMatcher(None, key, close[0]).ratio() <= better_than:
+        return None
+    return places[close[0]]
 
 
 def _section_paths(start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -7,18 +7,18 @@ key path, what was expected, what was got.
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from moe_runtime.config.explain import explain, section_at
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.rules import cross_findings, parts_of
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.config.tree import Tree, read_file, read_overrides, shown
+from moe_runtime.config.tree import Tree, dump_text, read_file, read_overrides, shown
 from moe_runtime.errors import ConfigError
 
 _SUFFIXES = ("", ".yaml", ".yml")
@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The run as YAML without bases; `load_config` of it gives an equal run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_text(config.model_dump(mode="json"))
 
 
 def find_config(name: str | Path) -> Path:
@@ -56,7 +56,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ConfigError: there is none; names the ones that come close.
     """
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     folders = [Path(), *(root / sub for root in _config_roots() for sub in ("run", "", ".."))]
     for folder in folders:
         for suffix in _SUFFIXES:
@@ -83,9 +83,10 @@ def _find_base(name: str, file: Path) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    known = {str(f.relative_to(folder)) for folder in folders[1:] for f in folder.rglob("*.yaml")}
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "give it relative to configs/ or to the file"
+    # Without suffixes, which make any two names look alike.
+    known = {str(f.relative_to(top).with_suffix("")): f for top in folders[1:] for f in top.rglob("*.yaml")}
+    close = difflib.get_close_matches(str(Path(name).with_suffix("")), sorted(known), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}.yaml?" if close else "give it relative to configs/ or to the file"
     raise ConfigError(f"{shown(file)}: bases: no such file {name}; {hint}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_runtime.config.finding import Finding
-from moe_runtime.config.layout import layout_findings
+from moe_runtime.config.fit import layout_findings
 from moe_runtime.config.schema import BatchConfig, ModelConfig, RunConfig, TrainConfig
 
 

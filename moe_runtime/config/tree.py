@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -19,12 +19,26 @@ KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that also reads `1e-4` and `469e9` as numbers, which YAML 1.1 takes for text."""
+    """Safe loader that reads `1e-4` and `469e9` as numbers, text in YAML 1.1, and dates as text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that quotes text which `_Loader` would read as a number."""
+
+
+_POWER = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(*_POWER)
+_Dumper.add_implicit_resolver(*_POWER)
+
+
+def dump_text(values: dict[str, Any]) -> str:
+    """Plain values as YAML that `parse_text` reads back to the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass
@@ -36,10 +50,24 @@ class Tree:
     mistakes: list[str] = field(default_factory=list)
 
     def merge(self, other: "Tree") -> None:
-        """Lays another tree over this one: sections are merged, everything else is replaced."""
-        _merge(self.values, other.values)
-        self.places.update(other.places)
+        """Lays another tree over this one: sections are merged, everything else is replaced.
+
+        A merged section keeps its place, so that an override of one key of it does not take the blame
+        for those that are missing.
+        """
+        self._lay(self.values, other.values, other.places, ())
         self.mistakes.extend(other.mistakes)
+
+    def _lay(
+        self, under: dict[str, Any], over: dict[str, Any], places: dict[KeyPath, str], path: KeyPath
+    ) -> None:
+        for key, value in over.items():
+            here = (*path, key)
+            if isinstance(value, dict) and isinstance(under.get(key), dict):
+                self._lay(under[key], value, places, here)
+            else:
+                under[key] = value
+                self.places.update({p: place for p, place in places.items() if p[: len(here)] == here})
 
     def place(self, path: KeyPath, default: str) -> str:
         """Where a key stood, or the nearest section around it, or `default`."""
@@ -47,14 +75,6 @@ class Tree:
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return default
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _merge(under[key], value)
-        else:
-            under[key] = value
 
 
 def shown(path: Path) -> str:
@@ -111,6 +131,8 @@ def _parse_file(path: Path) -> Tree:
         place = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{place}: is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{shown(path)}: sections and lists are nested too deep") from None
 
 
 def parse_text(text: str, place_of: Callable[[int], str]) -> Tree:
@@ -122,6 +144,7 @@ def parse_text(text: str, place_of: Callable[[int], str]) -> Tree:
 
     Raises:
         yaml.YAMLError: it is no YAML, or uses tags or types beyond plain ones.
+        RecursionError: it is nested very deep, or holds itself by an alias.
     """
     tree = Tree()
     loader = _Loader(text)
@@ -142,9 +165,12 @@ def _mapping(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
+        place = place_of(key_node.start_mark.line + 1)
+        if not isinstance(key_node, yaml.ScalarNode):
+            tree.mistakes.append(f"{place}: expected a word as key, got a list or a section")
+            continue
         key = str(key_node.value)
         here = (*path, key)
-        place = place_of(key_node.start_mark.line + 1)
         if key in values:
             tree.mistakes.append(
                 f"{place}: {'.'.join(here)}: stands here twice, first at {tree.places[here]}"
@@ -153,7 +179,11 @@ def _mapping(
         if isinstance(value_node, yaml.MappingNode):
             values[key] = _mapping(value_node, loader, here, tree, place_of)
         else:
-            values[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            try:
+                values[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            except (ValueError, TypeError) as error:
+                tree.mistakes.append(f"{place}: {'.'.join(here)}: is not a value in YAML: {error}")
+                values[key] = value_node.value
     return values
 
 
@@ -169,7 +199,7 @@ def read_overrides(overrides: tuple[str, ...]) -> Iterator[Tree]:
         try:
             # The indent and the line break let the value be any YAML, a flow list as much as a word.
             tree = parse_text(f"value: {text}\n", lambda line: "override")
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             yield Tree(mistakes=[f"override: {key}: expected a value in YAML, got {text!r}"])
             continue
         yield _at(path, tree)

@@ -34,13 +34,13 @@ class _OneExpert:
     def __init__(self, expert: int, start: int, stop: int) -> None:
         self.expert, self.rows = expert, slice(start, stop)
 
-    def lift(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [rows, in] times weight [experts, out, in] of this block, transposed."""
-        return torch.mm(wide(x), wide(weight[self.expert]).t())
+    def lift(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Write x [rows, in] times weight [experts, out, in] of this block, transposed."""
+        write_product(out, x, weight[self.expert].t())
 
-    def back(self, d_out: Tensor, weight: Tensor) -> Tensor:
-        """d_out [rows, out] times weight [experts, out, in] of this block."""
-        return torch.mm(wide(d_out), wide(weight[self.expert]))
+    def back(self, d_out: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Write d_out [rows, out] times weight [experts, out, in] of this block."""
+        write_product(out, d_out, weight[self.expert])
 
     def write_weight_grad(self, out: Tensor, d_out: Tensor, x: Tensor, accumulate: bool) -> None:
         """d_out^T x into this block of out [experts, out, in]."""
@@ -54,11 +54,11 @@ class _AllExperts:
         self.rows = slice(0, None)
         self.ends = counts.cumsum(0).to(device, torch.int32)
 
-    def lift(self, x: Tensor, weight: Tensor) -> Tensor:
-        return nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=self.ends)
+    def lift(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        out.copy_(nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=self.ends))
 
-    def back(self, d_out: Tensor, weight: Tensor) -> Tensor:
-        return nn.functional.grouped_mm(d_out, weight, offs=self.ends)
+    def back(self, d_out: Tensor, weight: Tensor, out: Tensor) -> None:
+        out.copy_(nn.functional.grouped_mm(d_out, weight, offs=self.ends))
 
     def write_weight_grad(self, out: Tensor, d_out: Tensor, x: Tensor, accumulate: bool) -> None:
         grad = nn.functional.grouped_mm(d_out.t(), x, offs=self.ends)
@@ -127,11 +127,9 @@ class _Experts(torch.autograd.Function):
         out = torch.empty_like(rows)
         for block in blocks:
             span = block.rows
-            lifted[span] = block.lift(rows[span], gate_up)
-            middle = gated(lifted[span])
-            if kept is not None:
-                kept[span] = middle
-            out[span] = block.lift(_times(middle, row_weights[span]), down)
+            block.lift(rows[span], gate_up, lifted[span])
+            middle = gated(lifted[span], None if kept is None else kept[span])
+            block.lift(_times(middle, row_weights[span]), down, out[span])
         ctx.blocks, ctx.gate_up, ctx.down = blocks, gate_up, down
         ctx.save_for_backward(rows, row_weights, lifted, kept)
         return out
@@ -140,20 +138,22 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_weights, lifted, kept = ctx.saved_tensors
-        blocks, d_out = ctx.blocks, d_out.contiguous()
-        d_rows, d_lifted = torch.empty_like(rows), torch.empty_like(lifted)
+        blocks, down, d_out = ctx.blocks, ctx.down, wide(d_out.contiguous())
+        d_rows, d_lifted = torch.empty_like(rows), torch.empty_like(lifted, dtype=d_out.dtype)
         d_row_weights = torch.empty_like(row_weights)
 
         def middle_of(span: slice) -> Tensor:
             return gated(lifted[span]) if kept is None else kept[span]
 
+        high = torch.promote_types(rows.dtype, torch.float32)
         for block in blocks:
             span = block.rows
-            pull = block.back(d_out[span], ctx.down)
+            pull = torch.empty_like(lifted[span, : down.shape[2]], dtype=high)
+            block.back(d_out[span], down, pull)
             d_row_weights[span] = (pull * middle_of(span)).sum(dim=-1)
-            pull = pull * row_weights[span].unsqueeze(1)
+            pull.mul_(row_weights[span].unsqueeze(1))
             gated_backward(pull, lifted[span], d_lifted[span])
-            d_rows[span] = block.back(d_lifted[span], ctx.gate_up)
+            block.back(d_lifted[span], ctx.gate_up, d_rows[span])
 
         def write_down(out: Tensor, accumulate: bool) -> None:
             def operands(span: slice) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ class _Experts(torch.autograd.Function):
         def write_gate_up(out: Tensor, accumulate: bool) -> None:
             _write_blocks(out, accumulate, blocks, lambda span: (d_lifted[span], rows[span]))
 
-        d_down = deliver(ctx.down, write_down) if ctx.needs_input_grad[3] else None
+        d_down = deliver(down, write_down) if ctx.needs_input_grad[3] else None
         d_gate_up = deliver(ctx.gate_up, write_gate_up) if ctx.needs_input_grad[2] else None
         return d_rows, d_row_weights, d_gate_up, d_down, None, None, None
 

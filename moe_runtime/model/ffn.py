@@ -10,19 +10,31 @@ from moe_runtime.model.linear import Linear
 from moe_runtime.model.recompute import Recomputed
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) x up of gate_up [..., 2f], gate first; in at least FP32, rounded once to its dtype."""
+def gated(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) x up of gate_up [..., 2f], gate first; in at least FP32, rounded once to its dtype.
+
+    Args:
+        out: where to write it, [..., f] of the same dtype; None: a new tensor.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
+    out = gate_up.new_empty(gate.shape) if out is None else out
     high = torch.promote_types(gate.dtype, torch.float32)
-    return nn.functional.silu(gate.to(high)).mul_(up).to(gate_up.dtype)
+    if high == gate.dtype:
+        return torch.ops.aten.silu.out(gate, out=out).mul_(up)
+    return out.copy_(nn.functional.silu(gate.to(high)).mul_(up))
 
 
 def gated_backward(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
-    """Write the gradient of `gated` into d_gate_up [..., 2f]."""
+    """Write the gradient of `gated` into d_gate_up [..., 2f], of the dtype of gate_up or of FP32."""
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     high = torch.promote_types(gate.dtype, torch.float32)
     gate, d_out = gate.to(high), d_out.to(high)
+    if d_gate_up.dtype == high:
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(d_out)
+        torch.mul(d_out, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return
     d_up.copy_(nn.functional.silu(gate).mul_(d_out))
     d_gate.copy_(torch.ops.aten.silu_backward(d_out * up, gate))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_runtime.model.product import product, write_product
+from moe_runtime.model.product import product, wide, write_product
 from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.weight_grad import deliver
 
@@ -28,7 +28,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, source = ctx.weight, ctx.source
-        d_flat = d_out.reshape(-1, d_out.shape[-1])
+        d_flat = wide(d_out.reshape(-1, d_out.shape[-1]))
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             d_x = product(d_flat, weight.to(d_flat.dtype), ctx.dtype).view(ctx.shape)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_runtime.model.product import product, wide, write_product
+from moe_runtime.model.product import wide, write_product
 from moe_runtime.model.weight_grad import deliver
 
 CHUNK_TOKENS = 1024
@@ -28,75 +28,110 @@ KEEP_BYTES = 64 * 2**20  # a head gradient up to this size is made in forward an
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """[tokens, vocab] in at least FP32, not rounded in between where products are made in FP32."""
     high = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.mm(hidden, head.t()).to(high)
+    return torch.mm(wide(hidden), head.t()).to(high)
 
 
-def _to_gradient(logits: Tensor, lse: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Turn logits [tokens, vocab] into d_loss / d_logits for a mean over 1 / scale tokens, in place."""
-    grad = logits.sub_(lse.unsqueeze(1)).exp_()
-    grad.scatter_add_(1, targets.unsqueeze(1), grad.new_full((grad.shape[0], 1), -1.0))
-    return grad.mul_(scale)
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits [tokens, vocab], less the largest of their row, into exponentials, in place.
+
+    Returns:
+        Sums of the rows, and the logs of the sums that no shift would have made; both [tokens].
+    """
+    top = logits.amax(dim=1)
+    sums = logits.sub_(top.unsqueeze(1)).exp_().sum(dim=1)
+    return sums, sums.log() + top
+
+
+def _spread(
+    scaled: Tensor,
+    scale: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    head: Tensor,
+    d_hidden: Tensor,
+    d_head: Tensor | None,
+) -> None:
+    """Gradients of one chunk's hidden, and of head added up, from its probabilities.
+
+    Args:
+        scaled: probabilities times `scale` [chunk, vocab]; used up.
+        scale: gradient of the loss by a token's loss, a scalar.
+        head: as products want it (`wide`).
+    """
+    share = scale.neg().expand(scaled.shape[0], 1)
+    d_logits = scaled.scatter_add_(1, targets.unsqueeze(1), share).to(head.dtype)
+    write_product(d_hidden, d_logits, head)
+    if d_head is not None:
+        write_product(d_head, d_logits.t(), hidden, accumulate=True)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, keep: bool) -> Tensor:
+        tokens = hidden.shape[0]
         high = torch.promote_types(hidden.dtype, torch.float32)
-        lse = torch.empty(hidden.shape[0], dtype=high, device=hidden.device)
+        lse = torch.empty(tokens, dtype=high, device=hidden.device)
         picked = torch.empty_like(lse)
         d_hidden = torch.empty_like(hidden) if keep else None
-        d_head = torch.zeros_like(head, dtype=high) if keep else None
-        wide_head = wide(head)
-        for start in range(0, hidden.shape[0], chunk):
+        d_head = torch.zeros_like(head, dtype=high) if keep and ctx.needs_input_grad[1] else None
+        wide_head, scale = wide(head), lse.new_full((), 1.0 / tokens)
+        for start in range(0, tokens, chunk):
             span = slice(start, start + chunk)
-            logits = _logits(wide(hidden[span]), wide_head)
-            lse[span] = logits.logsumexp(dim=1)
+            logits = _logits(hidden[span], wide_head)
             picked[span] = logits.gather(1, targets[span].unsqueeze(1)).squeeze(1)
-            if d_hidden is not None and d_head is not None:
-                grad = _to_gradient(logits, lse[span], targets[span], 1.0 / hidden.shape[0])
-                _use(grad.to(wide_head.dtype), hidden[span], wide_head, d_hidden[span], d_head)
+            sums, lse[span] = _exponentials(logits)
+            if d_hidden is not None:
+                scaled = logits.mul_((scale / sums).unsqueeze(1))
+                _spread(scaled, scale, hidden[span], targets[span], wide_head, d_hidden[span], d_head)
         ctx.head, ctx.chunk, ctx.keep = head, chunk, keep
-        kept = (d_hidden, d_head) if keep else (hidden, targets, lse)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*((d_hidden, d_head) if keep else (hidden, targets, lse)))
         return (lse - picked).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        head, wants_head = ctx.head, ctx.needs_input_grad[1]
         if ctx.keep:
-            d_hidden, d_head = ctx.saved_tensors
-            d_hidden = d_hidden * d_loss.to(d_hidden.dtype)
+            made, d_head = ctx.saved_tensors
+            d_hidden = made * d_loss.to(made.dtype)
+
+            def add_to(out: Tensor) -> None:
+                out.addcmul_(d_head, d_loss)
         else:
             hidden, targets, lse = ctx.saved_tensors
-            d_hidden, d_head = _again(hidden, ctx.head, targets, lse, ctx.chunk)
-            d_hidden.mul_(d_loss.to(d_hidden.dtype))
+            d_hidden = torch.empty_like(hidden)
+
+            def add_to(out: Tensor) -> None:
+                _again(hidden, head, targets, lse, ctx.chunk, d_loss, d_hidden, out)
+
+            if not wants_head:
+                _again(hidden, head, targets, lse, ctx.chunk, d_loss, d_hidden, None)
 
         def write(out: Tensor, accumulate: bool) -> None:
-            if accumulate:
-                out.addcmul_(d_head, d_loss.to(d_head.dtype))
-            else:
-                torch.mul(d_head, d_loss, out=out)
+            add_to(out if accumulate else out.zero_())
 
-        return d_hidden, deliver(ctx.head, write, deferrable=False, dtype=d_head.dtype), None, None, None
-
-
-def _use(grad: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor, d_head: Tensor) -> None:
-    """Gradients of one chunk from those of its logits."""
-    d_hidden.copy_(product(grad, head, d_hidden.dtype))
-    write_product(d_head, grad.t(), hidden.to(grad.dtype), accumulate=True)
+        # Not deferrable: where logits are made again, `write` makes d_hidden too.
+        high = torch.promote_types(head.dtype, torch.float32)
+        d_weight = deliver(head, write, deferrable=False, dtype=high) if wants_head else None
+        return d_hidden, d_weight, None, None, None
 
 
-def _again(hidden: Tensor, head: Tensor, targets: Tensor, lse: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and head for a loss gradient of 1, with logits multiplied again."""
-    d_hidden = torch.empty_like(hidden)
-    d_head = torch.zeros_like(head, dtype=lse.dtype)
-    wide_head = wide(head)
+def _again(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    chunk: int,
+    d_loss: Tensor,
+    d_hidden: Tensor,
+    d_head: Tensor | None,
+) -> None:
+    """Gradients from logits made again, in one pass: d_hidden written, d_head added up."""
+    wide_head, scale = wide(head), (d_loss / hidden.shape[0]).to(lse.dtype)
     for start in range(0, hidden.shape[0], chunk):
         span = slice(start, start + chunk)
-        logits = _logits(wide(hidden[span]), wide_head)
-        grad = _to_gradient(logits, lse[span], targets[span], 1.0 / hidden.shape[0])
-        _use(grad.to(wide_head.dtype), hidden[span], wide_head, d_hidden[span], d_head)
-    return d_hidden, d_head
+        scaled = _logits(hidden[span], wide_head).sub_(lse[span].unsqueeze(1)).exp_().mul_(scale)
+        _spread(scaled, scale, hidden[span], targets[span], wide_head, d_hidden[span], d_head)
 
 
 def head_loss(

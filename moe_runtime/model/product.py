@@ -34,7 +34,7 @@ def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -
     return torch.mm(wide(left), wide(right)).to(out_dtype or left.dtype)
 
 
-def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
     """out [m, n] = or += left [m, k] times right [k, n]; `out` may be wider than the operands."""
     left, right = wide(left), wide(right)
     if out.dtype == left.dtype:

@@ -13,11 +13,15 @@ from moe_runtime.model.moe import MoE
 from tests.unit.model import oracle
 from tests.unit.model.samples import F64, draw, small_config
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
 EXPERTS, HIDDEN, WIDTH = 4, 6, 5
 COUNTS = [[3, 2, 4, 1], [0, 5, 0, 2], [0, 0, 9, 0], [7, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
-def slow_experts(rows: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+def slow_experts(
+    rows: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]
+) -> Tensor:
     owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
     parts = [
         weight * oracle.swiglu(row, gate_up[e], down[e])
@@ -31,12 +35,12 @@ def slow_experts(rows: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tenso
 def test_experts_equal_the_loop_over_rows(counts: list[int], recompute: bool) -> None:
     """Also without any row, with experts without rows, and with all rows at one."""
     total = sum(counts)
-    leaves = [
+    leaves = (
         draw(total, HIDDEN, seed=1, grad=True),
         draw(total, seed=2, grad=True),
         draw(EXPERTS, 2 * WIDTH, HIDDEN, seed=3, grad=True),
         draw(EXPERTS, HIDDEN, WIDTH, seed=4, grad=True),
-    ]
+    )
     out = expert_ffn(*leaves, torch.tensor(counts), recompute)
     slow = slow_experts(*leaves, counts)
     assert out.shape == (total, HIDDEN)
@@ -45,24 +49,61 @@ def test_experts_equal_the_loop_over_rows(counts: list[int], recompute: bool) ->
     got = torch.autograd.grad(out, leaves, pull)
     wanted = torch.autograd.grad(slow, leaves, pull, allow_unused=True)
     for leaf, mine, other in zip(leaves, got, wanted, strict=True):
-        torch.testing.assert_close(mine, torch.zeros_like(leaf) if other is None else other, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            mine, torch.zeros_like(leaf) if other is None else other, rtol=1e-11, atol=1e-12
+        )
 
 
-def test_an_expert_without_rows_gets_a_gradient_of_zeros_over_whatever_memory_held() -> None:
+def test_an_expert_without_rows_gets_a_gradient_of_zeros_whatever_memory_held() -> None:
     experts = Experts(2, HIDDEN, WIDTH, dtype=F64)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.copy_(draw(*parameter.shape))
     rows = draw(3, HIDDEN, grad=True)
     experts(rows, draw(3, seed=1), torch.tensor([0, 3])).sum().backward()
-    assert not experts.gate_up.grad[0].any() and not experts.down.grad[0].any()
-    assert experts.gate_up.grad[1].any() and experts.down.grad[1].any()
+    for grad in (experts.gate_up.grad, experts.down.grad):
+        assert grad is not None and not grad[0].any() and grad[1].any()
 
 
 def test_routed_parameters_are_marked_as_experts_and_shared_ones_are_not() -> None:
     moe = MoE(small_config(), RecomputeConfig(), 8, 0)
     marked = {name for name, parameter in moe.named_parameters() if getattr(parameter, "is_expert", False)}
     assert marked == {"experts.gate_up", "experts.down"}
+
+
+def assert_near(got: Tensor, exact: Tensor, error: float) -> None:
+    assert float(((got.detach().to(F64) - exact).norm() / exact.norm()).detach()) < error
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_and_ffn_in_bf16_stay_within_roundings_of_fp64(recompute: bool) -> None:
+    """Every value is rounded to 8 bits at a handful of places: an error near 2^-8, not of order one."""
+    counts, kind = [40, 0, 9, 15], torch.bfloat16
+    rough = [draw(64, HIDDEN, seed=1, dtype=kind), draw(64, seed=2, dtype=kind)]
+    rough += [
+        draw(EXPERTS, 2 * WIDTH, HIDDEN, seed=3, dtype=kind),
+        draw(EXPERTS, HIDDEN, WIDTH, seed=4, dtype=kind),
+    ]
+    rough = [leaf.requires_grad_() for leaf in rough]
+    exact = [leaf.detach().to(F64).requires_grad_() for leaf in rough]
+    pull = draw(64, HIDDEN, seed=5, dtype=kind)
+    got = expert_ffn(rough[0], rough[1], rough[2], rough[3], torch.tensor(counts), recompute)
+    wanted = slow_experts(exact[0], exact[1], exact[2], exact[3], counts)
+    assert_near(got, wanted, 1e-2)
+    grads = torch.autograd.grad(got, rough, pull), torch.autograd.grad(wanted, exact, pull.to(F64))
+    for mine, other in zip(*grads, strict=True):
+        assert mine.dtype == kind
+        assert_near(mine, other, 1e-2)
+    ffn = SwiGLU(HIDDEN, WIDTH, recompute, dtype=kind)
+    with torch.no_grad():
+        ffn.gate_up.weight.copy_(rough[2][0]), ffn.down.weight.copy_(rough[3][0])
+    assert_near(
+        ffn(rough[0]), torch.stack([oracle.swiglu(x, exact[2][0], exact[3][0]) for x in exact[0]]), 1e-2
+    )
+    mine = torch.autograd.grad(swiglu(rough[2][0]), rough[2], rough[2][0][:, :WIDTH].detach())[0][0]
+    gate, up = exact[2][0].chunk(2, dim=-1)
+    slow = torch.nn.functional.silu(gate) * up
+    assert_near(mine, torch.autograd.grad(slow, exact[2], exact[2][0][:, :WIDTH].detach())[0][0], 1e-2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -111,3 +152,20 @@ def test_a_moe_layer_through_the_local_dispatcher_equals_the_loop_over_tokens(
     slow.backward(pull)
     for name, parameter in moe.named_parameters():
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", [[3, 2, 4, 1], [0, 5, 0, 2], [0, 0, 9, 0]])
+def test_grouped_products_equal_the_loop_of_products(counts: list[int]) -> None:
+    """The way of CUDA, here in FP32 on the CPU, whose grouped product takes it too."""
+    total, hidden, width = sum(counts), 8, 4  # grouped products want rows of whole 16 bytes
+    leaves = (
+        draw(total, hidden, seed=1, dtype=torch.float32, grad=True),
+        draw(total, seed=2, dtype=torch.float32, grad=True),
+        draw(EXPERTS, 2 * width, hidden, seed=3, dtype=torch.float32, grad=True),
+        draw(EXPERTS, hidden, width, seed=4, dtype=torch.float32, grad=True),
+    )
+    pull = draw(total, hidden, seed=5, dtype=torch.float32)
+    outs = [expert_ffn(*leaves, torch.tensor(counts), grouped=grouped) for grouped in (True, False)]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(*(torch.autograd.grad(out, leaves, pull) for out in outs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

@@ -40,6 +40,7 @@ class Sinks:
 
         parameter.grad_sink = sink  # type: ignore[attr-defined]
 
+    @torch.no_grad()
     def finish(self) -> None:
         for name, accumulate in self.waiting:
             accumulate(self.buffers[name])
@@ -53,7 +54,9 @@ def backward(model: Transformer, tokens: Tensor) -> None:
 @pytest.mark.parametrize("recompute", [RecomputeConfig(), ALL], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
 @pytest.mark.parametrize("mtp_depth", [0, 2])
-def test_sinks_receive_every_weights_gradient(mtp_depth: int, later: bool, recompute: RecomputeConfig) -> None:
+def test_sinks_receive_every_weights_gradient(
+    mtp_depth: int, later: bool, recompute: RecomputeConfig
+) -> None:
     config = small_config(mtp_depth=mtp_depth)
     tokens = draw_tokens(config, 2, 10)
     plain, sunk = small_model(config, recompute=recompute), small_model(config, recompute=recompute)
@@ -66,7 +69,7 @@ def test_sinks_receive_every_weights_gradient(mtp_depth: int, later: bool, recom
         wanted = grads[name].grad
         assert wanted is not None and wanted.any(), name
         if name not in sinks.buffers:
-            assert torch.equal(parameter.grad, wanted), name
+            assert parameter.grad is not None and torch.equal(parameter.grad, wanted), name
             continue
         assert parameter.grad is None, f"{name} reached autograd too"
         if mtp_depth and name in TIED:
@@ -104,5 +107,5 @@ def test_a_bf16_weight_gradient_reaches_an_fp32_buffer_unrounded() -> None:
     x, pull = draw(64, 6, seed=1, dtype=torch.bfloat16), draw(64, 5, seed=2, dtype=torch.bfloat16)
     layer(x).backward(pull)
     exact = pull.to(F64).T @ x.to(F64)
-    error = float((buffer.to(F64) - exact).norm() / exact.norm())
-    assert error < 1e-6 or not torch.equal(buffer, buffer.to(torch.bfloat16).to(torch.float32))
+    # Products of BF16 numbers in FP32; a gradient rounded to BF16 would be off by 2e-3.
+    assert float((buffer.to(F64) - exact).norm() / exact.norm()) < 1e-5

@@ -22,7 +22,9 @@ def test_linear_equals_torch_with_gradients() -> None:
     out, wanted = layer(x), torch.nn.functional.linear(x, layer.weight)
     torch.testing.assert_close(out, wanted, rtol=1e-13, atol=1e-14)
     leaves = (x, layer.weight)
-    pairs = zip(torch.autograd.grad(out, leaves, pull), torch.autograd.grad(wanted, leaves, pull), strict=True)
+    pairs = zip(
+        torch.autograd.grad(out, leaves, pull), torch.autograd.grad(wanted, leaves, pull), strict=True
+    )
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
 
@@ -66,7 +68,15 @@ def test_embedding_equals_torch_with_gradients_of_repeated_and_unused_tokens(dty
     for token, row in zip(tokens.flatten().tolist(), pull.flatten(0, 1), strict=True):
         wanted[token] += row
     torch.testing.assert_close(table.weight.grad, wanted.to(dtype), rtol=2e-7, atol=1e-7)
-    assert not table.weight.grad[[1, 2, 4, 5, 6, 7]].any()
+    assert table.weight.grad is not None and not table.weight.grad[[1, 2, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.usefixtures("nan_memory")
+def test_unused_rows_of_an_embedding_get_zeros_whatever_memory_held() -> None:
+    table = Embedding(4, 2)
+    table(torch.tensor([2])).sum().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad.tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
 
 
 def test_embedding_gradients_of_bf16_are_summed_in_fp32() -> None:

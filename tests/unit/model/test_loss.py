@@ -51,7 +51,9 @@ def test_large_logits_do_not_overflow(keep: bool) -> None:
     hidden, head, targets = case(11, torch.float32)
     loss = head_loss(hidden * 1e4, head, targets, CHUNK, keep)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all() and torch.isfinite(head.grad).all()
+    assert torch.isfinite(loss)
+    for leaf in (hidden, head):
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -82,3 +84,26 @@ def test_nothing_is_made_for_backward_where_nobody_wants_gradients() -> None:
         quiet = head_loss(hidden, head, targets, CHUNK)
     assert not quiet.requires_grad
     assert torch.equal(quiet, head_loss(hidden, head, targets, CHUNK).detach())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sink_receives_the_gradient_of_the_head_on_top_of_what_it_holds(keep: bool) -> None:
+    hidden, head, targets = case(2 * CHUNK + 3)
+    wanted = torch.autograd.grad(1.7 * head_loss(hidden, head, targets, CHUNK, keep), (hidden, head))
+    buffer = torch.ones_like(head)
+    head.grad_sink = lambda weight, accumulate, deferrable: accumulate(buffer)  # type: ignore[attr-defined]
+    (1.7 * head_loss(hidden, head, targets, CHUNK, keep)).backward()
+    assert head.grad is None and hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, wanted[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(buffer - 1, wanted[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_one_side_alone_may_want_a_gradient(frozen: str, keep: bool) -> None:
+    hidden, head, targets = case(2 * CHUNK + 3)
+    (hidden if frozen == "hidden" else head).requires_grad_(False)
+    other = head if frozen == "hidden" else hidden
+    got = torch.autograd.grad(head_loss(hidden, head, targets, CHUNK, keep), other)[0]
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(hidden @ head.T, targets), other)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)

@@ -95,7 +95,7 @@ def test_weights_keep_their_true_ratio_when_all_chosen_sigmoids_underflow(dtype:
     assert sum(got.values()) == pytest.approx(1.0, rel=1e-6)
     assert torch.isfinite(balance)
     (weights.square().sum() + balance).backward()
-    assert torch.isfinite(x.grad).all() and x.grad.any()
+    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.any()
 
 
 def test_gradients_of_gate_weights_reach_input_and_weight_but_never_the_bias() -> None:
@@ -127,7 +127,9 @@ def test_logits_and_bias_are_fp32_in_a_bf16_router(better: int) -> None:
     assert router.bias.dtype == weights.dtype == balance.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("sequences", "length", "experts", "top_k"), [(1, 1, 4, 1), (3, 5, 8, 3), (2, 9, 6, 6)])
+@pytest.mark.parametrize(
+    ("sequences", "length", "experts", "top_k"), [(1, 1, 4, 1), (3, 5, 8, 3), (2, 9, 6, 6)]
+)
 def test_balance_equals_the_loop_over_sequences(
     sequences: int, length: int, experts: int, top_k: int
 ) -> None:

@@ -35,7 +35,7 @@ class Watch(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         self.largest = max(self.largest, tensor.numel())
-        if tensor.ndim and not (tensor.dtype == torch.bool or tensor.dtype == torch.int64):
+        if tensor.ndim and (tensor.is_floating_point() or tensor.is_complex()):
             self.dtypes.add(tensor.dtype)
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)

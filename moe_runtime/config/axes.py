@@ -1,0 +1,52 @@
+"""What `auto` stands for in a layout, and which batch sizes a layout admits.
+
+A schedule asks this of M, the microbatches of one lane in a step:
+
+    single     M >= 1                  one pipeline rank
+    1f1b       M >= 1                  fewer than pp only makes the bubble larger
+    dualpipe   M even, M >= 2 pp       half of them run each way, and each way must fill the pipeline
+"""
+
+from typing import Literal
+
+from moe_runtime.config.schema import BatchConfig, LayoutConfig
+
+Schedule = Literal["single", "1f1b", "dualpipe"]
+
+
+def resolve_schedule(layout: LayoutConfig) -> Schedule:
+    """What `auto` means: single for pp 1, dualpipe for even pp, else 1f1b."""
+    if layout.schedule != "auto":
+        return layout.schedule
+    if layout.pp == 1:
+        return "single"
+    return "1f1b" if layout.pp % 2 else "dualpipe"
+
+
+def resolve_dispatcher(layout: LayoutConfig) -> Literal["local", "alltoall"]:
+    """What `auto` means: local for ep 1, else alltoall."""
+    if layout.dispatcher != "auto":
+        return layout.dispatcher
+    return "local" if layout.ep == 1 else "alltoall"
+
+
+def batch_grid(layout: LayoutConfig, batch: BatchConfig) -> tuple[int, int]:
+    """Admissible batch sizes: multiples of the first number, not smaller than the second."""
+    lane = layout.dp * batch.micro_batch_size
+    if resolve_schedule(layout) == "dualpipe":
+        return 2 * lane, 2 * layout.pp * lane
+    return lane, lane
+
+
+def admissible_size(batch: BatchConfig, quantum: int, smallest: int, tokens: int) -> int:
+    """Sequences of the step that begins after so many tokens: the ramp, to the nearest admissible size.
+
+    Integer arithmetic throughout, so that every rank and every restart agrees; halves go up.
+    """
+    end = batch.global_batch_size
+    if batch.ramp_start_size is None or tokens >= batch.ramp_tokens:
+        return end
+    length = batch.ramp_tokens
+    ideal = batch.ramp_start_size * length + (end - batch.ramp_start_size) * tokens  # in 1/length
+    size = (2 * ideal + quantum * length) // (2 * quantum * length) * quantum
+    return min(max(size, smallest), end)
