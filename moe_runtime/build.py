@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from moe_comm.dispatcher import Dispatcher
@@ -40,9 +41,11 @@ from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.loop import Run
+from moe_runtime.train.run_lock import lock_run
 from moe_runtime.train.saving import TrainingState, load_state
 from moe_runtime.train.step import TrainStep
 
+CONFIG_FILE = "config.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -259,10 +262,12 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     )
     optimizer = build_optimizer(runtime)
     run_dir = Path(config.out_dir) / config.name
-    peers.alike(lambda: _write_config(run_dir, config, peers), (ConfigError,))
+    lock = peers.alike(lambda: _enter(run_dir) if peers.is_first else None, (ConfigError,))
     state = TrainingState(runtime, optimizer, peers, tokenizer)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, said = _resume(store, state, fresh)
+    if peers.is_first:  # not before a checkpoint of another model was refused
+        (run_dir / CONFIG_FILE).write_text(dump_config(config))
     recorder = Recorder(run_dir, config, peers, resume_step=start)
     for line in said:
         recorder.event("resume", message=line)
@@ -277,6 +282,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         recorder,
         start,
         total_steps(config, layout),
+        lock,
     )
 
 
@@ -306,12 +312,11 @@ def _check_same_config(config: RunConfig, peers: Peers) -> None:
         raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
 
 
-def _write_config(run_dir: Path, config: RunConfig, peers: Peers) -> None:
-    if not peers.is_first:
-        return
+def _enter(run_dir: Path) -> TextIO | None:
+    """Make the run folder and lock it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config))
+        return lock_run(run_dir)
     except OSError as error:
         text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
         raise ConfigError(text) from error

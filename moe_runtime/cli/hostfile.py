@@ -5,6 +5,7 @@ It passes `--local_rank=N` to every rank, before the command; `moe_runtime.__mai
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -61,6 +62,8 @@ def deepspeed_command(hostfile: Path, hosts: dict[str, int], command: list[str])
                     f"--hostfile: deepspeed starts other machines with {program}; please install it"
                 )
         os.environ["DS_ENV_FILE"] = _environment_file()
+        # A shell on each machine reads the command; deepspeed quotes only what has a space in it.
+        command = [word if " " in word else shlex.quote(word) for word in command]
     return [
         sys.executable,
         *("-m", "deepspeed.launcher.runner"),

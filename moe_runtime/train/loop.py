@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TextIO
 
 from moe_runtime.checkpoint.store import CheckpointStore, SaveFailed
 from moe_runtime.config.derive import tokens_before
@@ -26,6 +27,7 @@ class Run:
     Args:
         start: steps already done.
         end: steps to do in all.
+        lock: keeps other processes out of the run folder as long as it lives; rank 0 only.
         latest: the newest validation, if it was made in this process.
     """
 
@@ -38,6 +40,7 @@ class Run:
     recorder: Recorder
     start: int
     end: int
+    lock: TextIO | None
     latest: Validation | None = None
 
     @property

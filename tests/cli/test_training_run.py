@@ -75,3 +75,17 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_and_fresh_starts_over(tmp_path: P
     code, output = run("train", str(config), "train.total_steps=1", "train.eval_every=0", "--fresh")
     assert code == 0 and "resuming" not in output, output
     assert steps_done(run_dir) == [1]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    config, run_dir = write_config(tmp_path), tmp_path / "runs" / "small"
+    first = start("train", str(config), "train.total_steps=100000", "train.eval_every=0")
+    wait_for_step(run_dir, 2, first)
+    code, output = run("train", str(config), "train.total_steps=100000", "train.eval_every=0")
+    assert code == 2 and "is training in this folder" in output, output
+    done = steps_done(run_dir)[-1]
+    wait_for_step(run_dir, done + 2, first)
+    os.kill(first.pid, signal.SIGINT)
+    code, output = finish(first, timeout_s=60)
+    assert code == 0, output
+    assert steps_done(run_dir) == list(range(1, steps_done(run_dir)[-1] + 1))

@@ -79,11 +79,23 @@ def test_each_part_saves_at_least_the_bytes_it_names(q_lora_rank: int | None) ->
     assert saved["swiglu"] >= 2 * routed_and_shared + config.ffn_size
     # Queries, keys and values, these padded to the width of keys.
     assert saved["mla_up"] >= 3 * config.num_heads * 3 * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    # Attention's input, the latents, the dense FFN's input, and both norms joined for eh_proj. The input of
-    # a MoE FFN is the router's and the dispatcher's; whether it lives on is the runner's affair.
+    # Both inputs of each block and its latents, and the two norms joined for eh_proj.
     latents = config.kv_lora_rank + (q_lora_rank or 0)
-    assert saved["norm"] >= 3 * (config.hidden_size + latents) + 3 * config.hidden_size
+    assert saved["norm"] >= 3 * (2 * config.hidden_size + latents) + 2 * config.hidden_size
     assert held["all"] < min(held[part] for part in ("norm", "swiglu", "mla_up"))
+
+
+@pytest.mark.parametrize("part", ["norm", "all"])
+@pytest.mark.parametrize("q_lora_rank", [10, None])
+def test_a_norm_is_made_again_once_however_many_read_it(q_lora_rank: int | None, part: str) -> None:
+    model, tokens = open_case(part, q_lora_rank)
+    losses = model.losses(tokens)
+    with Watch() as watch:
+        (losses.loss + losses.loss_mtp + losses.balance).backward()
+    latents = 2 if q_lora_rank else 1
+    # Per block both inputs and the latents; shared experts run apart from the router and make their
+    # input for themselves; enorm and hnorm. The norms before the head stay.
+    assert watch.calls["aten.rsqrt_"] == 3 * (2 + latents) + 2 + 2
 
 
 def test_a_shared_value_is_made_once_for_all_users_and_then_dropped() -> None:

@@ -1,6 +1,7 @@
 """Sees every tensor that a region of code makes: how large, of what dtype, and whether it still lives."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,14 @@ class Watch(TorchDispatchMode):
     """Records the outputs of all operations, also those inside autograd Functions and backward.
 
     Attributes:
+        calls: how often each operation ran, by its name, such as `aten.mm`.
         largest: elements of the largest tensor made.
         dtypes: floating and complex dtypes of all tensors with at least one axis.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: Counter[str] = Counter()
         self.largest = 0
         self.dtypes: set[torch.dtype] = set()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -27,6 +30,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.calls[str(func).rpartition(".")[0]] += 1
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):

@@ -1,0 +1,38 @@
+"""One run folder, one run: two at once would tear each other's records and checkpoints."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import TextIO
+
+from moe_runtime.errors import ConfigError
+
+LOCK_FILE = ".lock"
+
+
+def lock_run(run_dir: Path) -> TextIO | None:
+    """Hold the folder for this process until it ends, however it ends.
+
+    Returns:
+        The open lock file, to be kept; None on a file system that has no locks.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    lock = (run_dir / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            lock.close()
+            return None
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        text = f"{run_dir}: process {holder} is training in this folder; wait for its end, or set name"
+        raise ConfigError(text) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+    lock.flush()
+    return lock
