@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.cli.orphan import stop_with_parent
+from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import PeerLost
@@ -27,6 +29,8 @@ def train(
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
 
+    if STATUS_DIR in os.environ:
+        stop_with_parent()
     world = read_world(run.device)
     check_layout(run, world.world_size)
     with join_world(world, run.train.peer_timeout_s):

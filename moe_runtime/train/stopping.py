@@ -1,14 +1,17 @@
 """Ctrl-C and SIGTERM end a run at the next step boundary, on all ranks together, with a checkpoint.
 
 A launcher passes Ctrl-C on to every rank, a scheduler may tell only one: either way the ranks agree
-after each step. A second signal ends this process at once.
+after each step. A later second signal ends this process at once; signals close together are one wish,
+for a launcher that is killed lets the kernel send one for each of its threads.
 """
 
 import os
 import signal
+import time
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_WISH_S = 0.5
 
 
 class StopRequest:
@@ -16,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.wanted = False
+        self._first_s: float | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -27,6 +31,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
+        now = time.monotonic()
+        if self._first_s is not None and now - self._first_s > _SAME_WISH_S:
             os._exit(128 + number)
         self.wanted = True
+        self._first_s = now if self._first_s is None else self._first_s

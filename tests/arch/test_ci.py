@@ -14,7 +14,8 @@ _STAND_IN = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$NOTES"
 [[ -z ${FAILING:-} || "$(basename "$0") $*" != $FAILING ]] || exit 1
 for word in "$@"; do
-  case $word in out_dir=*) mkdir -p "${word#out_dir=}/ci" && seq "${STEPS:-6}" >"${word#out_dir=}/ci/metrics.jsonl" ;; esac
+  [[ $word == out_dir=* ]] || continue
+  mkdir -p "${word#out_dir=}/ci" && seq "${STEPS:-6}" >"${word#out_dir=}/ci/metrics.jsonl"
 done
 """
 _STEPS = (

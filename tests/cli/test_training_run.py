@@ -89,3 +89,14 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
     code, output = finish(first, timeout_s=60)
     assert code == 0, output
     assert steps_done(run_dir) == list(range(1, steps_done(run_dir)[-1] + 1))
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(tmp_path: Path) -> None:
+    config, run_dir = write_config(tmp_path, train__checkpoint_every=0), tmp_path / "runs" / "small"
+    process = start("train", str(config), "train.total_steps=100000", "train.eval_every=0")
+    wait_for_step(run_dir, 2, process)
+    ranks = _ranks(process.pid)
+    process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert digests(run_dir, steps_done(run_dir)[-1])
