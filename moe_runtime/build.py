@@ -250,7 +250,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     _check_same_config(config, peers)
-    tokenizer, train_data, validation_data = _open_data(config, peers)
+    tokenizer, train_loader, validation_loader = _open_data(config, peers)
     runtime = build_runtime(
         config,
         layout,
@@ -266,18 +266,16 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     state = TrainingState(runtime, optimizer, peers, tokenizer)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, said = _resume(store, state, fresh)
-    if peers.is_first:  # not before a checkpoint of another model was refused
-        (run_dir / CONFIG_FILE).write_text(dump_config(config))
-    recorder = Recorder(run_dir, config, peers, resume_step=start)
+    recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, peers.alike(lambda: _loader(config, train_data), (DataError,))),
+        TrainStep(runtime, optimizer, train_loader),
         tokenizer,
-        peers.alike(lambda: _loader(config, validation_data), (DataError,)),
+        validation_loader,
         store,
         recorder,
         start,
@@ -286,15 +284,15 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     )
 
 
-def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
-    """Rank 0 prepares what is missing; then every rank opens the same shards."""
+def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader, BatchLoader]:
+    """Rank 0 prepares what is missing; then every rank opens the same shards, train and validation."""
     peers.first_does(lambda: ensure_prepared(config.data, config.seed), (DataError,))
 
-    def open_all() -> tuple[Tokenizer, TokenDataset, TokenDataset]:
+    def open_all() -> tuple[Tokenizer, BatchLoader, BatchLoader]:
         ensure_prepared(config.data, config.seed)
         folder = Path(config.data.path)
-        data = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
-        return data[0].load_tokenizer(), *data
+        train, validation = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
+        return train.load_tokenizer(), _loader(config, train), _loader(config, validation)
 
     return peers.alike(open_all, (DataError,))
 
@@ -302,6 +300,17 @@ def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, TokenDataset
 def _loader(config: RunConfig, dataset: TokenDataset) -> BatchLoader:
     model = config.model
     return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
+
+
+def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int) -> Recorder:
+    """Begin the records: not before data was opened and a checkpoint of another model refused."""
+    try:
+        if peers.is_first:
+            (run_dir / CONFIG_FILE).write_text(dump_config(config))
+        return Recorder(run_dir, config, peers, resume_step=start)
+    except OSError as error:
+        where = error.filename or run_dir
+        raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error
 
 
 def _check_same_config(config: RunConfig, peers: Peers) -> None:

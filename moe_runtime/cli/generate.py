@@ -22,7 +22,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="at most so many new tokens")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.8,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed draws the same text")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed draws the same text")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object at the end")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ process, several under torchrun, and with a hostfile under the `deepspeed` launc
 
 import argparse
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def _launch_train(options: argparse.Namespace) -> int:
         f"--master-addr={host}",
         f"--master-port={port}",
         *([f"--local-addr={address}"] if address else []),
+        f"--rdzv-conf=timeout={math.ceil(config.train.peer_timeout_s)}",
     ]
     outcome = torchrun.run_ranks(rendezvous, ["-m", "moe_runtime", *options.command], environment)
     if outcome.message:

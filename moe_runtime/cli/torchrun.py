@@ -21,6 +21,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from typing import Any
 import psutil
 
 STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
+_CPP_LOG = "TORCH_CPP_LOG_LEVEL"
 # Ranks that fail within this time of the first one failed by themselves, not by torchrun's SIGKILL.
 _TOGETHER_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,10 +62,15 @@ def run_ranks(torchrun_options: list[str], program: list[str], environment: Mapp
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+    # The launcher says itself, in one line, what torch's C++ would put into a page; ranks may speak.
+    for_ranks, os.environ[_CPP_LOG] = os.environ.get(_CPP_LOG, "ERROR"), "FATAL"
     # Imported here: torch takes seconds, and a wrong config should be told at once.
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
+    os.environ[_CPP_LOG] = for_ranks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="moe_runtime_") as folder:
         os.environ[STATUS_DIR] = folder
@@ -74,6 +82,10 @@ def run_ranks(torchrun_options: list[str], program: list[str], environment: Mapp
             except ChildFailedError as error:
                 failures = first_failures(error.failures)
                 return explain_end(failures, read_statuses(Path(folder)), interrupted=bool(received))
+            except (DistError, RendezvousError) as error:
+                reason = str(error).splitlines()[0][:160]
+                text = f"not all machines came ({reason}); check that the others run and reach the master"
+                return Outcome(3, text)
     return Outcome(0)
 
 
@@ -146,8 +158,26 @@ def _signals_to_ranks() -> Iterator[list[int]]:
                 continue
 
     before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    watched, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    before_fd = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    threading.Thread(target=_leave_if_alone, args=(watched,), daemon=True).start()
     try:
         yield received
     finally:
+        signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_if_alone(watched: int) -> None:
+    """End this process when a signal comes while there is no rank yet to pass it on to.
+
+    While it waits for other machines the main thread is inside torch, where no handler of Python's
+    runs; the interpreter still writes each signal to this pipe at once.
+    """
+    while os.read(watched, 1):
+        time.sleep(0.5)
+        if not psutil.Process().children():
+            os.write(sys.stderr.fileno(), b"stopped while waiting for the other machines\n")
+            os._exit(130)

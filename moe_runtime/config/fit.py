@@ -55,7 +55,7 @@ class _Trial:
             and self.model.num_experts % layout.ep == 0
             and not (resolve_dispatcher(layout) == "local" and layout.ep > 1)
             and size % quantum == 0
-            and size >= max(smallest, self.batch.ramp_start_size or 0)
+            and size >= smallest
             and layout.pp <= self.model.num_layers
             and (counts is None or _counts_do(counts, layout.pp, self.model.num_layers))
         )

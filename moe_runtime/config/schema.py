@@ -152,7 +152,9 @@ class BatchConfig(Section):
 
     seq_len: PositiveInt = Field(description="tokens predicted per sequence")
     micro_batch_size: PositiveInt = Field(1, description="sequences a microbatch")
-    global_batch_size: PositiveInt = Field(description="sequences a step, all lanes, after the ramp")
+    global_batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = Field(
+        description="sequences a step, all lanes, after the ramp"
+    )
     ramp_start_size: PositiveInt | None = Field(None, description="sequences a step at first; null: no ramp")
     ramp_tokens: Count = Field(0, description="tokens over which the batch grows linearly")
 
@@ -263,7 +265,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "run"
     out_dir: str = Field("runs", description="run folders are made here, as out_dir/name")
-    seed: Count = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     precision: Literal["fp32", "bf16", "fp64"] = Field("bf16", description="dtype of weights and activations")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig

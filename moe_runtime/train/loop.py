@@ -11,6 +11,7 @@ from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import Tokenizer
+from moe_runtime.errors import CheckpointError, DataError
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.train.sample import sample_tokens
@@ -28,6 +29,7 @@ class Run:
         start: steps already done.
         end: steps to do in all.
         lock: keeps other processes out of the run folder as long as it lives; rank 0 only.
+        unsaved: why the newest save failed; None if it did not.
         latest: the newest validation, if it was made in this process.
     """
 
@@ -42,6 +44,7 @@ class Run:
     end: int
     lock: TextIO | None
     latest: Validation | None = None
+    unsaved: str | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -49,7 +52,11 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train from where the run stands to its end; call within `join_world` on every rank."""
+    """Train from where the run stands to its end; call within `join_world` on every rank.
+
+    Raises:
+        CheckpointError: the last checkpoint could not be written.
+    """
     with StopRequest() as stop:
         steps_done = _loop(run, stop)
     if steps_done == run.end:
@@ -59,6 +66,8 @@ def train(run: Run) -> None:
         run.recorder.event("stopped", step=steps_done)
         run.recorder.say(message)
     run.recorder.close()
+    if run.unsaved is not None:  # a run that ends without its weights has not ended well
+        raise CheckpointError(f"{run.unsaved}; make room and run the same command: it continues")
 
 
 def _loop(run: Run, stop: StopRequest) -> int:
@@ -87,16 +96,30 @@ def _loop(run: Run, stop: StopRequest) -> int:
 
 
 def _save(run: Run, step: int) -> None:
+    """Write a checkpoint; a failure costs this checkpoint, not the run."""
+    run.unsaved = None
     layout = run.runtime.layout
     outcome = save_state(run.store, run.state, step, tokens_before(run.config, layout, step))
     if isinstance(outcome, SaveFailed):
         message = f"step {step}: no checkpoint: {outcome.message}"
         run.recorder.event("checkpoint_failed", step=step, message=outcome.message)
         run.recorder.say(message)
+        run.unsaved = message
         return
     run.recorder.event("checkpoint", step=step, path=str(outcome.path), bytes=outcome.num_bytes)
     if outcome.warning:
         run.recorder.say(outcome.warning)
+
+
+def _baseline(run: Run) -> float:
+    """Bits per byte of the order-1 model on rank 0, NaN elsewhere; the others wait as long as it takes."""
+    scores = [math.nan]
+
+    def score() -> None:
+        scores[0] = order1_bits_per_byte(run.step.loader.dataset, run.validation.dataset, run.tokenizer)
+
+    run.state.peers.first_does(score, (DataError,))
+    return scores[0]
 
 
 def _validate(run: Run) -> Validation:
@@ -114,9 +137,7 @@ def _sample(run: Run, step: int) -> None:
 def _finish(run: Run) -> None:
     """What a finished run says: loss in bits per byte beside a plain baseline, and a sample."""
     result = run.latest or _validate(run)
-    baseline = math.nan
-    if run.state.peers.is_first:
-        baseline = order1_bits_per_byte(run.step.loader.dataset, run.validation.dataset, run.tokenizer)
+    baseline = _baseline(run)
     message = (
         f"validation: {result.bits_per_byte:.3f} bits per byte, loss {result.loss:.4f} "
         f"(order-1 byte model on the same shards: {baseline:.3f} bits per byte)"

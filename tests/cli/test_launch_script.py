@@ -158,11 +158,13 @@ def test_a_failed_install_is_told_and_done_again(machine: Machine) -> None:
     assert len(machine.installs()) == 2
 
 
-def test_an_install_that_was_killed_is_done_again(machine: Machine, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "gate")
+def _launch_and_kill(machine: Machine) -> None:
+    """Starts a set-up and kills everything while pip is at work."""
+    gate = machine.folder / "gate"
+    os.mkfifo(gate)
     process = subprocess.Popen(
         [machine.repository / "launch.sh", "help"],
-        env=machine.environment(SLOW_PIP=str(tmp_path / "gate")),
+        env=machine.environment(SLOW_PIP=str(gate)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -173,6 +175,22 @@ def test_an_install_that_was_killed_is_done_again(machine: Machine, tmp_path: Pa
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_an_install_that_was_killed_is_done_again(machine: Machine) -> None:
+    _launch_and_kill(machine)
+    assert machine.launch("help")[0] == 0
+    assert len(machine.installs()) == 2
+
+
+def test_a_killed_update_is_done_again_even_if_its_cause_is_taken_back(machine: Machine) -> None:
+    machine.launch("help")
+    constraints = machine.repository / "constraints.txt"
+    before = constraints.read_text()
+    constraints.write_text(before + "# changed\n")
+    machine.notes()
+    _launch_and_kill(machine)
+    constraints.write_text(before)
     assert machine.launch("help")[0] == 0
     assert len(machine.installs()) == 2
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.model.transformer import Losses
 from moe_runtime.optim.schedule import lr_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
@@ -128,9 +129,8 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     optimizer = build_optimizer(runtime)
     tokens = batch(runtime.config)
     scalars = run_lane(runtime, tokens)
-    plain = PlainModel(runtime.config, case.biases, case.document_separator).forward_backward(
-        tokens, MTP_LAMBDA
-    )
+    oracle = PlainModel(runtime.config, case.biases, case.document_separator)
+    plain = oracle.forward_backward(tokens, MTP_LAMBDA)
     worst = _compare_losses(scalars, plain.losses, tokens.shape[0])
     _sum_tied(runtime)
     worst |= _compare_parameters(runtime, plain)
@@ -139,10 +139,7 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     return worst
 
 
-def _compare_losses(
-    runtime: Runtime, scalars: StepScalars, plain: PlainStep, sequences: int
-) -> dict[str, float]:
-    found = plain.losses
+def _compare_losses(scalars: StepScalars, found: Losses, sequences: int) -> dict[str, float]:
     wanted = {"loss": found.loss, "loss_mtp": found.loss_mtp, "balance": found.balance}
     names = {name: value.item() for name, value in wanted.items()}
     sums = torch.tensor([scalars.totals.get(name, 0.0) for name in names], dtype=torch.float64)

@@ -209,24 +209,31 @@ def test_auto_means_what_the_schema_says() -> None:
     assert resolved(pp=2, schedule="1f1b", dp=2, dispatcher="alltoall") == ("1f1b", "alltoall")
 
 
-def _peaks(run: RunConfig, num_stages: int) -> dict[tuple[int, ...], int]:
-    """The heaviest stage of every possible split, by brute force."""
+def _costs(run: RunConfig, num_stages: int) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Of every possible split the heaviest stage and the sum of squares, by brute force."""
     layers, first, last = stage_loads(run.model)
-    peaks = {}
+    costs = {}
     for cuts in itertools.combinations(range(1, len(layers)), num_stages - 1):
         ends = [0, *cuts, len(layers)]
         loads = [sum(layers[a:b]) for a, b in itertools.pairwise(ends)]
         loads[0] += first
         loads[-1] += last
-        peaks[tuple(b - a for a, b in itertools.pairwise(ends))] = max(loads)
-    return peaks
+        counts = tuple(b - a for a, b in itertools.pairwise(ends))
+        costs[counts] = (max(loads), sum(load**2 for load in loads))
+    return costs
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("vocab_size", [8, 4096])
-def test_layers_are_spread_so_that_the_heaviest_stage_is_as_light_as_can_be(
-    num_stages: int, vocab_size: int
+@settings(max_examples=40, deadline=None)
+@given(
+    num_stages=st.integers(1, 7),
+    vocab_size=st.sampled_from([8, 100, 1000, 4096]),
+    ffn_size=st.integers(1, 300),
+    num_dense_layers=st.integers(0, 9),
+)
+def test_the_heaviest_stage_is_as_light_as_can_be_and_the_others_are_even(
+    num_stages: int, vocab_size: int, ffn_size: int, num_dense_layers: int
 ) -> None:
-    run = build(model={"num_layers": 9, "vocab_size": vocab_size, "num_dense_layers": 2})
-    peaks = _peaks(run, num_stages)
-    assert peaks[split_layers(run.model, num_stages)] == min(peaks.values())
+    sizes = {"vocab_size": vocab_size, "ffn_size": ffn_size, "num_dense_layers": num_dense_layers}
+    run = build(model={"num_layers": 9, **sizes})
+    costs = _costs(run, num_stages)
+    assert costs[split_layers(run.model, num_stages)] == min(costs.values())
