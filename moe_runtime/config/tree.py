@@ -33,11 +33,16 @@ _Loader.yaml_implicit_resolvers = {
 _POWER = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(*_POWER)
 _Dumper.add_implicit_resolver(*_POWER)
+# Line ends to YAML 1.1, which PyYAML writes as they are and reads back as line feeds; escapes keep them.
+_RARE_BREAKS = ("\x85", "\u2028", "\u2029")
 
 
 def dump_text(values: dict[str, Any]) -> str:
     """Plain values as YAML that `parse_text` reads back to the same."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in _RARE_BREAKS):
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 @dataclass

@@ -194,6 +194,13 @@ def test_a_name_that_looks_like_something_else_stays_text(tmp_path: Path, name: 
     assert load_config(tmp_path / "b.yaml") == run
 
 
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\r", "\ufeff", "\x00", "语"], ids=ascii)
+def test_a_prompt_keeps_rare_characters(tmp_path: Path, mark: str) -> None:
+    run = build(train={"sample_prompt": f"a {mark} {mark}b\n {mark}"})
+    (tmp_path / "b.yaml").write_bytes(dump_config(run).encode())
+    assert load_config(tmp_path / "b.yaml") == run
+
+
 def test_a_dump_says_every_key_and_needs_no_base(tmp_path: Path) -> None:
     run = load_config("quickstart")
     dumped = yaml.safe_load(dump_config(run))
