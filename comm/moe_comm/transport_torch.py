@@ -9,7 +9,6 @@ that moment, aborts the process ("terminate called without an active exception";
 """
 
 import weakref
-
 from collections.abc import Sequence
 
 import torch

@@ -41,7 +41,10 @@ def main() -> None:
     except Exception:
         _leave(1, traceback.format_exc())
     else:
-        sys.exit(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: gloo groups that outlive the interpreter abort a good run now and then.
+        os._exit(code)
 
 
 def _leave(code: int, message: str) -> None:
