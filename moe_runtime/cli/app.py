@@ -41,9 +41,11 @@ def main() -> None:
     except Exception:
         _leave(1, traceback.format_exc())
     else:
+        if "RANK" not in os.environ:
+            sys.exit(code)
+        # A rank leaves at once: gloo groups that outlive the interpreter abort a good run now and then.
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit: gloo groups that outlive the interpreter abort a good run now and then.
         os._exit(code)
 
 
