@@ -106,7 +106,6 @@ def build_runtime(
         chunks=chunks,
         named_params=named,
         tied_embedding=tied,
-        sink=sink,
         load=load,
         clock=clock,
         dispatcher=dispatcher,

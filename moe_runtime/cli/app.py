@@ -9,10 +9,9 @@ from pathlib import Path
 import typer
 
 from moe_runtime.cli import bench, checkpoint, config, evaluate, generate, prepare, train
+from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
-
-STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
 
 app = typer.Typer(
     help="Train Mixture-of-Experts language models of the DeepSeek-V3 kind.",

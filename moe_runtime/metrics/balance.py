@@ -34,9 +34,3 @@ def expert_balance(counts: Tensor) -> tuple[ExpertBalance, ...]:
         busiest, idlest = (max(load) / mean, min(load) / mean) if mean > 0 else (1.0, 1.0)
         rows.append(ExpertBalance(busiest, idlest, busiest - 1.0))
     return tuple(rows)
-
-
-def max_violation(counts: Tensor) -> float | None:
-    """Mean over layers of (max load - mean) / mean; None without layers."""
-    rows = expert_balance(counts)
-    return sum(row.violation for row in rows) / len(rows) if rows else None

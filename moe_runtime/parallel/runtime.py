@@ -13,7 +13,6 @@ from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh
 from moe_runtime.parallel.stage import Clock
-from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.builders import build
 from moe_runtime.schedule.passes import lower
@@ -39,7 +38,6 @@ class Runtime:
     chunks: dict[int, Transformer]
     named_params: list[tuple[str, Parameter]]
     tied_embedding: Parameter | None
-    sink: WeightGradSink
     load: ExpertLoad
     clock: Clock
     dispatcher: Dispatcher

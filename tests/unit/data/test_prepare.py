@@ -224,7 +224,8 @@ def test_data_prepared_otherwise_than_the_config_says_is_refused(
 def test_tokenizer_file_is_known_by_its_content(bpe_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     base = {"path": str(bpe_folder), "fim_rate": 0.5, "validation_fraction": 0.25}
-    ensure_prepared(DataConfig.model_validate(base | {"tokenizer": str(copy)}), seed=1)
+    manifest = ensure_prepared(DataConfig.model_validate(base | {"tokenizer": str(copy)}), seed=1)
+    assert manifest == read_manifest(bpe_folder)
 
 
 def test_missing_data_without_a_source_says_what_to_do(tmp_path: Path) -> None:
