@@ -11,6 +11,7 @@ from typing import TextIO
 
 import torch
 from moe_comm.dispatcher import Dispatcher
+from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from torch.nn import Parameter
@@ -68,7 +69,7 @@ def build_runtime(
     """Build this rank's part of the model and what runs it.
 
     Args:
-        ranks_per_node: processes on each machine, for the traffic counters.
+        ranks_per_node: processes on each machine; the config may say otherwise.
         document_separator: token after which attention starts anew; None attends over everything.
         transport: between pipeline ranks; None takes torch.distributed.
     """
@@ -96,7 +97,8 @@ def build_runtime(
         extra_tokens=1 + config.model.mtp_depth,
     )
 
-    make = partial(StageRunner, dispatcher=dispatcher, sink=sink, count_experts=load.add, clock=clock)
+    runner = partial(StageRunner, rounds=config.layout.overflow == "rounds")
+    make = partial(runner, dispatcher=dispatcher, sink=sink, count_experts=load.add, clock=clock)
     return Runtime(
         config=config,
         layout=layout,
@@ -172,13 +174,21 @@ def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
 def _build_dispatcher(
     config: RunConfig, layout: ResolvedLayout, mesh: Mesh, groups: Groups, ranks_per_node: int
 ) -> Dispatcher:
-    placement = Placement(
-        num_experts=config.model.num_experts,
-        ep_size=mesh.ep,
-        ep_rank=mesh.ep_rank,
-        ranks_per_node=ranks_per_node,
-    )
-    return open_dispatcher(layout.dispatcher, placement, group=groups.expert)
+    wanted = config.layout
+    try:
+        placement = Placement(
+            num_experts=config.model.num_experts,
+            ep_size=mesh.ep,
+            ep_rank=mesh.ep_rank,
+            ranks_per_node=wanted.ranks_per_node or ranks_per_node,
+            first_rank=mesh.rank - mesh.ep_rank,
+            num_groups=config.model.num_groups,
+        )
+        return open_dispatcher(
+            layout.dispatcher, placement, group=groups.expert, wire=wanted.wire, max_rows=wanted.max_rows
+        )
+    except PlacementError as error:
+        raise ConfigError(f"layout.dispatcher: {error}") from error
 
 
 def _placement(layout: ResolvedLayout, mesh: Mesh) -> list[tuple[int, int]]:

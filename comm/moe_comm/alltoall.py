@@ -1,9 +1,8 @@
 """The plain dispatcher across ranks: every row goes straight to the rank of its expert.
 
-One dispatch is two collectives. The first carries counts (`control`) and is waited for at once, since
-nobody can receive without knowing how much; it is small, its cost is one latency. The second carries
-the rows, one message to each rank (`record`), and flies while the caller computes. Combine and both
-backwards know the counts from the handle and are one collective each.
+One dispatch is two collectives. The first carries counts (`control`), since nobody can receive without
+knowing how much; the second carries the rows, one message to each rank (`record`). Combine and both
+backwards know the counts from the handle. A `Lane` carries all this out while the caller computes.
 
     dispatch            gather by send order -> all-to-all -> gather by expert
     combine             gather by source     -> all-to-all -> gather-and-sum per token
@@ -11,18 +10,20 @@ backwards know the counts from the handle and are one collective each.
     dispatch_backward   as combine, with the handle; the gradients of the weights ride along
 
 Dropless: a rank receives whatever it is sent, be it nothing or every row of all ranks. A token chosen
-by several experts of one rank travels once for each of them. No condition on how experts are grouped.
+by several experts of one rank travels once for each of them, so that the source alone sums a token's
+rows, in the order of its choices: the result is that of one rank with all experts, bit for bit. No
+condition on how experts are grouped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_comm.control import HEADER_SIZE, announce, announce_refusal, require_agreement
+from moe_comm.control import Control, Statement, agree_on_opening, check_bound
 from moe_comm.dispatcher import Pending, Received
-from moe_comm.errors import InputError, PlacementError
+from moe_comm.lane import Lane
 from moe_comm.pending import Started
 from moe_comm.placement import Placement
 from moe_comm.record import RecordLayout
@@ -34,10 +35,10 @@ from moe_comm.routing import (
     check_tokens,
     plan_send,
     regroup,
-    sum_slots,
 )
 from moe_comm.traffic import TrafficMeter
 from moe_comm.transport import Transport
+from moe_comm.wire.codec import WIRES, wire_pair
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class AllToAllHandle:
         sent: rows for each rank.
         received: rows from each rank.
         hidden: width of a row.
+        number: of the dispatch.
     """
 
     plan: SendPlan
@@ -57,123 +59,179 @@ class AllToAllHandle:
     sent: tuple[int, ...]
     received: tuple[int, ...]
     hidden: int
+    number: int
 
 
 class AllToAllDispatcher:
-    """Sends rows with one all-to-all over the group.
+    """Sends rows with one all-to-all over the group; all ranks open it together.
 
     Args:
         placement: where experts live.
         transport: moves bytes between the ranks of the group.
+        wire: what rows are written as while they travel, one of WIRES.
+        max_rows: rows that a rank may receive in one dispatch; None: any number.
 
     Raises:
-        PlacementError: placement and transport are of different groups.
+        PlacementError: placement and transport are of different groups, or ranks opened it differently.
 
     Ref: DSV3 §3.2.2 (what is moved; not its two hops)
     """
 
-    def __init__(self, placement: Placement, transport: Transport) -> None:
-        if (transport.size, transport.rank) != (placement.ep_size, placement.ep_rank):
-            raise PlacementError(
-                f"expected a group of {placement.ep_size} with this rank at {placement.ep_rank}, "
-                f"got a group of {transport.size} with this rank at {transport.rank}"
-            )
+    def __init__(
+        self, placement: Placement, transport: Transport, wire: str = "auto", max_rows: int | None = None
+    ) -> None:
+        placement.require_group(transport.size, transport.rank)
         self.placement = placement
+        self.max_rows = max_rows
         self.traffic = TrafficMeter(placement)
-        self._transport = transport
+        self._dispatch_codec, self._combine_codec = wire_pair(wire)
+        # A lane's collectives must not meet those that other threads start on the caller's group.
+        self._transport = transport.split(range(transport.size))
+        self._control = Control(self._transport, self.traffic, placement.ep_size + placement.local_experts)
+        self._lane = Lane(f"alltoall {placement.ep_rank}")
+        self._ranks = range(placement.ep_size)
+        facts = {"number of experts": placement.num_experts, "wire": WIRES.index(wire)}
+        agree_on_opening(self._transport, {"kind": 1, **facts, "max_rows": max_rows or -1})
 
-    @torch.no_grad()
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:
-        """See `Dispatcher.dispatch`; returns once the counts are known, with the rows under way.
+        """See `Dispatcher.dispatch`. The wait raises:
 
         Raises:
             InputError: on the rank whose input is wrong.
-            RankDisagreement: on the others then, or on all if widths or dtypes differ.
+            RankDisagreement: on the others then, or on all if widths, dtypes or operations differ.
+            ReceiveOverflow: on all ranks, if one would receive more than max_rows.
             TransportError: the backend failed.
         """
-        handle = self._open(tokens, weights, expert_ids)
-        record = RecordLayout(((handle.hidden, tokens.dtype), (1, weights.dtype)))
-        buffer = record.allocate(handle.plan.row_slots.numel(), tokens.device)
-        torch.index_select(tokens, 0, handle.plan.row_tokens, out=record.field(buffer, 0))
-        torch.index_select(weights.reshape(-1, 1), 0, handle.plan.row_slots, out=record.field(buffer, 1))
-        pending = self._send(buffer, handle.sent, handle.received)
+        num_experts, device = self.placement.num_experts, tokens.device
+        statement = self._control.state(
+            "dispatch", tokens, weights, lambda: check_inputs(tokens, weights, expert_ids, num_experts)
+        )
+        plan = None if statement.refusal else plan_send(expert_ids, num_experts)
+
+        def exchange() -> tuple[AllToAllHandle, RecordLayout, Pending[Tensor]]:
+            handle = self._open(statement, plan, device)
+            record = RecordLayout(self._dispatch_codec, handle.hidden, tokens.dtype, ((1, weights.dtype),))
+            beside = [(weights.reshape(-1, 1), handle.plan.row_slots)]
+            buffer = record.pack(tokens, handle.plan.row_tokens, beside)
+            return handle, record, self._send(buffer, record, handle.sent, handle.received)
+
+        job = self._lane.submit(exchange, device)
 
         def finish() -> Received:
-            arrived = pending.wait()
-            rows = record.field(arrived, 0).index_select(0, handle.regroup.to_expert)
-            row_weights = record.field(arrived, 1).index_select(0, handle.regroup.to_expert).flatten()
-            return Received(rows, row_weights, handle.regroup.row_counts, handle)
+            handle, record, pending = job.wait()
+            arrived, to_expert = pending.wait(), handle.regroup.to_expert
+            row_weights = record.extra(arrived, 0).index_select(0, to_expert).flatten()
+            return Received(record.rows(arrived, to_expert), row_weights, handle.regroup.row_counts, handle)
 
         return Started(finish)
 
-    @torch.no_grad()
     def combine(self, rows: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine`; rows of one dtype on all ranks, which need not be that dispatched.
 
         Raises:
             CountMismatch: rows are not those of the handle.
+            RankDisagreement: another rank's are not.
             TransportError: the backend failed.
         """
-        check_rows(rows, sum(handle.received), handle.hidden, "combine")
-        pending = self._send(rows.index_select(0, handle.regroup.to_source), handle.received, handle.sent)
-        return Started(lambda: sum_slots(pending.wait(), handle.plan.slot_rows))
+        statement = self._control.state(
+            "combine",
+            rows,
+            None,
+            lambda: check_rows(rows, sum(handle.received), handle.hidden, "combine"),
+            handle.number,
+        )
+        record = RecordLayout(self._combine_codec, handle.hidden, rows.dtype)
+        arrived = self._return(statement, rows, record, handle)
+        return Started(lambda: _sum(record, arrived(), handle))
 
-    @torch.no_grad()
     def combine_backward(self, d_tokens: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine_backward`; errors as in `combine`."""
-        check_tokens(d_tokens, handle.plan, handle.hidden)
-        pending = self._send(d_tokens.index_select(0, handle.plan.row_tokens), handle.sent, handle.received)
-        return Started(lambda: pending.wait().index_select(0, handle.regroup.to_expert))
+        plan, hidden = handle.plan, handle.hidden
+        statement = self._control.state(
+            "combine_backward",
+            d_tokens,
+            None,
+            lambda: check_tokens(d_tokens, plan.slot_rows.shape[0], hidden),
+            handle.number,
+        )
 
-    @torch.no_grad()
+        def exchange() -> Pending[Tensor]:
+            self._control.confirm(statement, d_tokens.device)
+            return self._send(record.pack(d_tokens, plan.row_tokens), record, handle.sent, handle.received)
+
+        record = RecordLayout(self._dispatch_codec, hidden, d_tokens.dtype)
+        job = self._lane.submit(exchange, d_tokens.device)
+        return Started(lambda: record.rows(job.wait().wait(), handle.regroup.to_expert))
+
     def dispatch_backward(
         self, d_rows: Tensor, d_row_weights: Tensor, handle: AllToAllHandle
     ) -> Pending[tuple[Tensor, Tensor]]:
         """See `Dispatcher.dispatch_backward`; errors as in `combine`."""
-        check_rows(d_rows, sum(handle.received), handle.hidden, "dispatch_backward", d_row_weights)
-        record = RecordLayout(((handle.hidden, d_rows.dtype), (1, d_row_weights.dtype)))
-        buffer = record.allocate(d_rows.shape[0], d_rows.device)
-        to_source = handle.regroup.to_source
-        torch.index_select(d_rows, 0, to_source, out=record.field(buffer, 0))
-        torch.index_select(d_row_weights.unsqueeze(1), 0, to_source, out=record.field(buffer, 1))
-        pending = self._send(buffer, handle.received, handle.sent)
+        num_rows, hidden = sum(handle.received), handle.hidden
+        statement = self._control.state(
+            "dispatch_backward",
+            d_rows,
+            d_row_weights,
+            lambda: check_rows(d_rows, num_rows, hidden, "dispatch_backward", d_row_weights),
+            handle.number,
+        )
+        record = RecordLayout(self._combine_codec, hidden, d_rows.dtype, ((1, d_row_weights.dtype),))
+        arrived = self._return(statement, d_rows, record, handle, d_row_weights.unsqueeze(-1))
 
         def finish() -> tuple[Tensor, Tensor]:
-            arrived = pending.wait()
-            slot_rows = handle.plan.slot_rows
-            # The sum wants contiguous rows: summing whole records is cheaper than copying tokens out.
-            d_tokens = sum_slots(record.whole(arrived), slot_rows)[:, : handle.hidden].contiguous()
-            return d_tokens, record.field(arrived, 1).flatten()[slot_rows]
+            buffer = arrived()
+            d_weights = handle.plan.weights_of_slots(record.extra(buffer, 0).flatten())
+            return _sum(record, buffer, handle), d_weights
 
         return Started(finish)
 
-    def _open(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> AllToAllHandle:
-        """Plan what to send, tell the others, and learn what to receive."""
-        ep_size, local_experts = self.placement.ep_size, self.placement.local_experts
-        refusal: InputError | None = None
-        try:
-            check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
-            plan = plan_send(expert_ids, self.placement.num_experts)
-            said = announce(tokens, weights, plan.expert_counts, ep_size)
-        except InputError as error:
-            refusal = error
-            said = announce_refusal(ep_size, local_experts, tokens.device)
-        ones = (1,) * ep_size
-        self.traffic.count_control(said.shape[1] * said.element_size())
-        heard = self._transport.all_to_all(said, ones, ones).wait()
-        if refusal is not None:
-            raise refusal
-        said, heard = torch.stack((said, heard)).cpu()
-        require_agreement(heard)
-        sent, received = said[:, HEADER_SIZE:], heard[:, HEADER_SIZE:]
+    def _open(self, statement: Statement, plan: SendPlan | None, device: torch.device) -> AllToAllHandle:
+        """Tell the others what to expect, and learn what to receive."""
+        size = self.placement.ep_size
+        counts = None
+        if plan is not None:
+            expert_counts = plan.expert_counts.view(size, -1)
+            counts = torch.cat((expert_counts.sum(1).expand(size, size), expert_counts), dim=1)
+        said, heard = self._control.agree(statement, counts)
+        check_bound(heard[:, :size], self.max_rows)
+        assert plan is not None
+        received = heard[:, size:]
         return AllToAllHandle(
             plan=plan,
-            regroup=regroup(received, tokens.device),
-            sent=tuple(sent.sum(1).tolist()),
+            regroup=regroup(received, device),
+            sent=tuple(said[0, :size].tolist()),
             received=tuple(received.sum(1).tolist()),
-            hidden=tokens.shape[1],
+            hidden=statement.hidden,
+            number=statement.number,
         )
 
-    def _send(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
-        self.traffic.count_rows(sent, rows.shape[1] * rows.element_size())
-        return self._transport.all_to_all(rows, sent, received)
+    def _return(
+        self,
+        statement: Statement,
+        rows: Tensor,
+        record: RecordLayout,
+        handle: AllToAllHandle,
+        beside: Tensor | None = None,
+    ) -> Callable[[], Tensor]:
+        """Start sending rows, and what belongs to them, back to where they came from."""
+
+        def exchange() -> Pending[Tensor]:
+            self._control.confirm(statement, rows.device)
+            to_source = handle.regroup.to_source
+            extras = [] if beside is None else [(beside, to_source)]
+            return self._send(record.pack(rows, to_source, extras), record, handle.received, handle.sent)
+
+        job = self._lane.submit(exchange, rows.device)
+        return lambda: job.wait().wait()
+
+    def _send(
+        self, buffer: Tensor, record: RecordLayout, sent: Sequence[int], received: Sequence[int]
+    ) -> Pending[Tensor]:
+        self.traffic.count_rows(sent, record.payload_bytes, record.meta_bytes, self._ranks)
+        return self._transport.all_to_all(buffer, sent, received)
+
+
+def _sum(record: RecordLayout, buffer: Tensor, handle: AllToAllHandle) -> Tensor:
+    """Rows back at their source, summed per token: [tokens, hidden]."""
+    total = handle.plan.bags.sum(record.summable(buffer))
+    return total if total.shape[1] == handle.hidden else total[:, : handle.hidden].contiguous()

@@ -1,68 +1,220 @@
-"""What ranks tell each other before rows travel: counts, and what a row looks like.
+"""What ranks tell each other before rows travel: that they agree, and how much will come.
 
-Every rank sends every rank one short row of int64: a header and the number of rows for each of that
-rank's experts. The header lets all ranks see a disagreement at the same moment and raise alike; a rank
-that raised alone would leave the others waiting for its rows for ever.
+Every rank sends every rank one short row of int64: a header and, before a dispatch, the counts that the
+other one needs. Headers let all ranks see a disagreement at the same moment and raise alike; a rank
+whose own input is wrong says so in its header instead of leaving the others waiting for its rows for
+ever. All operations send messages of one size, so that a rank which calls another operation than its
+peers is told so too, in place of a transport's complaint about lengths.
+
+A dispatch needs this message. The other operations know their counts from the handle: they send it
+over host memory, where it costs one latency on a thread of its own, and leave it out for CUDA tensors,
+where it would make the host wait for the device.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_comm.errors import RankDisagreement
+from moe_comm.errors import CommError, PlacementError, RankDisagreement, ReceiveOverflow
+from moe_comm.traffic import TrafficMeter
+from moe_comm.transport import Transport
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 _FINE, _REFUSED = 0, 1
-HEADER_SIZE = 4  # verdict, hidden, dtype of tokens, dtype of weights
+# Verdict, number of the operation, operation, hidden, dtype of rows, dtype of weights, top_k, whose handle.
+HEADER_SIZE = 8
+OPENING = ("kind", "number of experts", "wire", "max_rows", "ranks_per_node", "chunks")
 
 
-def announce(tokens: Tensor, weights: Tensor, expert_counts: Tensor, ep_size: int) -> Tensor:
-    """The control message to all ranks.
+@dataclass(frozen=True)
+class Statement:
+    """What a rank says before an operation; equal on all ranks, the refusal apart.
 
     Args:
-        tokens: [tokens, hidden].
-        weights: [tokens, top_k].
-        expert_counts: int64 [num_experts] rows for each global expert.
-        ep_size: ranks of the group.
-
-    Returns:
-        int64 [ep_size, HEADER_SIZE + local_experts], row d for rank d.
+        operation: one of OPERATIONS.
+        number: how many operations this rank has begun before.
+        hidden: width of a row.
+        dtype: of the rows.
+        weight_dtype: of the gate weights; that of the rows where there are none.
+        top_k: choices of a token; 0 where no choices travel.
+        of_dispatch: number of the dispatch that gave the handle; its own number if it is one.
+        refusal: why this rank cannot take part.
     """
-    header = (_FINE, tokens.shape[1], _DTYPES.index(tokens.dtype), _DTYPES.index(weights.dtype))
-    heads = torch.tensor(header, device=expert_counts.device).expand(ep_size, HEADER_SIZE)
-    return torch.cat((heads, expert_counts.view(ep_size, -1)), dim=1)
+
+    operation: str
+    number: int
+    hidden: int = 0
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    top_k: int = 0
+    of_dispatch: int = 0
+    refusal: CommError | None = None
+
+    def header(self) -> list[int]:
+        """HEADER_SIZE integers."""
+        if self.refusal is not None:
+            return [_REFUSED, self.number, OPERATIONS.index(self.operation), 0, 0, 0, 0, 0]
+        kinds = (DTYPES.index(self.dtype), DTYPES.index(self.weight_dtype))
+        rest = (self.hidden, *kinds, self.top_k, self.of_dispatch)
+        return [_FINE, self.number, OPERATIONS.index(self.operation), *rest]
 
 
-def announce_refusal(ep_size: int, local_experts: int, device: torch.device) -> Tensor:
-    """The control message of a rank whose input cannot be dispatched."""
-    message = torch.zeros((ep_size, HEADER_SIZE + local_experts), dtype=torch.int64, device=device)
-    message[:, 0] = _REFUSED
-    return message
-
-
-def require_agreement(heard: Tensor) -> None:
-    """Raise, on every rank alike, unless all headers are fine and equal.
+class Control:
+    """The exchange that precedes rows.
 
     Args:
-        heard: int64 [ep_size, HEADER_SIZE + local_experts] on the CPU, row s from rank s.
+        transport: over the whole group.
+        traffic: counts the messages.
+        width: int64 counts that a message carries to each rank.
+    """
+
+    def __init__(self, transport: Transport, traffic: TrafficMeter, width: int) -> None:
+        self._transport = transport
+        self._traffic = traffic
+        self._width = width
+        self._ones = (1,) * transport.size
+        self._begun = 0
+
+    def state(
+        self,
+        operation: str,
+        rows: Tensor,
+        weights: Tensor | None,
+        check: Callable[[], None],
+        of_dispatch: int | None = None,
+    ) -> Statement:
+        """What this rank says of an operation that it is about to begin.
+
+        Args:
+            rows: [n, hidden].
+            weights: gate weights or their gradients, if they travel.
+            check: raises a CommError where the input cannot be exchanged.
+            of_dispatch: number of the dispatch that gave the handle; None if this is one.
+        """
+        number, self._begun = self._begun, self._begun + 1
+        try:
+            check()
+        except CommError as error:
+            return Statement(operation, number, refusal=error)
+        weight_dtype = rows.dtype if weights is None else weights.dtype
+        if of_dispatch is not None:
+            return Statement(operation, number, rows.shape[1], rows.dtype, weight_dtype, 0, of_dispatch)
+        top_k = 0 if weights is None else weights.shape[1]
+        return Statement(operation, number, rows.shape[1], rows.dtype, weight_dtype, top_k, number)
+
+    def confirm(self, statement: Statement, device: torch.device) -> None:
+        """Agree on an operation whose counts are known; on CUDA only this rank's own refusal is raised."""
+        if device.type == "cpu":
+            self.agree(statement)
+        elif statement.refusal is not None:
+            raise statement.refusal
+
+    def agree(self, statement: Statement, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tell all ranks, hear them all, and raise on all alike where they do not agree.
+
+        Args:
+            statement: of this rank.
+            counts: int64 [ep_size, width], row d for rank d; None: zeros.
+
+        Returns:
+            What was said and what was heard, int64 [ep_size, width] on the CPU; row s from rank s.
+
+        Raises:
+            CommError: the refusal of this rank.
+            RankDisagreement: another rank refused, or the statements differ.
+            TransportError: the backend failed.
+        """
+        device = self._transport.device
+        size = self._transport.size
+        heads = torch.tensor(statement.header(), device=device).expand(size, HEADER_SIZE)
+        if counts is None or statement.refusal is not None:
+            counts = torch.zeros((size, self._width), dtype=torch.int64, device=device)
+        message = torch.cat((heads, counts.to(device)), dim=1)
+        self._traffic.count_control(message.shape[1] * message.element_size())
+        heard = self._transport.all_to_all(message, self._ones, self._ones).wait()
+        if statement.refusal is not None:
+            raise statement.refusal
+        message, heard = torch.stack((message, heard)).cpu()
+        _require_agreement(heard[:, :HEADER_SIZE], self._transport.rank)
+        return message[:, HEADER_SIZE:], heard[:, HEADER_SIZE:]
+
+
+def check_bound(rows_sent: Tensor, max_rows: int | None) -> None:
+    """Raise if any rank would receive too much.
+
+    Args:
+        rows_sent: int64 [ep_size, ep_size] rows that rank s sends to rank d; the same on all ranks.
+        max_rows: that a rank may receive; None: any number.
 
     Raises:
-        RankDisagreement: names the ranks and what differs.
+        ReceiveOverflow: names the fullest rank.
     """
-    heads = heard[:, :HEADER_SIZE]
+    if max_rows is None:
+        return
+    received = rows_sent.sum(0)
+    fullest = int(received.argmax())
+    if int(received[fullest]) > max_rows:
+        raise ReceiveOverflow(
+            f"dispatch: expected at most max_rows {max_rows} rows on a rank, got {int(received[fullest])} "
+            f"for expert-parallel rank {fullest}; raise max_rows, send fewer tokens, or go in rounds",
+            rows_sent.clone(),
+        )
+
+
+def agree_on_opening(transport: Transport, facts: Mapping[str, int]) -> None:
+    """Raise on all ranks alike unless all opened the same dispatcher.
+
+    Args:
+        transport: over the whole group.
+        facts: what must be equal, by names of OPENING; what is left out counts as 0.
+
+    Raises:
+        PlacementError: names the ranks and what differs.
+    """
+    ones = (1,) * transport.size
+    # One length for all kinds: a rank that opens another kind is told so, by whatever it opened.
+    row = torch.tensor([facts.get(n, 0) for n in OPENING], dtype=torch.int64, device=transport.device)
+    heard = transport.all_to_all(row.expand(transport.size, -1).contiguous(), ones, ones).wait().cpu()
+    for name, column in zip(OPENING, heard.t(), strict=True):
+        other = torch.nonzero(column != column[0]).flatten()
+        if other.numel():
+            raise PlacementError(
+                f"open_dispatcher: expected one {name} on all ranks, got {int(column[0])} on "
+                f"expert-parallel rank 0 and {int(column[other[0]])} on rank {int(other[0])}"
+            )
+
+
+def _require_agreement(heads: Tensor, rank: int) -> None:
     if bool((heads == heads[0]).all()) and int(heads[0, 0]) == _FINE:
         return
+    operation = OPERATIONS[int(heads[rank, 2])]
     refusing = torch.nonzero(heads[:, 0] == _REFUSED).flatten().tolist()
     if refusing:
         raise RankDisagreement(
-            f"dispatch: expert-parallel ranks {refusing} refused their own input; see there"
+            f"{operation}: expert-parallel ranks {refusing} refused their own input; see there"
         )
     other = int(torch.nonzero((heads != heads[0]).any(dim=1))[0])
+    first, second = _describe(heads[0].tolist(), heads[other].tolist())
     raise RankDisagreement(
-        f"dispatch: expected one width and dtype on all ranks, got {_describe(heads[0])} on expert-parallel "
-        f"rank 0 and {_describe(heads[other])} on rank {other}"
+        f"{operation}: expected the same of all ranks, got {first} on expert-parallel rank 0 "
+        f"and {second} on rank {other}"
     )
 
 
-def _describe(head: Tensor) -> str:
-    _, hidden, dtype, weight_dtype = head.tolist()
-    return f"hidden {hidden} of {_DTYPES[dtype]} with weights of {_DTYPES[weight_dtype]}"
+def _describe(first: Sequence[int], second: Sequence[int]) -> tuple[str, str]:
+    """What two headers say, as far as it tells them apart."""
+    if first[1:3] != second[1:3]:
+        one, two = (f"{OPERATIONS[head[2]]} as operation {head[1]}" for head in (first, second))
+        return one, two
+    if first[7] != second[7]:
+        one, two = (f"the handle of operation {head[7]}" for head in (first, second))
+        return one, two
+    one, two = (
+        f"hidden {head[3]} of {DTYPES[head[4]]} with weights of {DTYPES[head[5]]}"
+        + (f" for {head[6]} choices" if head[6] else "")
+        for head in (first, second)
+    )
+    return one, two

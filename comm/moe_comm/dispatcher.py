@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from moe_comm.placement import Placement
 from moe_comm.traffic import TrafficMeter
 
 T_co = TypeVar("T_co", covariant=True)
@@ -53,10 +54,14 @@ class Dispatcher(Protocol):
     """Moves tokens between the ranks of one expert-parallel group.
 
     Attributes:
+        placement: where experts live.
         traffic: counts the rows and bytes that were sent.
+        max_rows: rows that a rank may receive in one dispatch; None: any number.
     """
 
+    placement: Placement
     traffic: TrafficMeter
+    max_rows: int | None
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:
         """Start sending each token to its experts.
@@ -64,7 +69,8 @@ class Dispatcher(Protocol):
         Args:
             tokens: [tokens, hidden], any floating dtype.
             weights: [tokens, top_k] gate weights.
-            expert_ids: int64 [tokens, top_k], global expert numbers, distinct within a token.
+            expert_ids: int64 [tokens, top_k], global expert numbers, distinct within a token; -1 is no
+                choice: such a slot is left out, the gradient of its weight is zero.
         """
         ...
 

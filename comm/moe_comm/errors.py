@@ -1,5 +1,7 @@
 """The named errors of expert-parallel communication; each message is one line a user can act on."""
 
+from torch import Tensor
+
 
 class CommError(Exception):
     """Base: something about an exchange of tokens is wrong."""
@@ -23,3 +25,20 @@ class RankDisagreement(CommError):
 
 class TransportError(CommError):
     """Bytes did not arrive: a peer died, timed out, or the backend cannot move this tensor."""
+
+
+class NumericsError(CommError):
+    """Numbers of a kind that a wire format does not take."""
+
+
+class ReceiveOverflow(CommError):
+    """Some rank would receive more rows than it may hold; raised on all ranks of the group alike.
+
+    Args:
+        message: names the rank, the bound and the rows.
+        rows_sent: int64 [ep_size, ep_size] on the CPU: rows that rank s would send to rank d.
+    """
+
+    def __init__(self, message: str, rows_sent: Tensor) -> None:
+        super().__init__(message)
+        self.rows_sent = rows_sent

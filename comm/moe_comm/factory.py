@@ -1,31 +1,73 @@
 """From a word in a config to a dispatcher."""
 
-import torch.distributed as dist
+import logging
+from typing import Any
 
 from moe_comm.alltoall import AllToAllDispatcher
+from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import CommError
 from moe_comm.local import LocalDispatcher
 from moe_comm.placement import Placement
+from moe_comm.transport import Transport
 from moe_comm.transport_torch import TorchTransport
+from moe_comm.two_hop import TwoHopDispatcher, why_not_two_hop
+from moe_comm.wire.codec import open_wire
 
-KINDS = ("auto", "local", "alltoall")
+KINDS = ("auto", "local", "alltoall", "two_hop")
+_log = logging.getLogger("moe_comm")
 
 
 def open_dispatcher(
-    kind: str, placement: Placement, group: dist.ProcessGroup | None = None
-) -> LocalDispatcher | AllToAllDispatcher:
-    """Make a dispatcher; all ranks of the group call it alike. Nothing is sent.
+    kind: str,
+    placement: Placement,
+    group: Any = None,
+    *,
+    wire: str = "auto",
+    chunks: int | None = None,
+    max_rows: int | None = None,
+) -> Dispatcher:
+    """Make a dispatcher; all ranks of the group call it together and alike.
 
     Args:
-        kind: "local" (one rank), "alltoall" (a process group), or "auto" (local for ep_size 1).
+        kind: "local" (one rank), "alltoall", "two_hop" (several nodes of whole routing groups), or "auto":
+            local for one rank, two_hop where it suits, else alltoall.
         placement: where experts live.
-        group: the expert-parallel process group; None is the default group. Not read by "local".
+        group: the expert-parallel group: a process group of torch.distributed, a communicator of
+            mpi4py, or any `Transport`; None is torch's default group. Not read by "local".
+        wire: what rows are written as while they travel: auto (as they are), bf16, fp32, fp8, fp8_pow2.
+            The FP8 forms hold for dispatch and for the backward of combine; what is summed goes as BF16.
+        chunks: parts of a dispatch over two hops; None: a default. Read by "two_hop".
+        max_rows: rows that a rank may receive in one dispatch; more is `ReceiveOverflow` on all ranks.
 
     Raises:
-        CommError: an unknown kind, or one that does not suit the placement or the group.
+        CommError: an unknown word, or one that does not suit the placement or the group.
     """
     if kind not in KINDS:
         raise CommError(f"expected a dispatcher kind of {', '.join(KINDS)}, got {kind!r}")
+    open_wire(wire)
+    for name, value in (("chunks", chunks), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise CommError(f"expected {name} of at least 1, got {value}")
     if kind == "local" or (kind == "auto" and placement.ep_size == 1):
-        return LocalDispatcher.for_placement(placement)
-    return AllToAllDispatcher(placement, TorchTransport(group))
+        return LocalDispatcher.for_placement(placement, max_rows)
+    transport = _transport(group)
+    if kind == "two_hop" or (kind == "auto" and _suits(placement)):
+        return TwoHopDispatcher(placement, transport, wire, max_rows, chunks)
+    return AllToAllDispatcher(placement, transport, wire, max_rows)
+
+
+def _suits(placement: Placement) -> bool:
+    """Whether `auto` takes two hops; says so where it does not."""
+    reason = why_not_two_hop(placement)
+    if reason is not None and placement.ep_rank == 0:
+        _log.info("auto takes the dispatcher alltoall: for two_hop %s", reason)
+    return reason is None
+
+
+def _transport(group: Any) -> Transport:
+    """The transport over a group of either library."""
+    if hasattr(group, "Ialltoallv"):
+        from moe_comm.transport_mpi import MpiTransport  # needs mpi4py, which the caller has then
+
+        return MpiTransport(group)
+    return TorchTransport(group) if group is None or hasattr(group, "group_name") else group

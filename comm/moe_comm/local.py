@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_comm.control import check_bound
 from moe_comm.dispatcher import Received
 from moe_comm.errors import PlacementError
 from moe_comm.pending import Done
 from moe_comm.placement import Placement
-from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send, sum_slots
+from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send
 from moe_comm.traffic import TrafficMeter
 
 
@@ -33,14 +34,16 @@ class LocalDispatcher:
 
     Args:
         num_experts: experts of a layer, all of them here.
+        max_rows: rows that one dispatch may give; None: any number.
     """
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, max_rows: int | None = None) -> None:
         self.placement = Placement(num_experts)
+        self.max_rows = max_rows
         self.traffic = TrafficMeter(self.placement)
 
     @classmethod
-    def for_placement(cls, placement: Placement) -> "LocalDispatcher":
+    def for_placement(cls, placement: Placement, max_rows: int | None = None) -> "LocalDispatcher":
         """The dispatcher of a placement on one rank.
 
         Raises:
@@ -50,7 +53,7 @@ class LocalDispatcher:
             raise PlacementError(
                 f"kind 'local' holds all experts on one rank, got ep_size {placement.ep_size}; use 'alltoall'"
             )
-        return cls(placement.num_experts)
+        return cls(placement.num_experts, max_rows)
 
     @torch.no_grad()
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Done[Received]:
@@ -58,12 +61,14 @@ class LocalDispatcher:
 
         Raises:
             InputError: a wrong shape, dtype or expert number.
+            ReceiveOverflow: more than max_rows rows.
         """
         check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
         plan = plan_send(expert_ids, self.placement.num_experts)
+        check_bound(torch.tensor([[plan.row_slots.numel()]]), self.max_rows)
         rows = tokens.index_select(0, plan.row_tokens)
         row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
-        self.traffic.count_rows((rows.shape[0],), 0)
+        self._count(rows.shape[0])
         handle = LocalHandle(plan, tokens.shape[1])
         return Done(Received(rows, row_weights, plan.expert_counts.cpu(), handle))
 
@@ -71,14 +76,14 @@ class LocalDispatcher:
     def combine(self, rows: Tensor, handle: LocalHandle) -> Done[Tensor]:
         """See `Dispatcher.combine`."""
         check_rows(rows, handle.plan.row_slots.numel(), handle.hidden, "combine")
-        self.traffic.count_rows((rows.shape[0],), 0)
-        return Done(sum_slots(rows, handle.plan.slot_rows))
+        self._count(rows.shape[0])
+        return Done(handle.plan.bags.sum(rows))
 
     @torch.no_grad()
     def combine_backward(self, d_tokens: Tensor, handle: LocalHandle) -> Done[Tensor]:
         """See `Dispatcher.combine_backward`."""
-        check_tokens(d_tokens, handle.plan, handle.hidden)
-        self.traffic.count_rows((handle.plan.row_slots.numel(),), 0)
+        check_tokens(d_tokens, handle.plan.slot_rows.shape[0], handle.hidden)
+        self._count(handle.plan.row_slots.numel())
         return Done(d_tokens.index_select(0, handle.plan.row_tokens))
 
     @torch.no_grad()
@@ -88,5 +93,8 @@ class LocalDispatcher:
         """See `Dispatcher.dispatch_backward`."""
         plan = handle.plan
         check_rows(d_rows, plan.row_slots.numel(), handle.hidden, "dispatch_backward", d_row_weights)
-        self.traffic.count_rows((d_rows.shape[0],), 0)
-        return Done((sum_slots(d_rows, plan.slot_rows), d_row_weights[plan.slot_rows]))
+        self._count(d_rows.shape[0])
+        return Done((plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)))
+
+    def _count(self, num_rows: int) -> None:
+        self.traffic.count_rows((num_rows,), 0, 0, (0,))

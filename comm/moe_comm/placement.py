@@ -18,6 +18,7 @@ class Placement:
         ep_rank: this rank within the group.
         ranks_per_node: ranks that share a machine; None means that all ranks of the group do.
         first_rank: global rank of ep_rank 0; matters only when the group begins inside a node.
+        num_groups: routing groups that the experts form, in equal contiguous parts; None: not said.
 
     Raises:
         PlacementError: the numbers do not fit together.
@@ -30,6 +31,7 @@ class Placement:
     ep_rank: int = 0
     ranks_per_node: int | None = None
     first_rank: int = 0
+    num_groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.ep_size < 1:
@@ -49,6 +51,10 @@ class Placement:
                 f"expected first_rank >= 0 and ranks_per_node >= 1, "
                 f"got {self.first_rank} and {self.ranks_per_node}"
             )
+        if self.num_groups is not None and (self.num_groups < 1 or self.num_experts % self.num_groups):
+            raise PlacementError(
+                f"expected num_groups that divides {self.num_experts} experts, got {self.num_groups}"
+            )
 
     @property
     def local_experts(self) -> int:
@@ -59,6 +65,34 @@ class Placement:
     def num_nodes(self) -> int:
         """Machines that the group spans."""
         return self.node_of_rank(self.ep_size - 1) + 1
+
+    @property
+    def lanes(self) -> int:
+        """Ranks of a node, if every node of the group has as many; else all ranks of the group.
+
+        Ranks of different nodes with the same place in their node form a lane.
+        """
+        return self.ep_size if self.ranks_per_node is None else min(self.ranks_per_node, self.ep_size)
+
+    @property
+    def has_whole_nodes(self) -> bool:
+        """Whether the group is made of complete nodes, or is within one."""
+        per_node = self.ranks_per_node
+        if per_node is None or self.num_nodes == 1:
+            return True
+        return self.ep_size % per_node == 0 and self.first_rank % per_node == 0
+
+    def require_group(self, size: int, rank: int) -> None:
+        """Refuse a group that is not the one of this placement.
+
+        Raises:
+            PlacementError: another size, or another place in it.
+        """
+        if (size, rank) != (self.ep_size, self.ep_rank):
+            raise PlacementError(
+                f"expected a group of {self.ep_size} with this rank at {self.ep_rank}, "
+                f"got a group of {size} with this rank at {rank}"
+            )
 
     def rank_of(self, expert: int) -> int:
         """The ep_rank that holds a global expert."""

@@ -80,7 +80,8 @@ def reference_combine(
         sums = torch.zeros((count, rows[0].shape[1]), dtype=dtype)
         for token in range(count):
             for choice in range(top_k):
-                sums[token] += copies[source, token, choice].to(dtype)
+                if (source, token, choice) in copies:  # not where the choice is -1
+                    sums[token] += copies[source, token, choice].to(dtype)
         results.append(sums.to(rows[0].dtype))
     return results
 
@@ -109,6 +110,8 @@ def reference_layer(
         for token in range(ids.shape[0]):
             line = torch.zeros_like(rank_tokens[token])
             for choice in range(ids.shape[1]):
+                if int(ids[token, choice]) < 0:
+                    continue
                 expert = experts[int(ids[token, choice])]
                 line = line + rank_weights[token, choice] * expert(rank_tokens[token : token + 1])[0]
             lines.append(line)

@@ -11,15 +11,18 @@ ranks, that is also by destination, and each destination's rows are one contiguo
 What arrives is ordered by source rank, then expert, then token. Experts want all rows of one expert
 together, so the receiver permutes blocks (source, expert) -> (expert, source): `regroup`.
 
-Everything here is a gather by an index made once. Sums over the copies of a token gather too, in the
-order of the choices ((c0 + c1) + c2) ..., never by scattered additions: the result does not depend on
-thread timing, nor on how many ranks the experts are spread over.
+A choice of -1 is none: its slot has no row.
+
+Everything here is a gather by an index made once. Sums over the copies of a token gather too (`Bags`),
+in the order of the choices ((c0 + c1) + c2) ..., never by scattered additions: the result does not
+depend on thread timing, nor on how many ranks the experts are spread over.
 
 Rejected: a one-hot [slots, experts] mask (the textbook form; 30 times the work of the sort),
 `index_add_` (slower, and its order on a GPU is left to chance), `[tokens, top_k, hidden].sum(1)`
 (writes all rows once more).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,20 +36,64 @@ _RADIX_LIMIT = torch.iinfo(torch.int16).max
 
 
 @dataclass(frozen=True)
+class Bags:
+    """Which rows are summed into which result: bag b holds indices[offsets[b]:offsets[b + 1]], in order.
+
+    Args:
+        indices: int64 [entries].
+        offsets: int64 [bags + 1].
+    """
+
+    indices: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor) -> "Bags":
+        """One bag for each line.
+
+        Args:
+            positions: int64 [bags, at most]; -1 for none.
+        """
+        chosen = positions >= 0
+        offsets = torch.zeros(positions.shape[0] + 1, dtype=torch.int64, device=positions.device)
+        torch.cumsum(chosen.sum(1), 0, out=offsets[1:])
+        return cls(positions[chosen], offsets)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Sum the rows of each bag, in order, in at least FP32; round once. An empty bag gives zeros.
+
+        Args:
+            rows: [rows, hidden], contiguous.
+
+        Returns:
+            [bags, hidden] in the dtype of rows. Rounding of BF16 is to nearest; on a CPU an exact tie
+            goes away from zero.
+        """
+        return F.embedding_bag(self.indices, rows, self.offsets, mode="sum", include_last_offset=True)
+
+
+@dataclass(frozen=True)
 class SendPlan:
     """How one rank's tokens become rows.
 
     Args:
         row_slots: int64 [rows] slot of each row, in send order.
         row_tokens: int64 [rows] token of each row.
-        slot_rows: int64 [tokens, top_k] row of each slot; inverse of row_slots.
+        slot_rows: int64 [tokens, top_k] row of each slot, -1 where there is none; inverse of row_slots.
         expert_counts: int64 [num_experts] rows for each global expert.
+        bags: the rows of each token, in the order of its choices.
     """
 
     row_slots: Tensor
     row_tokens: Tensor
     slot_rows: Tensor
     expert_counts: Tensor
+    bags: Bags
+
+    def weights_of_slots(self, row_weights: Tensor) -> Tensor:
+        """Values of rows [rows] at their slots [tokens, top_k]; 0 where there is no row."""
+        values = row_weights.new_zeros(self.slot_rows.numel())
+        return values.scatter_(0, self.row_slots, row_weights).view(self.slot_rows.shape)
 
 
 @dataclass(frozen=True)
@@ -70,7 +117,7 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
     Args:
         tokens: [tokens, hidden] floating.
         weights: [tokens, top_k] floating.
-        expert_ids: int64 [tokens, top_k] in 0..num_experts-1.
+        expert_ids: int64 [tokens, top_k] in -1..num_experts-1; -1 is no choice.
         num_experts: global number of experts.
 
     Raises:
@@ -88,16 +135,14 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
         )
     if expert_ids.dtype != torch.int64:
         raise InputError(f"dispatch: expected expert_ids of torch.int64, got {expert_ids.dtype}")
-    for name, tensor in (("tokens", tokens), ("weights", weights)):
-        if tensor.dtype not in _FLOATING:
-            raise InputError(
-                f"dispatch: expected {name} of a floating dtype of 16 to 64 bits, got {tensor.dtype}"
-            )
+    _check_floating("dispatch", "tokens", tokens)
+    _check_floating("dispatch", "weights", weights)
     if expert_ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(expert_ids))
-        if low < 0 or high >= num_experts:
+        if low < -1 or high >= num_experts:
             raise InputError(
-                f"dispatch: expected expert ids in 0..{num_experts - 1}, got {low if low < 0 else high}"
+                f"dispatch: expected expert ids in 0..{num_experts - 1} (or -1 for no choice), "
+                f"got {low if low < -1 else high}"
             )
 
 
@@ -108,27 +153,39 @@ def check_rows(
 
     Raises:
         CountMismatch: says what the handle knows and what was got.
+        InputError: a dtype that cannot travel.
     """
     if rows.shape != (num_rows, hidden):
         raise CountMismatch(
             f"{operation}: expected rows {[num_rows, hidden]} as dispatched, got {list(rows.shape)}"
         )
+    _check_floating(operation, "rows", rows)
     if row_weights is not None and row_weights.shape != (num_rows,):
         raise CountMismatch(
             f"{operation}: expected {num_rows} row weights as dispatched, got shape {list(row_weights.shape)}"
         )
+    if row_weights is not None:
+        _check_floating(operation, "row weights", row_weights)
 
 
-def check_tokens(d_tokens: Tensor, plan: SendPlan, hidden: int) -> None:
+def check_tokens(d_tokens: Tensor, num_tokens: int, hidden: int) -> None:
     """Refuse gradients of other tokens than those of the handle.
 
     Raises:
         CountMismatch: says what the handle knows and what was got.
     """
-    expected = [plan.slot_rows.shape[0], hidden]
+    expected = [num_tokens, hidden]
     if list(d_tokens.shape) != expected:
         raise CountMismatch(
             f"combine_backward: expected gradients {expected} as combined, got {list(d_tokens.shape)}"
+        )
+    _check_floating("combine_backward", "gradients", d_tokens)
+
+
+def _check_floating(operation: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        raise InputError(
+            f"{operation}: expected {name} of a floating dtype of 16 to 64 bits, got {tensor.dtype}"
         )
 
 
@@ -136,20 +193,25 @@ def plan_send(expert_ids: Tensor, num_experts: int) -> SendPlan:
     """Order the rows of this rank by expert, then token.
 
     Args:
-        expert_ids: int64 [tokens, top_k] in 0..num_experts-1.
+        expert_ids: int64 [tokens, top_k] in -1..num_experts-1.
         num_experts: global number of experts.
 
     Returns:
         Index tensors on the device of expert_ids.
     """
     flat = expert_ids.reshape(-1)
-    top_k = expert_ids.shape[1]
-    row_slots = _stable_order(flat, num_experts)
+    counts = torch.bincount(flat + 1, minlength=num_experts + 1)
+    # No choice sorts before all experts.
+    row_slots = _stable_order(flat, num_experts)[int(counts[0]) :]
+    slot_rows = torch.full_like(flat, -1)
+    slot_rows.scatter_(0, row_slots, torch.arange(row_slots.numel(), device=flat.device))
+    slot_rows = slot_rows.view(expert_ids.shape)
     return SendPlan(
         row_slots=row_slots,
-        row_tokens=torch.div(row_slots, top_k, rounding_mode="floor"),
-        slot_rows=_inverse(row_slots).view(expert_ids.shape),
-        expert_counts=torch.bincount(flat, minlength=num_experts),
+        row_tokens=torch.div(row_slots, expert_ids.shape[1], rounding_mode="floor"),
+        slot_rows=slot_rows,
+        expert_counts=counts[1:],
+        bags=Bags.of(slot_rows),
     )
 
 
@@ -160,31 +222,32 @@ def regroup(counts: Tensor, device: torch.device) -> Regroup:
         counts: int64 [sources, local_experts] on the CPU: rows from each source for each expert.
         device: where the index tensors shall live.
     """
-    lengths = counts.reshape(-1)
-    source_starts = (lengths.cumsum(0) - lengths).view_as(counts)
-    by_expert = counts.t().reshape(-1)
-    expert_starts = (by_expert.cumsum(0) - by_expert).view(counts.t().shape).t()
-    shift = source_starts - expert_starts  # [sources, local_experts]
-    num_rows = int(lengths.sum())
-    return Regroup(
-        to_expert=_shifted_blocks(shift.t().reshape(-1), by_expert, num_rows, device),
-        to_source=_shifted_blocks(-shift.reshape(-1), lengths, num_rows, device),
-        row_counts=counts.sum(0),
-    )
+    to_expert, to_source = reorder_blocks(counts, (1, 0), device)
+    return Regroup(to_expert, to_source, row_counts=counts.sum(0))
 
 
-def sum_slots(rows: Tensor, slot_rows: Tensor) -> Tensor:
-    """Sum the rows of each token over its choices, in order, in at least FP32; round once.
+def reorder_blocks(lengths: Tensor, dims: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The permutation that puts blocks of rows in another order.
 
     Args:
-        rows: [rows, hidden].
-        slot_rows: int64 [tokens, top_k] row of each slot.
+        lengths: int64 [...] on the CPU: rows of each block; blocks lie in row-major order.
+        dims: new order of the axes: blocks shall lie in row-major order of lengths.permute(dims).
+        device: where the index tensors shall live.
 
     Returns:
-        [tokens, hidden] in the dtype of rows. Rounding of BF16 is to nearest; on a CPU an exact tie
-        goes away from zero.
+        int64 [rows] each: (to_new, to_old) with new = old[to_new] and old = new[to_old].
     """
-    return F.embedding_bag(slot_rows, rows, mode="sum")
+    moved = lengths.permute(*dims)
+    shift = _starts(lengths).permute(*dims) - _starts(moved)
+    back = [list(dims).index(axis) for axis in range(len(dims))]
+    to_new = _shifted_blocks(shift.reshape(-1), moved.reshape(-1), device)
+    to_old = _shifted_blocks(-shift.permute(*back).reshape(-1), lengths.reshape(-1), device)
+    return to_new, to_old
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    flat = lengths.reshape(-1)
+    return (flat.cumsum(0) - flat).view(lengths.shape)
 
 
 def _stable_order(flat: Tensor, num_experts: int) -> Tensor:
@@ -195,12 +258,8 @@ def _stable_order(flat: Tensor, num_experts: int) -> Tensor:
     return torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))
 
 
-def _inverse(permutation: Tensor) -> Tensor:
-    positions = torch.arange(permutation.numel(), device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, positions)
-
-
-def _shifted_blocks(shift: Tensor, lengths: Tensor, num_rows: int, device: torch.device) -> Tensor:
-    """0..num_rows-1, where the numbers of block b are moved by shift[b]."""
+def _shifted_blocks(shift: Tensor, lengths: Tensor, device: torch.device) -> Tensor:
+    """0, 1, 2 ..., where the numbers of block b are moved by shift[b]."""
+    num_rows = int(lengths.sum())
     moved = torch.repeat_interleave(shift.to(device), lengths.to(device), output_size=num_rows)
     return moved.add_(torch.arange(num_rows, device=device))

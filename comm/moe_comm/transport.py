@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_comm.dispatcher import Pending
@@ -11,8 +12,8 @@ from moe_comm.dispatcher import Pending
 class Transport(Protocol):
     """Exchanges rows between all ranks of one group.
 
-    Several exchanges may be under way; all ranks start them in the same order, and may wait for them
-    in any.
+    Several exchanges may be under way; all ranks start them in the same order, one thread at a time, and
+    may wait for them in any order and from any thread.
     """
 
     @property
@@ -23,6 +24,19 @@ class Transport(Protocol):
     @property
     def rank(self) -> int:
         """This rank within the group."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where messages about the exchange live; rows may be on it, or on others that it can move."""
+        ...
+
+    def split(self, ranks: Sequence[int]) -> "Transport":
+        """A transport among some ranks of this one; only those call it, all with the same list.
+
+        Args:
+            ranks: of this transport, ascending, this rank among them; rank i of the result is ranks[i].
+        """
         ...
 
     def all_to_all(

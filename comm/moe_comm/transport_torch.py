@@ -35,12 +35,14 @@ class TorchTransport:
             raise PlacementError(
                 "alltoall needs torch.distributed; call init_process_group first, or use kind 'local'"
             )
-        group = dist.group.WORLD if group is None else group
+        group = dist.distributed_c10d._get_default_group() if group is None else group
         self._group = weakref.ref(group)
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         if self._rank < 0:
             raise PlacementError(f"global rank {dist.get_rank()} is not in the expert-parallel group given")
+        on_host = any(device.type == "cpu" for device in group._device_types)
+        self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
     @property
     def size(self) -> int:
@@ -50,6 +52,17 @@ class TorchTransport:
     def rank(self) -> int:
         return self._rank
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def split(self, ranks: Sequence[int]) -> "TorchTransport":
+        """See `Transport.split`: a process group of its own, with the time limit of this one."""
+        group = self._alive()
+        members = [dist.get_global_rank(group, rank) for rank in ranks]
+        limit = group._get_backend(self._device).options._timeout
+        return TorchTransport(dist.new_group(members, timeout=limit, use_local_synchronization=True))
+
     def all_to_all(
         self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
     ) -> Pending[Tensor]:
@@ -58,9 +71,7 @@ class TorchTransport:
         Raises:
             TransportError: here or in the wait, when the backend fails or the group is gone.
         """
-        group = self._group()
-        if group is None:
-            raise TransportError(f"the process group of expert-parallel rank {self._rank} was destroyed")
+        group = self._alive()
         received = torch.empty((sum(recv_splits), *send.shape[1:]), dtype=send.dtype, device=send.device)
         try:
             work = dist.all_to_all_single(
@@ -77,6 +88,12 @@ class TorchTransport:
             return received
 
         return Started(finish)
+
+    def _alive(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise TransportError(f"the process group of expert-parallel rank {self._rank} was destroyed")
+        return group
 
     def _failed(self, error: RuntimeError) -> TransportError:
         cause = str(error).strip().split("\n")[0].split(". ")[0]

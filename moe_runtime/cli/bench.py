@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.errors import ConfigError
+
 app = typer.Typer(help="Measure a part of the runtime against its peer.", no_args_is_help=True)
 
 
@@ -27,3 +29,39 @@ def train(
         typer.echo(json_text.dumps(results))
     else:
         typer.echo(describe(results))
+
+
+@app.command("comm")
+def comm(
+    links: Annotated[
+        str, typer.Option(help="veth: rate-limited links between network namespaces (root); none: loopback")
+    ] = "veth",
+    layer: Annotated[bool, typer.Option("--layer", help="a whole MoE layer, against deepspeed.moe")] = False,
+    overlap: Annotated[bool, typer.Option("--overlap", help="exchange under computation")] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes; one namespace each")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="processes on each node")] = None,
+    rate: Annotated[int | None, typer.Option(min=1, help="Mbit/s of each link, each way")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="width of a token")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="tokens of each rank")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="times each contender is measured")] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="balanced, natural, adversarial; may be repeated")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """Dispatch and combine against a plain all-to-all: bytes over links, time, time over the links' floor."""
+    from moe_runtime.cli.bench_comm.measure import describe as describe_comm  # brings torch
+    from moe_runtime.cli.bench_comm.measure import measure as measure_comm
+    from moe_runtime.cli.bench_comm.plans import plan
+
+    if layer and overlap:
+        raise ConfigError("bench comm: expected one of --layer and --overlap, got both")
+    given = {"nodes": nodes, "ranks_per_node": ranks_per_node, "rate_mbit": rate, "hidden": hidden}
+    given |= {"tokens": tokens, "rounds": rounds}
+    wanted = {"routings": tuple(routing) if routing else None}
+    part = "layer" if layer else "overlap" if overlap else "exchange"
+    results = [measure_comm(settings) for settings in plan(part, links, {**given, **wanted})]
+    if json:
+        typer.echo(json_text.dumps(results))
+    else:
+        typer.echo("\n\n".join(describe_comm(result) for result in results))

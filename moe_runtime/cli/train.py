@@ -11,7 +11,7 @@ from moe_runtime.cli.orphan import stop_with_parent
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
-from moe_runtime.errors import PeerLost
+from moe_runtime.errors import ConfigError, PeerLost
 
 
 def train(
@@ -25,6 +25,8 @@ def train(
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
+    from moe_comm.errors import ReceiveOverflow, TransportError
+
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
@@ -36,11 +38,13 @@ def train(
     with join_world(world, run.train.peer_timeout_s):
         try:
             loop.train(open_run(run, world, fresh=fresh))
-        except RuntimeError as error:
+        except ReceiveOverflow as error:
+            raise ConfigError(f"layout.max_rows: {error}: set layout.overflow=rounds") from error
+        except (RuntimeError, TransportError) as error:
             raise _explain(error, world.rank) from error
 
 
-def _explain(error: RuntimeError, rank: int) -> Exception:
+def _explain(error: Exception, rank: int) -> Exception:
     """A broken connection is a lost peer; anything else stays what it is."""
     text = _root_message(error)
     signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")

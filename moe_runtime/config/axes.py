@@ -12,6 +12,7 @@ from typing import Literal
 from moe_runtime.config.schema import BatchConfig, LayoutConfig
 
 Schedule = Literal["single", "1f1b", "dualpipe"]
+Dispatcher = Literal["auto", "local", "alltoall", "two_hop"]
 
 
 def resolve_schedule(layout: LayoutConfig) -> Schedule:
@@ -23,11 +24,9 @@ def resolve_schedule(layout: LayoutConfig) -> Schedule:
     return "1f1b" if layout.pp % 2 else "dualpipe"
 
 
-def resolve_dispatcher(layout: LayoutConfig) -> Literal["local", "alltoall"]:
-    """What `auto` means: local for ep 1, else alltoall."""
-    if layout.dispatcher != "auto":
-        return layout.dispatcher
-    return "local" if layout.ep == 1 else "alltoall"
+def resolve_dispatcher(layout: LayoutConfig) -> Dispatcher:
+    """What `auto` means, as far as a config can tell: local for ep 1; the rest depends on the machines."""
+    return "local" if layout.dispatcher == "auto" and layout.ep == 1 else layout.dispatcher
 
 
 def batch_grid(layout: LayoutConfig, batch: BatchConfig) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class _Trial:
             and layout.dp % layout.ep == 0
             and self.model.num_experts % layout.ep == 0
             and not (resolve_dispatcher(layout) == "local" and layout.ep > 1)
+            and not _why_not_two_hop(layout, self.model)
             and size % quantum == 0
             and size >= smallest
             and layout.pp <= self.model.num_layers
@@ -132,7 +133,28 @@ def _expert_findings(trial: _Trial) -> list[Finding]:
     if layout.dispatcher == "local" and layout.ep > 1:
         remedies = trial.remedies(("dispatcher", "alltoall"), ("ep", 1))
         found.append(Finding("layout.dispatcher", f"local needs ep 1, got ep {layout.ep}; set {remedies}"))
+    reason = _why_not_two_hop(layout, trial.model)
+    if reason:
+        remedies = trial.remedies(("dispatcher", "alltoall"), ("dispatcher", "auto"))
+        found.append(Finding("layout.dispatcher", f"two_hop needs {reason}; set {remedies}"))
     return found
+
+
+def _why_not_two_hop(layout: LayoutConfig, model: ModelConfig) -> str | None:
+    """What `two_hop` lacks, as far as a config can tell; without ranks_per_node the machines decide."""
+    if layout.dispatcher != "two_hop":
+        return None
+    per_node = layout.ranks_per_node
+    if layout.ep == 1 or (per_node is not None and per_node >= layout.ep):
+        return f"an ep group of at least 2 nodes, got ep {layout.ep} with {per_node or 'any'} ranks a node"
+    if per_node is None:
+        return None
+    if layout.ep % per_node:
+        return f"ep groups of whole nodes, got ep {layout.ep} with {per_node} ranks a node"
+    nodes = layout.ep // per_node
+    if model.num_groups % nodes:
+        return f"whole routing groups on each node, got num_groups {model.num_groups} on {nodes} nodes"
+    return None
 
 
 def _batch_findings(trial: _Trial) -> list[Finding]:

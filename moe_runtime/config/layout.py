@@ -4,9 +4,9 @@ Decided before any process starts; `fit` has the rules.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moe_runtime.config.axes import (
+    Dispatcher,
     Schedule,
     admissible_size,
     batch_grid,
@@ -36,7 +36,7 @@ class ResolvedLayout:
     dp: int
     ep: int
     schedule: Schedule
-    dispatcher: Literal["local", "alltoall"]
+    dispatcher: Dispatcher
     world_size: int
     batch_quantum: int
     smallest_batch: int

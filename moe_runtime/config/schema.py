@@ -141,10 +141,28 @@ class LayoutConfig(Section):
     layers_per_stage: tuple[Count, ...] | None = Field(
         None, description="layers of each stage; null: spread evenly, head and MTP counted as load"
     )
-    dispatcher: Literal["auto", "local", "alltoall"] = Field(
-        "auto", description="auto: local for ep 1, else alltoall"
+    dispatcher: Literal["auto", "local", "alltoall", "two_hop"] = Field(
+        "auto", description="auto: local for ep 1, two_hop over nodes of whole routing groups, else alltoall"
+    )
+    wire: Literal["auto", "bf16", "fp32", "fp8", "fp8_pow2"] = Field(
+        "auto", description="what dispatched rows travel as (combine: BF16 under fp8); auto: as they are"
+    )
+    ranks_per_node: PositiveInt | None = Field(
+        None, description="ranks that fast links join, for two_hop; null: those of a machine"
+    )
+    max_rows: PositiveInt | None = Field(
+        None, description="rows (token, expert) that a rank may receive at a time; null: any number"
+    )
+    overflow: Literal["error", "rounds"] = Field(
+        "error", description="beyond max_rows: stop, or go in rounds and recompute the experts in backward"
     )
     zero_stage: Literal[1, 2] = Field(1, description="2 needs pp 1")
+
+    def findings(self) -> list[Finding]:
+        """Rounds need a bound."""
+        if self.overflow == "rounds" and self.max_rows is None:
+            return [Finding("overflow", "rounds needs max_rows too: how many rows a rank may receive")]
+        return []
 
 
 class BatchConfig(Section):

@@ -40,11 +40,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from moe_comm.wire.formats import E4M3, FP32_MANTISSA_BITS, UE5M3, decode, encode_stochastic
 from torch import Tensor
 from torch.nn.functional import pad
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.fp8.formats import E4M3, FP32_MANTISSA_BITS, UE5M3, decode, encode_stochastic
 from moe_runtime.optim.counter_rng import NoiseKey, random_bits, second_draw
 
 MEAN, SQUARE = "exp_avg", "exp_avg_sq"

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from moe_comm.dispatcher import Dispatcher, Received
+from moe_comm.errors import ReceiveOverflow
 from torch import Tensor
 
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP, SCALARS, Combine, Compute, Dispatch, Phase
+from moe_runtime.parallel.rounds import BlockInRounds
 from moe_runtime.parallel.weight_grad import WeightGrads, WeightGradSink, run_weight_grads
 
 BOUNDARY = "resid"  # the slot that crosses from stage to stage
@@ -87,6 +89,7 @@ class Flight:
         grads: slot -> gradient, on the way back.
         token_shape: shape of the residual stream, [sequences, seq_len, hidden].
         scalars: (slot, layer, value) of every scalar put out.
+        in_rounds: blocks, by layer, whose rows did not fit.
     """
 
     state: dict[str, Tensor]
@@ -97,6 +100,7 @@ class Flight:
     weight_grads: WeightGrads = field(default_factory=list)
     started: dict[str, list[_Started]] = field(default_factory=dict)
     handles: dict[str, Any] = field(default_factory=dict)
+    in_rounds: dict[str, BlockInRounds] = field(default_factory=dict)
 
     def add_grad(self, slot: str, grad: Tensor) -> None:
         """Add to the gradient of a slot; the first one is kept as it is."""
@@ -121,6 +125,7 @@ class StageRunner:
         sink: receives the weight gradients of the chunk's parameters.
         count_experts: called in training forwards with (layer, expert_ids int64 [tokens, top_k]).
         clock: where waiting times are added.
+        rounds: run a block whose rows do not fit in rounds; else that ends the step with an error.
     """
 
     def __init__(
@@ -130,12 +135,14 @@ class StageRunner:
         sink: WeightGradSink,
         count_experts: Callable[[str, Tensor], None],
         clock: Clock,
+        rounds: bool = False,
     ) -> None:
         self.phases = tuple(phases)
         self._dispatcher = dispatcher
         self._sink = sink
         self._count_experts = count_experts
         self._clock = clock
+        self._rounds = rounds
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -154,7 +161,9 @@ class StageRunner:
         return lambda: self._compute(phase, flight, training)
 
     def _compute(self, phase: Compute, flight: Flight, training: bool) -> None:
-        values = {slot: self._read(flight, slot) for slot in phase.inputs}
+        values = self._inputs(phase, flight)
+        if values is None:
+            return
         taped = _Taped()
         if training:
             taped.inputs = values = {slot: _cut(value) for slot, value in values.items()}
@@ -168,6 +177,34 @@ class StageRunner:
                 flight.scalars.append((slot, phase.layer, result.detach()))
             else:
                 flight.state[slot] = result.detach()
+
+    def _inputs(self, phase: Compute, flight: Flight) -> dict[str, Tensor] | None:
+        """What a phase reads; None if these are rows that did not fit, and have now gone in rounds."""
+        try:
+            return {slot: self._read(flight, slot) for slot in phase.inputs}
+        except ReceiveOverflow as overflow:
+            if not self._rounds:
+                raise
+            block = self._open_rounds(phase, flight, overflow)
+        flight.state["routed"] = block.forward()
+        self._clock.exchange_wait_s += block.take_wait_s()
+        return None
+
+    def _open_rounds(self, phase: Compute, flight: Flight, overflow: ReceiveOverflow) -> BlockInRounds:
+        """The routed part of the block to whose experts, `phase`, the rows were refused."""
+        for slot in (*phase.inputs, *phase.outputs):
+            flight.started.pop(slot, None)
+            flight.state.pop(slot, None)
+        tokens, weights, expert_ids = (
+            flight.state[slot] for slot in ("ffn_in", "gate_weights", "expert_ids")
+        )
+
+        def experts(*rows: Tensor) -> Tensor:
+            return phase.fn(*rows)[0]
+
+        block = BlockInRounds(self._dispatcher, overflow, tokens, weights, expert_ids, experts)
+        flight.in_rounds[phase.layer] = block
+        return block
 
     def _dispatch(self, phase: Dispatch, flight: Flight, training: bool) -> None:
         tokens, weights, expert_ids = (self._read(flight, slot) for slot in phase.inputs)
@@ -187,6 +224,8 @@ class StageRunner:
         _start(flight, phase.outputs, _Started(pending, store))
 
     def _combine(self, phase: Combine, flight: Flight, training: bool) -> None:
+        if phase.layer in flight.in_rounds:
+            return
         rows = self._read(flight, "expert_out")
         shape = flight.token_shape
         pending = self._dispatcher.combine(rows, flight.handles[phase.layer])
@@ -241,6 +280,9 @@ class StageRunner:
     def _compute_backward(
         self, phase: Compute, flight: Flight, weights: ObjectiveWeights, into: WeightGrads | None
     ) -> None:
+        if phase.name == "experts" and phase.layer in flight.in_rounds:
+            self._backward_in_rounds(flight, flight.in_rounds[phase.layer])
+            return
         taped = flight.tape.pop(phase)
         outputs, grads = [], []
         for slot, output in taped.outputs.items():
@@ -255,15 +297,27 @@ class StageRunner:
             if value.grad is not None:
                 flight.add_grad(slot, value.grad)
 
+    def _backward_in_rounds(self, flight: Flight, block: BlockInRounds) -> None:
+        with self._sink.collect(None):
+            d_tokens, d_weights = block.backward()
+        self._clock.exchange_wait_s += block.take_wait_s()
+        flight.add_grad("ffn_in", d_tokens)
+        flight.add_grad("gate_weights", d_weights)
+
     def _combine_backward(self, phase: Combine, flight: Flight) -> None:
         grad = self._take_grad(flight, "routed")
         assert grad is not None, f"{phase.layer}: nothing used what the experts put out"
+        if phase.layer in flight.in_rounds:
+            flight.in_rounds[phase.layer].keep_gradient(grad)
+            return
         grad = grad.reshape(-1, grad.shape[-1])
         pending = self._dispatcher.combine_backward(grad, flight.handles[phase.layer])
         _start(flight, ("expert_out",), _Started(pending, lambda rows: flight.add_grad("expert_out", rows)))
 
     def _dispatch_backward(self, phase: Dispatch, flight: Flight) -> None:
         received = flight.tape.pop(phase).received
+        if flight.in_rounds.pop(phase.layer, None) is not None:
+            return
         assert received is not None, f"{phase.layer}: backward before its forward ended"
         d_rows, d_weights = self._take_grad(flight, "rows"), self._take_grad(flight, "row_weights")
         pending = self._dispatcher.dispatch_backward(

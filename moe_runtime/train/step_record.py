@@ -20,7 +20,16 @@ from moe_runtime.parallel.runtime import Runtime
 
 Record = dict[str, Any]
 
-HEAD = ("loss", "loss_mtp", "loss_balance", "bytes_inter", "bytes_intra", "exchange_s", "transfer_s")
+TRAFFIC = {  # metric: attribute of the dispatcher's counters
+    "comm_bytes_inter": "all_bytes_inter",
+    "comm_bytes_intra": "all_bytes_intra",
+    "comm_meta_bytes_inter": "meta_bytes_inter",
+    "comm_meta_bytes_intra": "meta_bytes_intra",
+    "comm_rows_inter": "rows_inter",
+    "comm_rows_intra": "rows_intra",
+    "comm_rows_self": "rows_self",
+}
+HEAD = ("loss", "loss_mtp", "loss_balance", "exchange_s", "transfer_s", *TRAFFIC)
 PER_LAYER = tuple(LAYER_KEYS)
 
 
@@ -74,7 +83,8 @@ def _head(runtime: Runtime, facts: StepFacts, scalars: StepScalars) -> list[floa
         scalars.totals.get(LOSS_MTP, 0.0) / facts.microbatches / depth,
         scalars.totals.get(BALANCE, 0.0) / facts.microbatches,
     )
-    return [*means, traffic.bytes_inter, traffic.bytes_intra, clock.exchange_wait_s, clock.transfer_wait_s]
+    sent = [getattr(traffic, name) for name in TRAFFIC.values()]
+    return [*means, clock.exchange_wait_s, clock.transfer_wait_s, *sent]
 
 
 def _held_layers(runtime: Runtime, total: Tensor) -> dict[str, list[float]]:
@@ -115,8 +125,7 @@ def _as_record(
         "step_s": facts.seconds,
         "bubble_fraction": head["transfer_s"] / rank_seconds if is_timed else None,
         "exposed_comm_fraction": head["exchange_s"] / rank_seconds if is_timed else None,
-        "comm_bytes_inter": int(head["bytes_inter"]),
-        "comm_bytes_intra": int(head["bytes_intra"]),
+        **{name: int(head[name]) for name in TRAFFIC},
         "max_violation": sum(violations) / len(violations) if violations else None,
         "layers": layers,
     }

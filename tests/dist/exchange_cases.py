@@ -1,91 +1,150 @@
-"""What every rank of a gloo world runs to compare `AllToAllDispatcher` with the oracle.
+"""What every rank of a gloo world runs to compare the dispatchers with plain loops.
 
-A case is `case(rank, world_size)`: it first makes all its exchanges, then compares, so that a failed
-comparison leaves no rank waiting. Each returns None or raises; `run_cases` gathers what failed.
+A case is `case(setting, groups)`: it first makes all its exchanges, then compares, so that a failed
+comparison leaves no rank waiting. `run_cases` gathers what failed.
 """
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from moe_comm import autograd
-from moe_comm.alltoall import AllToAllDispatcher
 from moe_comm.control import HEADER_SIZE
-from moe_comm.errors import CommError, InputError, PlacementError, RankDisagreement
-from moe_comm.factory import open_dispatcher
+from moe_comm.dispatcher import Dispatcher, Received
 from moe_comm.local import LocalDispatcher
-from moe_comm.placement import Placement
-from moe_comm.record import RecordLayout
-from moe_comm.reference import (
-    reference_combine,
-    reference_dispatch,
-    reference_layer,
-    reference_rows,
-    reference_rows_sent,
-)
+from moe_comm.reference import reference_dispatch, reference_layer, reference_rows
 from moe_comm.traffic import Traffic
 from moe_comm.transport_torch import TorchTransport
+from moe_comm.two_hop import DEFAULT_CHUNKS
+from moe_comm.wire.codec import WIRES, wire_pair
 from torch import Tensor
 
+from tests.dist.openings import Setting, SharedGroups, settings_for
+from tests.unit.comm.plain_hops import Layout, Sent, flat_sums, record_bytes, rows_sent, through, two_hop_sums
 from tests.unit.comm.routings import PATTERNS, Inputs, draw
 
-Case = Callable[[int, int], None]
-EQUAL = {"rtol": 0.0, "atol": 0.0}
+Case = Callable[[Setting, SharedGroups], None]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+PLAIN = (torch.float32, torch.float32)
 
 
-def _open(drawn: Inputs, rank: int, world_size: int, **layout: int) -> AllToAllDispatcher:
-    dispatcher = open_dispatcher("auto", Placement(drawn.num_experts, world_size, rank, **layout))
-    assert isinstance(dispatcher, AllToAllDispatcher)
-    return dispatcher
+def require_same_bits(**pairs: tuple[Tensor, Tensor]) -> None:
+    """Shape, dtype and every bit."""
+    for name, (got, expected) in pairs.items():
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), (name, got, expected)
+        same = torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (got, expected)))
+        assert same, f"{name}\n got {got}\n expected {expected}"
 
 
-def _check(pairs: Sequence[tuple[Tensor, Tensor]], **tolerance: float) -> None:
-    for got, expected in pairs:
-        torch.testing.assert_close(got, expected, **tolerance)
+def expert_numbers(received: Received, dispatcher: Dispatcher) -> Tensor:
+    """The global expert of each row."""
+    first = dispatcher.placement.experts_of(dispatcher.placement.ep_rank).start
+    numbers = torch.arange(first, first + len(received.row_counts))
+    return numbers.repeat_interleave(received.row_counts)
+
+
+def as_if_by_experts(rows: Tensor, row_weights: Tensor, experts: Tensor) -> Tensor:
+    """What every expert makes of its rows; differs between experts, element by element."""
+    return rows * (row_weights * (1 + 0.37 * experts)).to(rows.dtype)[:, None]
+
+
+def exchange(setting: Setting, groups: SharedGroups, drawn: Inputs) -> dict[str, Tensor]:
+    """What the four operations give on this rank."""
+    rank = groups.rank
+    dispatcher = setting.open(drawn.num_experts, groups)
+    received = dispatcher.dispatch(*drawn.of(rank)).wait()
+    experts = expert_numbers(received, dispatcher)
+    outputs = as_if_by_experts(received.rows, received.row_weights, experts)
+    summed = dispatcher.combine(outputs, received.handle).wait()
+    d_rows = dispatcher.combine_backward(drawn.tokens[rank] * 2, received.handle).wait()
+    d_row_weights = received.row_weights * (1 + experts).to(received.row_weights.dtype)
+    pending = dispatcher.dispatch_backward(outputs, d_row_weights, received.handle)
+    d_tokens, d_weights = pending.wait()
+    return {
+        "rows": received.rows,
+        "row_weights": received.row_weights,
+        "row_counts": received.row_counts,
+        "summed": summed,
+        "d_rows": d_rows,
+        "d_tokens": d_tokens,
+        "d_weights": d_weights,
+    }
+
+
+def expect(setting: Setting, drawn: Inputs, rank: int) -> dict[str, Tensor]:
+    """The same by plain loops, with the wire where DSV3 §3.3.3 has it."""
+    out_codec, back_codec = wire_pair(setting.wire)
+    origins = reference_rows(drawn.expert_ids, drawn.num_experts)
+    layout = setting.layout(drawn.num_experts, len(drawn.tokens))
+    tokens = [through(out_codec, values) for values in drawn.tokens]
+    doubled = [through(out_codec, values * 2) for values in drawn.tokens]
+    rows, row_weights = reference_dispatch(tokens, drawn.weights, origins)[rank]
+    d_rows, _ = reference_dispatch(doubled, drawn.weights, origins)[rank]
+    first = rank * layout.local_experts
+    counts = [sum(r.expert == first + slot for r in origins[rank]) for slot in range(layout.local_experts)]
+
+    weights, ids = drawn.weights[rank], drawn.expert_ids[rank]
+    outputs = as_if_by_experts(
+        tokens[rank].repeat_interleave(ids.shape[1], 0), weights.flatten(), ids.flatten()
+    )
+    copies = {divmod(slot, ids.shape[1]): row for slot, row in enumerate(outputs)}
+    sums = (
+        flat_sums(copies, ids, back_codec)
+        if setting.kind == "alltoall"
+        else two_hop_sums(copies, ids, back_codec, layout)
+    )
+    summed = torch.stack(sums) if sums else torch.zeros_like(tokens[rank])
+    d_weights = torch.where(ids < 0, 0, weights * (1 + ids).to(weights.dtype)).to(weights.dtype)
+    return {
+        "rows": rows,
+        "row_weights": row_weights,
+        "row_counts": torch.tensor(counts),
+        "summed": summed,
+        "d_rows": d_rows,
+        "d_tokens": summed,
+        "d_weights": d_weights,
+    }
 
 
 def four_operations(
-    pattern: str, dtype: torch.dtype, weight_dtype: torch.dtype, rank: int, world: int
+    pattern: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    changes: Mapping[str, object],
+    setting: Setting,
+    groups: SharedGroups,
 ) -> None:
-    """Dispatch, combine and both backwards, each equal to the plain loops."""
-    drawn = draw(pattern, world, dtype=dtype, weight_dtype=weight_dtype)
-    dispatcher = _open(drawn, rank, world)
-    received = dispatcher.dispatch(drawn.tokens[rank], drawn.weights[rank], drawn.expert_ids[rank]).wait()
-    summed = dispatcher.combine(received.rows, received.handle).wait()
-    d_rows = dispatcher.combine_backward(drawn.tokens[rank], received.handle).wait()
-    d_tokens, d_weights = dispatcher.dispatch_backward(
-        received.rows, received.row_weights, received.handle
-    ).wait()
-
-    origins = reference_rows(drawn.expert_ids, drawn.num_experts)
-    expected = reference_dispatch(drawn.tokens, drawn.weights, origins)
-    counts = [len(ids) for ids in drawn.expert_ids]
-    top_k = drawn.expert_ids[0].shape[1]
-    sums = reference_combine([rows for rows, _ in expected], origins, counts, top_k)[rank]
-    experts = dispatcher.placement.experts_of(rank)
-    assert received.row_counts.tolist() == [sum(row.expert == e for row in origins[rank]) for e in experts]
-    _check([(received.rows, expected[rank][0]), (received.row_weights, expected[rank][1])], **EQUAL)
-    _check([(d_rows, expected[rank][0]), (d_weights, drawn.weights[rank])], **EQUAL)
-    # BF16 ties may round either way: one unit in the last place.
-    tolerance = {"rtol": 2**-7, "atol": 0.0} if dtype == torch.bfloat16 else EQUAL
-    _check([(summed, sums), (d_tokens, sums)], **tolerance)
+    """Dispatch, combine and both backwards, each bit for bit that of the plain loops."""
+    setting = setting.but(**changes)
+    hidden = 5 if setting.wire == "auto" else 130  # more than one tile of the FP8 wires
+    drawn = draw(pattern, groups.size, dtype=dtype, weight_dtype=weight_dtype, hidden=hidden)
+    got = exchange(setting, groups, drawn)
+    expected = expect(setting, drawn, groups.rank)
+    require_same_bits(**{name: (got[name], expected[name]) for name in expected})
 
 
-def layer_gradients(pattern: str, rank: int, world: int) -> None:
-    """A layer of linear experts: output and all gradients equal plain autograd over all ranks' tokens."""
-    drawn = draw(pattern, world, dtype=torch.float64, weight_dtype=torch.float64)
+def layer_gradients(pattern: str, setting: Setting, groups: SharedGroups) -> None:
+    """Output and gradients of a layer on one pattern."""
+    drawn = draw(pattern, groups.size, dtype=torch.float64, weight_dtype=torch.float64)
+    require_gradients_of_a_layer(drawn, setting, groups)
+
+
+def require_gradients_of_a_layer(drawn: Inputs, setting: Setting, groups: SharedGroups) -> None:
+    """A layer of linear experts: output and all gradients equal plain autograd over all ranks' tokens.
+
+    Args:
+        drawn: FP64 tokens and weights.
+    """
+    rank, hidden = groups.rank, drawn.tokens[0].shape[1]
     generator = torch.Generator().manual_seed(1)
-    matrices = torch.randn(drawn.num_experts, 5, 5, generator=generator, dtype=torch.float64)
-    dispatcher = _open(drawn, rank, world)
+    matrices = torch.randn(drawn.num_experts, hidden, hidden, generator=generator, dtype=torch.float64)
+    dispatcher = setting.open(drawn.num_experts, groups)
     experts = dispatcher.placement.experts_of(rank)
 
-    tokens, weights = (
-        drawn.tokens[rank].clone().requires_grad_(),
-        drawn.weights[rank].clone().requires_grad_(),
-    )
+    tokens, weights = (values.clone().requires_grad_() for values in drawn.of(rank)[:2])
     mine = matrices[experts.start : experts.stop].clone().requires_grad_()
     received = autograd.dispatch(dispatcher, tokens, weights, drawn.expert_ids[rank])
     blocks = received.rows.split(received.row_counts.tolist())
@@ -93,130 +152,199 @@ def layer_gradients(pattern: str, rank: int, world: int) -> None:
     output = autograd.combine(dispatcher, rows * received.row_weights[:, None], received.handle)
     output.square().sum().backward()
 
-    all_tokens = [value.clone().requires_grad_() for value in drawn.tokens]
-    all_weights = [value.clone().requires_grad_() for value in drawn.weights]
+    all_tokens = [values.clone().requires_grad_() for values in drawn.tokens]
+    all_weights = [values.clone().requires_grad_() for values in drawn.weights]
     every = matrices.clone().requires_grad_()
     functions = [lambda x, matrix=matrix: x @ matrix for matrix in every]
     expected = reference_layer(all_tokens, all_weights, drawn.expert_ids, functions)
     (sum(out.square().sum() for out in expected) + 0.0 * every.sum()).backward()
-    _check([(output, expected[rank]), (mine.grad, every.grad[experts.start : experts.stop])], **CLOSE)
+    pairs = [(output, expected[rank]), (mine.grad, every.grad[experts.start : experts.stop])]
     for got, plain in ((tokens, all_tokens[rank]), (weights, all_weights[rank])):
-        _check([(got.grad, torch.zeros_like(plain) if plain.grad is None else plain.grad)], **CLOSE)
+        pairs.append((got.grad, torch.zeros_like(plain) if plain.grad is None else plain.grad))
+    for value, wanted in pairs:
+        torch.testing.assert_close(value, wanted, **CLOSE)
 
 
-def spread_equals_local(dtype: torch.dtype, rank: int, world: int) -> None:
-    """The number of ranks changes no bit of the output."""
-    drawn = draw("unequal", world, dtype=dtype, weight_dtype=torch.float32)
-    outputs = []
-    for dispatcher in (_open(drawn, rank, world), LocalDispatcher(drawn.num_experts)):
-        received = dispatcher.dispatch(drawn.tokens[rank], drawn.weights[rank], drawn.expert_ids[rank]).wait()
-        first = dispatcher.placement.experts_of(dispatcher.placement.ep_rank).start
-        scale = torch.arange(first, first + len(received.row_counts)).repeat_interleave(received.row_counts)
-        rows = received.rows * (received.row_weights * (1 + scale))[:, None].to(dtype)
-        outputs.append(dispatcher.combine(rows, received.handle).wait())
-    _check([(outputs[0], outputs[1])], **EQUAL)
+def as_local_on_the_whole_batch(
+    pattern: str, dtype: torch.dtype, setting: Setting, groups: SharedGroups
+) -> None:
+    """Flat: bit for bit what one rank with all experts makes of the tokens of all; two hops: rows are."""
+    rank = groups.rank
+    drawn = draw(pattern, groups.size, dtype=dtype, weight_dtype=torch.float32)
+    got = exchange(setting, groups, drawn)
+    local = LocalDispatcher(drawn.num_experts)
+    whole = local.dispatch(*drawn.joined()).wait()
+    outputs = as_if_by_experts(whole.rows, whole.row_weights, expert_numbers(whole, local))
+    summed = local.combine(outputs, whole.handle).wait()
+
+    counts = whole.row_counts.view(groups.size, -1)
+    first = int(counts[:rank].sum())
+    mine = slice(first, first + int(counts[rank].sum()))
+    start = sum(len(ids) for ids in drawn.expert_ids[:rank])
+    own = summed[start : start + len(drawn.expert_ids[rank])]
+    require_same_bits(
+        rows=(got["rows"], whole.rows[mine]),
+        row_weights=(got["row_weights"], whole.row_weights[mine]),
+        row_counts=(got["row_counts"], counts[rank]),
+    )
+    if setting.kind == "alltoall":
+        require_same_bits(summed=(got["summed"], own), d_tokens=(got["d_tokens"], own))
+    elif dtype == torch.float64:
+        torch.testing.assert_close(got["summed"], own, **CLOSE)
 
 
-def several_in_flight(rank: int, world: int) -> None:
-    """Two microbatches and two directions under way at once, waited for in another order."""
-    drawn = [
-        draw("unequal", world, dtype=torch.float32, weight_dtype=torch.float32, seed=seed) for seed in (0, 1)
-    ]
-    dispatcher = _open(drawn[0], rank, world)
-    inputs = [(d.tokens[rank], d.weights[rank], d.expert_ids[rank]) for d in drawn]
-    alone = [dispatcher.dispatch(*given).wait() for given in inputs]
-    expected = [dispatcher.combine(received.rows, received.handle).wait() for received in alone]
+def rounded_once_for_each_hop(wire: str, setting: Setting, groups: SharedGroups) -> None:
+    """The error of a sum in BF16 is within its bound, and of rows that one rounding each would lose.
 
-    started = [dispatcher.dispatch(*given) for given in inputs]
-    returning = dispatcher.combine(alone[0].rows, alone[0].handle)
-    backward = dispatcher.dispatch_backward(alone[1].rows, alone[1].row_weights, alone[1].handle)
-    forward = dispatcher.combine_backward(inputs[0][0], alone[0].handle)
-    later = started[1].wait()
-    d_rows = forward.wait()
-    d_tokens, d_weights = backward.wait()
-    summed = returning.wait()
-    earlier = started[0].wait()
-    _check([(earlier.rows, alone[0].rows), (later.rows, alone[1].rows)], **EQUAL)
-    _check([(earlier.row_weights, alone[0].row_weights), (d_rows, alone[0].rows)], **EQUAL)
-    _check([(summed, expected[0]), (d_tokens, expected[1]), (d_weights, inputs[1][1])], **EQUAL)
+    A value rounded to BF16 changes by at most u = 2^-8 of it. Two hops sum three times (experts of a rank,
+    ranks of a node, nodes) and round each result once, so no addend y is in the result with more than three
+    roundings: |error| <= ((1 + u)^3 - 1) x sum |y|. One hop rounds once. FP32 rows on a BF16 wire: each
+    row once in one hop, each partial sum twice in two. FP32 sums of at most 8 add 8 x 2^-24.
+    """
+    dtype = torch.float32 if wire == "bf16" else torch.bfloat16
+    num_experts, top_k, num_tokens = 8 * groups.size, 8, 12
+    generator = torch.Generator().manual_seed(3 + groups.rank)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=1).indices
+    ids[0] = torch.arange(top_k)  # all experts of one rank
+    ids[1] = torch.arange(top_k) * (num_experts // top_k)  # of as many as there are
+    tokens = torch.randn(num_tokens, 64, generator=generator).bfloat16().to(dtype)
+    weights = torch.rand(num_tokens, top_k, generator=generator).bfloat16().float()
+    # Behind a 1 each of these is less than half a unit of BF16: sums made in BF16 would lose all seven.
+    tokens[:2], weights[:2], weights[:2, 0] = 1.0, 0.99 * 2**-8, 1.0
+    dispatcher = setting.but(wire=wire).open(num_experts, groups)
+    received = dispatcher.dispatch(tokens, weights, ids).wait()
+    outputs = received.rows * received.row_weights.to(dtype)[:, None]
+    summed = dispatcher.combine(outputs, received.handle).wait()
+
+    addends = (tokens[:, None] * weights.to(dtype)[:, :, None]).double()
+    roundings = 1 if setting.kind == "alltoall" else 2 if wire == "bf16" else 3
+    bound = ((1 + 2**-8) ** roundings - 1 + 2**-21) * addends.abs().sum(1)
+    error = (summed.double() - addends.sum(1)).abs()
+    assert bool((error <= bound).all()), f"{float((error / bound).max())} of the bound"
 
 
-def counted_traffic(pattern: str, rank: int, world: int) -> None:
-    """Counted rows and bytes equal what the routing alone predicts, on two nodes."""
-    drawn = draw(pattern, world, dtype=torch.bfloat16, weight_dtype=torch.float32)
-    dispatcher = _open(drawn, rank, world, ranks_per_node=max(world // 2, 1))
-    received = dispatcher.dispatch(drawn.tokens[rank], drawn.weights[rank], drawn.expert_ids[rank]).wait()
-    dispatched = dispatcher.traffic.snapshot(reset=True)
+def odd_strides(setting: Setting, groups: SharedGroups) -> None:
+    """Columns of a wider tensor, transposed and expanded tensors give what their copies give."""
+    rank = groups.rank
+    drawn = draw("masked", groups.size, dtype=torch.float32, weight_dtype=torch.float32)
+    tokens, weights, ids = drawn.of(rank)
+    dispatcher = setting.open(drawn.num_experts, groups)
+    plain = dispatcher.dispatch(tokens, weights, ids).wait()
+    odd = dispatcher.dispatch(_transposed(tokens), _in_wider(weights), _in_wider(ids)).wait()
+    ones, one_weights = torch.ones_like(plain.rows), torch.ones_like(plain.row_weights)
+    same = ones[:1, :1] if len(ones) else torch.ones(1, 1)
+    pairs = {"rows": (odd.rows, plain.rows), "row_weights": (odd.row_weights, plain.row_weights)}
+    for name, rows in (("transposed", _transposed(plain.rows)), ("wider", _in_wider(plain.rows))):
+        got, expected = (dispatcher.combine(r, plain.handle).wait() for r in (rows, plain.rows))
+        pairs[name] = got, expected
+    spread = same.expand(ones.shape), one_weights[:0].new_ones(1).expand(one_weights.shape)
+    got_both = dispatcher.dispatch_backward(*spread, plain.handle).wait()
+    both = dispatcher.dispatch_backward(ones, one_weights, plain.handle).wait()
+    pairs |= {"d_tokens": (got_both[0], both[0]), "d_weights": (got_both[1], both[1])}
+    d_rows = dispatcher.combine_backward(torch.ones(1, 1).expand(tokens.shape), plain.handle).wait()
+    pairs["d_rows"] = d_rows, ones
+    require_same_bits(**pairs)
+
+
+def _transposed(values: Tensor) -> Tensor:
+    return values.t().contiguous().t()
+
+
+def _in_wider(values: Tensor) -> Tensor:
+    return torch.cat((values, values), dim=1)[:, : values.shape[1]]
+
+
+def counted_traffic(pattern: str, wire: str, setting: Setting, groups: SharedGroups) -> None:
+    """Rows and bytes of every operation equal what loops over the routing alone count."""
+    rank, hidden, top_k = groups.rank, 130, 1 if pattern in ("one_expert", "top_1") else 3
+    drawn = draw(pattern, groups.size, dtype=torch.bfloat16, weight_dtype=torch.float32, hidden=hidden)
+    dispatcher = setting.but(wire=wire).open(drawn.num_experts, groups)
+    dispatcher.traffic.snapshot(reset=True)
+    got = []
+    received = dispatcher.dispatch(*drawn.of(rank)).wait()
+    got.append(dispatcher.traffic.snapshot(reset=True))
     dispatcher.combine(received.rows, received.handle).wait()
-    combined = dispatcher.traffic.snapshot(reset=True)
+    got.append(dispatcher.traffic.snapshot(reset=True))
+    dispatcher.combine_backward(drawn.tokens[rank], received.handle).wait()
+    got.append(dispatcher.traffic.snapshot(reset=True))
     dispatcher.dispatch_backward(received.rows, received.row_weights, received.handle).wait()
-    returned = dispatcher.traffic.snapshot(reset=True)
+    got.append(dispatcher.traffic.snapshot(reset=True))
 
-    node = [other // max(world // 2, 1) for other in range(world)]
-    near = [other for other in range(world) if node[other] == node[rank] and other != rank]
-    far = [other for other in range(world) if node[other] != node[rank]]
-    sent = reference_rows_sent(drawn.expert_ids, drawn.num_experts)
-    out = (sent[rank][rank], sum(sent[rank][d] for d in near), sum(sent[rank][d] for d in far))
-    back = (sent[rank][rank], sum(sent[s][rank] for s in near), sum(sent[s][rank] for s in far))
-    control = 8 * (HEADER_SIZE + dispatcher.placement.local_experts)
-    wide = 16  # 5 BF16 are 10 bytes, 2 of padding, 4 of weight
-    assert dispatched == Traffic(
-        *out, wide * out[1], wide * out[2], control * len(near), control * len(far)
-    ), dispatched
-    assert combined == Traffic(*back, 10 * back[1], 10 * back[2]), combined
-    assert returned == Traffic(*back, wide * back[1], wide * back[2]), returned
-    assert RecordLayout(((5, torch.bfloat16), (1, torch.float32))).row_bytes == wide
-
-
-def _raised(action: Callable[[], object]) -> CommError:
-    try:
-        action()
-    except CommError as error:
-        return error
-    raise AssertionError("nothing was raised")
+    layout = setting.layout(drawn.num_experts, groups.size)
+    out, back = (rows_sent(setting.kind, drawn.expert_ids, layout, rank, back=way) for way in (False, True))
+    coded = {"auto": [(2, 130)], "fp8": [(1, 130), (4, 2)], "fp8_pow2": [(1, 130), (1, 2)]}[wire]
+    row = [(2, 130)]  # what is summed goes in BF16 on all of these
+    two = setting.kind == "two_hop"
+    beside = [(2, top_k), (4, top_k)] if two else [(4, 1)]  # int16 ids and FP32 weights, or one weight
+    counts = groups.size + (2 * DEFAULT_CHUNKS if two else layout.local_experts)
+    expected = [
+        traffic(sent, payload, record_bytes(*payload, *extras), 8 * (HEADER_SIZE + counts), layout, rank)
+        for sent, payload, extras in (
+            (out, coded, beside),
+            (back, row, []),
+            (out, coded, []),
+            (back, row, [(4, top_k if two else 1)]),
+        )
+    ]
+    assert got == expected, f"{got}\n{expected}"
 
 
-def refusals_are_shared(rank: int, world: int) -> None:
-    """A mistake of one rank is raised by all, nobody hangs, and the next exchange works."""
-    drawn = draw("random", world, dtype=torch.float32, weight_dtype=torch.float32)
-    dispatcher = _open(drawn, rank, world)
-    tokens, weights, ids = drawn.tokens[rank], drawn.weights[rank], drawn.expert_ids[rank]
-    odd = rank == 1
-    bad_ids = _raised(lambda: dispatcher.dispatch(tokens, weights, ids + 99 if odd else ids))
-    wider = torch.cat((tokens, tokens), dim=1)
-    width = _raised(lambda: dispatcher.dispatch(wider if odd else tokens, weights, ids))
-    kind = _raised(lambda: dispatcher.dispatch(tokens.double() if odd else tokens, weights, ids))
-    fine = dispatcher.dispatch(tokens, weights, ids)
-    fine.wait()
-    twice = _raised(fine.wait)
-    size = _raised(lambda: AllToAllDispatcher(Placement(world + 1, world + 1), TorchTransport()))
-    assert isinstance(bad_ids, InputError if odd else RankDisagreement), bad_ids
-    assert ("0.." if odd else "ranks [1] refused") in str(bad_ids), bad_ids
-    assert "hidden 5 of torch.float32" in str(width) and "hidden 10" in str(width), width
-    assert "torch.float64" in str(kind), kind
-    assert "twice" in str(twice), twice
-    assert isinstance(size, PlacementError) and f"a group of {world} " in str(size), size
+def traffic(
+    sent: Sent, payload: Sequence[tuple[int, int]], row_bytes: int, control: int, layout: Layout, rank: int
+) -> Traffic:
+    """What a meter shall say of rows sent and one control message to every rank."""
+    values = sum(size * columns for size, columns in payload)
+    near = sum(layout.node_of(other) == layout.node_of(rank) for other in range(layout.ranks)) - 1
+    return Traffic(
+        rows_self=sent.own,
+        rows_intra=sent.intra,
+        rows_inter=sent.inter,
+        bytes_intra=sent.intra * values,
+        bytes_inter=sent.inter * values,
+        meta_bytes_intra=sent.intra * (row_bytes - values),
+        meta_bytes_inter=sent.inter * (row_bytes - values),
+        control_bytes_intra=control * near,
+        control_bytes_inter=control * (layout.ranks - 1 - near),
+    )
 
 
 def all_cases() -> dict[str, Case]:
-    """Every case by name."""
+    """Every case by name; each runs with every setting."""
     cases: dict[str, Case] = {
-        f"{pattern} {dtype}": partial(four_operations, pattern, dtype, weight_dtype)
+        f"{pattern} {dtype}": partial(four_operations, pattern, dtype, weight_dtype, {})
         for pattern in PATTERNS
-        for dtype, weight_dtype in zip(DTYPES, (torch.float32, torch.float32, torch.float64), strict=True)
+        for dtype, weight_dtype in zip(DTYPES, WEIGHT_DTYPES, strict=True)
+    }
+    cases |= {
+        f"{pattern} in {chunks} chunks": partial(four_operations, pattern, *PLAIN, {"chunks": chunks})
+        for pattern in ("few", "unequal", "masked", "zero_tokens")
+        for chunks in (1, 3, 7)
+    }
+    cases |= {
+        f"wire {wire} {dtype}": partial(four_operations, "masked", dtype, torch.float32, {"wire": wire})
+        for wire in WIRES[1:]
+        for dtype in (*DTYPES, torch.float16)
     }
     cases |= {f"gradients {pattern}": partial(layer_gradients, pattern) for pattern in PATTERNS}
-    cases |= {f"as local {dtype}": partial(spread_equals_local, dtype) for dtype in DTYPES}
-    cases |= {f"traffic {pattern}": partial(counted_traffic, pattern) for pattern in PATTERNS}
-    return cases | {"several in flight": several_in_flight, "refusals": refusals_are_shared}
+    cases |= {
+        f"as local {pattern} {dtype}": partial(as_local_on_the_whole_batch, pattern, dtype)
+        for pattern in ("unequal", "masked", "adversarial")
+        for dtype in DTYPES
+    }
+    wires = dict.fromkeys(PATTERNS, "auto") | {"random": "fp8", "masked": "fp8_pow2"}
+    cases |= {f"traffic {p} {wire}": partial(counted_traffic, p, wire) for p, wire in wires.items()}
+    cases |= {f"roundings {wire}": partial(rounded_once_for_each_hop, wire) for wire in ("auto", "bf16")}
+    return cases | {"odd strides": odd_strides}
 
 
 def run_cases(rank: int, world_size: int) -> dict[str, str]:
-    """Run every case; what failed on this rank, by case."""
+    """Run every case with every setting; what failed on this rank, by case."""
+    groups = SharedGroups(TorchTransport())
     failures = {}
     for name, case in all_cases().items():
-        try:
-            case(rank, world_size)
-        except AssertionError:
-            failures[name] = traceback.format_exc()
+        for setting in settings_for(world_size):
+            try:
+                case(setting, groups)
+            except AssertionError:
+                failures[name] = f"{setting}\n{traceback.format_exc()}"
     return failures

@@ -1,8 +1,8 @@
 """The noise is a function of its coordinates, and cannot be told from chance by what rounding can see."""
 
 import torch
+from moe_comm.wire.formats import FRACTION_BITS
 
-from moe_runtime.fp8.formats import FRACTION_BITS
 from moe_runtime.optim.counter_rng import derive_key, random_bits, second_draw
 
 COUNT = 1 << 17

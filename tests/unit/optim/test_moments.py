@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from moe_comm.wire.formats import E4M3, UE5M3, Float8Format, decode, encode_nearest, encode_stochastic
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.fp8.formats import E4M3, UE5M3, Float8Format, decode, encode_nearest, encode_stochastic
 from moe_runtime.optim.counter_rng import derive_key, random_bits
 from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SQUARE, Noise, State, moment_storage
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from moe_comm.wire.formats import Float8Format, encode_nearest
 
 from moe_runtime.config.schema import RecipeConfig
-from moe_runtime.fp8.formats import Float8Format, encode_nearest
 from moe_runtime.optim import moments as moments_module
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.schedule import lr_at

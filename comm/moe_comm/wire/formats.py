@@ -32,7 +32,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moe_runtime.errors import NumericsError
+from moe_comm.errors import NumericsError
 
 FP32_BIAS, FP32_MANTISSA_BITS = 127, 23
 FP32_MAGNITUDE, FP32_INFINITY = 0x7FFFFFFF, 0x7F800000

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-
-from moe_runtime.errors import NumericsError
-from moe_runtime.fp8.formats import E4M3, E5M2, UE5M3, Float8Format, decode, encode_nearest, encode_stochastic
+from moe_comm.errors import NumericsError
+from moe_comm.wire.formats import E4M3, E5M2, UE5M3, Float8Format, decode, encode_nearest, encode_stochastic
 
 FORMATS = [E4M3, E5M2, UE5M3]
 TORCH_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -1,0 +1,79 @@
+"""The routed part of a MoE layer as one differentiable call, where autograd runs the backward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_comm import autograd
+from moe_comm.dispatcher import Dispatcher
+from moe_comm.errors import ReceiveOverflow
+from moe_comm.round_plan import RoundPlan
+from moe_comm.rounds import Experts, LayerInRounds, plan_after
+
+
+def moe_layer(
+    dispatcher: Dispatcher,
+    tokens: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    experts: Experts,
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """The routed part of a MoE layer under autograd: in one piece where that fits, else in rounds.
+
+    Which of the two, all ranks decide alike, by the counts. Every rank of the group must run the
+    backward too, in the same order.
+
+    Args:
+        dispatcher: any dispatcher; without `max_rows` everything fits.
+        tokens: [tokens, hidden].
+        weights: [tokens, top_k] gate weights.
+        expert_ids: int64 [tokens, top_k], -1 for no choice.
+        experts: differentiable; gives the same for the same rows again (no dropout), takes no rows too.
+        parameters: tensors that `experts` reads and whose gradients are wanted.
+
+    Returns:
+        [tokens, hidden], differentiable in tokens, weights and parameters.
+
+    Raises:
+        CommError: what the dispatcher raises.
+    """
+    try:
+        received = autograd.dispatch(dispatcher, tokens, weights, expert_ids)
+    except ReceiveOverflow as overflow:
+        plan = plan_after(overflow, dispatcher, expert_ids)
+    else:
+        rows = experts(received.rows, received.row_weights, received.row_counts)
+        return autograd.combine(dispatcher, rows, received.handle)
+    return _InRounds.apply(dispatcher, plan, experts, expert_ids, tokens, weights, *parameters)
+
+
+class _InRounds(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dispatcher: Dispatcher,
+        plan: RoundPlan,
+        experts: Experts,
+        expert_ids: Tensor,
+        tokens: Tensor,
+        weights: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.dispatcher, ctx.plan, ctx.experts = dispatcher, plan, experts
+        ctx.save_for_backward(tokens, weights, expert_ids, *parameters)
+        return LayerInRounds(dispatcher, plan, tokens, weights, expert_ids, experts).forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weights, expert_ids, *parameters = ctx.saved_tensors
+        layer = LayerInRounds(ctx.dispatcher, ctx.plan, tokens, weights, expert_ids, ctx.experts)
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        found = layer.backward(d_output, wanted)
+        grads = iter(found.parameters)
+        d_parameters = [next(grads) if parameter.requires_grad else None for parameter in parameters]
+        return None, None, None, None, found.tokens, found.weights, *d_parameters

@@ -1,1 +1,0 @@
-"""Eight-bit floating-point formats and their exact rounding."""

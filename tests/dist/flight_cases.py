@@ -1,0 +1,205 @@
+"""What every rank of a gloo world runs to show that timing changes nothing.
+
+Two microbatches and two directions are under way at once, waited for in several orders, with pauses
+of random length on each rank between starting and waiting, while another thread of the caller uses the
+default group for sums of its own.
+"""
+
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from moe_comm.dispatcher import Dispatcher, Pending, Received
+from moe_comm.transport_torch import TorchTransport
+from torch import Tensor
+
+from tests.dist.exchange_cases import as_if_by_experts, expert_numbers, require_same_bits
+from tests.dist.openings import Setting, SharedGroups, settings_for
+from tests.unit.comm.routings import Inputs, draw
+
+Case = Callable[[Setting, SharedGroups], None]
+PAUSE_S = 0.004
+
+
+class Pauses:
+    """Sleeps of random length; other on each rank."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._random = random.Random(1000 * seed + rank)
+
+    def shuffled(self, names: list[str]) -> list[str]:
+        """In an order of this rank's own."""
+        return self._random.sample(names, len(names))
+
+    def __call__(self) -> None:
+        if self._random.random() < 0.5:
+            time.sleep(self._random.random() * PAUSE_S)
+
+
+@contextmanager
+def default_group_in_use(rank: int, world_size: int) -> Iterator[list[str]]:
+    """Another thread sums over the default group meanwhile; gives what went wrong there."""
+    wrong: list[str] = []
+    stop = torch.zeros(1)
+
+    def work() -> None:
+        step = 0
+        while True:
+            values = torch.cat((torch.full((64,), float(rank + step)), stop))
+            dist.all_reduce(values)
+            if float(values[0]) != sum(range(world_size)) + world_size * step:
+                wrong.append(f"step {step}: {values[:3]}")
+            if float(values[-1]) == world_size:  # all ranks have come to the end
+                return
+            step += 1
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield wrong
+    finally:
+        stop.fill_(1.0)
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "the sums of the other thread hang"
+
+
+def _outputs(received: Received, dispatcher: Dispatcher) -> Tensor:
+    return as_if_by_experts(received.rows, received.row_weights, expert_numbers(received, dispatcher))
+
+
+def interleaved(
+    dispatcher: Dispatcher, drawn: tuple[Inputs, Inputs], rank: int, seed: int
+) -> dict[str, Tensor]:
+    """The four operations of two microbatches, in one order on all ranks, waited for in any."""
+    pause = Pauses(seed, rank)
+    first, second = drawn
+    under_way: dict[str, Pending] = {}
+    under_way["dispatch 0"] = dispatcher.dispatch(*first.of(rank))
+    pause()
+    under_way["dispatch 1"] = dispatcher.dispatch(*second.of(rank))
+    made = {}
+    for name in pause.shuffled(["dispatch 0", "dispatch 1"]):
+        pause()
+        made[name] = under_way.pop(name).wait()
+    zero, one = made["dispatch 0"], made["dispatch 1"]
+    outputs = {name: _outputs(received, dispatcher) for name, received in made.items()}
+    starts: dict[str, Callable[[], Pending]] = {
+        "combine 0": lambda: dispatcher.combine(outputs["dispatch 0"], zero.handle),
+        "backward of combine 1": lambda: dispatcher.combine_backward(second.tokens[rank], one.handle),
+        "dispatch 0 again": lambda: dispatcher.dispatch(*first.of(rank)),
+        "backward of dispatch 1": lambda: dispatcher.dispatch_backward(
+            outputs["dispatch 1"], one.row_weights, one.handle
+        ),
+        "combine 1": lambda: dispatcher.combine(outputs["dispatch 1"], one.handle),
+    }
+    for name, start in starts.items():
+        pause()
+        under_way[name] = start()
+    results = {}
+    for name in pause.shuffled(list(under_way)):
+        pause()
+        results[name] = under_way[name].wait()
+    d_tokens, d_weights = results.pop("backward of dispatch 1")
+    again = results.pop("dispatch 0 again")
+    return results | {
+        "d_tokens": d_tokens,
+        "d_weights": d_weights,
+        "rows again": again.rows,
+        "row weights again": again.row_weights,
+        "rows 0": zero.rows,
+        "rows 1": one.rows,
+    }
+
+
+def one_after_another(dispatcher: Dispatcher, drawn: tuple[Inputs, Inputs], rank: int) -> dict[str, Tensor]:
+    """The same, each operation waited for at once."""
+    results = {}
+    for index, inputs in enumerate(drawn):
+        received = dispatcher.dispatch(*inputs.of(rank)).wait()
+        outputs = _outputs(received, dispatcher)
+        results[f"rows {index}"] = received.rows
+        results[f"combine {index}"] = dispatcher.combine(outputs, received.handle).wait()
+        if index == 0:
+            results |= {"rows again": received.rows, "row weights again": received.row_weights}
+            continue
+        d_rows = dispatcher.combine_backward(inputs.tokens[rank], received.handle)
+        results["backward of combine 1"] = d_rows.wait()
+        both = dispatcher.dispatch_backward(outputs, received.row_weights, received.handle)
+        results["d_tokens"], results["d_weights"] = both.wait()
+    return results
+
+
+def timing_changes_no_bit(repetitions: int, wire: str, setting: Setting, groups: SharedGroups) -> None:
+    """Same inputs, same bits, whatever the pauses, the order of the waits and the other thread."""
+    rank, size = groups.rank, groups.size
+    drawn = tuple(
+        draw(p, size, dtype=torch.bfloat16, weight_dtype=torch.float32, hidden=40)
+        for p in ("random", "unequal")
+    )
+    dispatcher = setting.but(wire=wire).open(drawn[0].num_experts, groups)
+    expected = one_after_another(dispatcher, drawn, rank)
+    with default_group_in_use(rank, size) as wrong:
+        results = [interleaved(dispatcher, drawn, rank, seed) for seed in range(repetitions)]
+    assert not wrong, wrong
+    for got in results:
+        assert got.keys() == expected.keys()
+        require_same_bits(**{name: (got[name], expected[name]) for name in expected})
+
+
+def a_handle_serves_again(setting: Setting, groups: SharedGroups) -> None:
+    """Combines and backwards with an old handle give the same as the first ones."""
+    drawn = draw("masked", groups.size, dtype=torch.float32, weight_dtype=torch.float32)
+    dispatcher = setting.open(drawn.num_experts, groups)
+    received = dispatcher.dispatch(*drawn.of(groups.rank)).wait()
+    tokens, handle = drawn.tokens[groups.rank], received.handle
+    results = []
+    for _ in range(3):
+        pending = (
+            dispatcher.combine(received.rows, handle),
+            dispatcher.combine_backward(tokens, handle),
+            dispatcher.dispatch_backward(received.rows, received.row_weights, handle),
+        )
+        summed, d_rows, (d_tokens, d_weights) = (p.wait() for p in pending)
+        results.append((summed, d_rows, d_tokens, d_weights))
+    for again in results[1:]:
+        require_same_bits(**{str(i): pair for i, pair in enumerate(zip(again, results[0], strict=True))})
+
+
+def never_waited_for(setting: Setting, groups: SharedGroups) -> None:
+    """Operations that nobody waits for take place all the same: later ones are right."""
+    drawn = draw("unequal", groups.size, dtype=torch.float32, weight_dtype=torch.float32)
+    dispatcher = setting.open(drawn.num_experts, groups)
+    received = dispatcher.dispatch(*drawn.of(groups.rank)).wait()
+    dispatcher.dispatch(*drawn.of(groups.rank))
+    dispatcher.combine(received.rows, received.handle)
+    got = dispatcher.dispatch(*drawn.of(groups.rank)).wait()
+    require_same_bits(rows=(got.rows, received.rows), row_weights=(got.row_weights, received.row_weights))
+
+
+def all_cases(repetitions: int = 20) -> dict[str, Case]:
+    """Every case by name; each runs with every setting."""
+    return {
+        "timing": partial(timing_changes_no_bit, repetitions, "auto"),
+        "timing on the fp8 wire": partial(timing_changes_no_bit, repetitions // 4, "fp8"),
+        "handles": a_handle_serves_again,
+        "never waited for": never_waited_for,
+    }
+
+
+def run_cases(rank: int, world_size: int, repetitions: int = 20) -> dict[str, str]:
+    """Run every case with every setting; what failed on this rank, by case."""
+    groups = SharedGroups(TorchTransport())
+    failures = {}
+    for name, case in all_cases(repetitions).items():
+        for setting in settings_for(world_size):
+            try:
+                case(setting, groups)
+            except AssertionError:
+                failures[name] = f"{setting}\n{traceback.format_exc()}"
+    return failures

@@ -1,0 +1,82 @@
+"""The dispatchers on gloo ranks: one world runs all cases of a file, a test reads one verdict."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe_comm.errors import TransportError
+from moe_comm.factory import open_dispatcher
+from moe_comm.placement import Placement
+
+from tests.dist import exchange_cases, flight_cases, refusal_cases
+from tests.ranks import run_ranks
+
+
+def _worlds(*sizes: int, slow: tuple[int, ...]) -> list[Any]:
+    marked = [pytest.param(size, marks=pytest.mark.slow) for size in slow]
+    return [*sizes, *marked]
+
+
+@cache
+def _outcome(run: Callable, world_size: int) -> list[dict[str, str]]:
+    return run_ranks(run, world_size, timeout_s=400.0)
+
+
+def _require(run: Callable, world_size: int, case: str) -> None:
+    failures = _outcome(run, world_size)
+    failed = {rank: found[case] for rank, found in enumerate(failures) if case in found}
+    assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
+
+
+@pytest.mark.parametrize("case", exchange_cases.all_cases())
+@pytest.mark.parametrize("world_size", _worlds(2, 4, slow=(1, 8)))
+def test_every_rank_gets_what_the_plain_loops_give(world_size, case):
+    _require(exchange_cases.run_cases, world_size, case)
+
+
+@pytest.mark.parametrize("case", refusal_cases.all_cases())
+@pytest.mark.parametrize("world_size", _worlds(4, slow=(2, 8)))
+def test_a_mistake_is_told_to_all_ranks_and_spoils_nothing(world_size, case):
+    _require(refusal_cases.run_cases, world_size, case)
+
+
+@pytest.mark.parametrize("case", flight_cases.all_cases())
+@pytest.mark.parametrize("world_size", _worlds(4, slow=(2, 8)))
+def test_timing_changes_nothing(world_size, case):
+    _require(flight_cases.run_cases, world_size, case)
+
+
+def _exchange_until_a_peer_dies(rank: int, store: str, kind: str, messages: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dispatcher = open_dispatcher(kind, Placement(4, 2, rank, ranks_per_node=1))
+    inputs = torch.ones(8, 4), torch.ones(8, 2), torch.tensor([[0, 3]] * 8)
+    received = dispatcher.dispatch(*inputs).wait()
+    if rank == 1:
+        os._exit(1)
+    try:
+        dispatcher.combine(received.rows, received.handle).wait()
+    except TransportError as error:
+        messages.put(str(error))
+
+
+@pytest.mark.parametrize("kind", ["alltoall", pytest.param("two_hop", marks=pytest.mark.slow)])
+def test_a_dead_peer_ends_the_wait_with_a_named_error(kind, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    messages = context.Queue()
+    arguments = (str(tmp_path / "store"), kind, messages)
+    ranks = [
+        context.Process(target=_exchange_until_a_peer_dies, args=(r, *arguments), daemon=True) for r in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        message = messages.get(timeout=30)
+        assert "rank 0 of 2: an all-to-all failed" in message and "\n" not in message
+    finally:
+        for process in ranks:
+            process.kill()

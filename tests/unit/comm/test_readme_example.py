@@ -1,0 +1,98 @@
+"""What comm/README.md shows is what the library does."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from moe_comm import dispatcher, errors, factory
+from moe_comm.wire.codec import WIRES
+
+from tests.ranks import run_ranks
+from tests.unit.comm.readme_case import README, examples, losses_of, run_layer
+
+
+def test_the_example_has_30_lines_and_needs_torch_and_moe_comm_alone():
+    source = examples()[0]
+    assert len([line for line in source.splitlines() if line.strip()]) <= 31  # the first says how to run it
+    imports = [line for line in source.splitlines() if line.startswith(("import", "from"))]
+    assert {line.split()[1].split(".")[0].rstrip(",") for line in imports} == {"torch", "moe_comm"}
+
+
+def test_the_example_learns_and_is_a_plain_moe_layer():
+    losses, distances = zip(*run_ranks(run_layer, 2, examples()[0]), strict=True)
+    assert len(losses[0]) == 5
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    assert losses[1] == []
+    assert max(distances) < 1e-5
+
+
+def test_the_comparison_sees_an_example_with_wrong_experts():
+    source = examples()[0]
+    wrong = source.replace(
+        "zip(rows.split(row_counts.tolist()), self.up, self.down)", "zip([rows], self.up, self.down)"
+    )
+    assert wrong != source
+    assert min(distance for _, distance in run_ranks(run_layer, 2, wrong)) > 1e-2
+
+
+def test_bounded_to_few_rows_the_example_goes_in_rounds_and_is_the_same_layer():
+    source = examples()[0].replace("max_rows=4096", "max_rows=100")
+    results = run_ranks(run_layer, 2, source)
+    assert max(distance for _, distance in results) < 1e-5
+    assert results[0][0][-1] < 0.7 * results[0][0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_the_example_runs_under_torchrun(tmp_path):
+    script = tmp_path / "moe_example.py"
+    script.write_text(examples()[0])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = losses_of(done.stdout)
+    assert len(losses) == 5
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_replacement_example_sends_tokens_to_slots_of_their_experts():
+    names: dict = {}
+    exec(compile(examples()[1], "README", "exec"), names)
+    layout, slot_ids = names["layout"], names["slot_ids"]
+    assert (layout.slot_experts[0][slot_ids] == names["expert_ids"]).all()
+    # Copies take turns: none of an expert's has much more than its part.
+    taken = Counter(slot_ids.flatten().tolist())
+    for slots in layout.expert_slots()[0].tolist():
+        shares = [taken[slot] for slot in slots if slot >= 0]
+        assert max(shares) < 2.5 * sum(shares) / len(shares)
+    assert names["moved"].shape == (58,)
+
+
+def test_every_word_and_name_of_the_library_that_the_page_lists_exists():
+    page = README.read_text()
+    for word in (*factory.KINDS, *WIRES):
+        assert f"`{word}`" in page
+    for name in vars(dispatcher.Dispatcher):
+        if not name.startswith("_"):
+            assert f"dispatcher.{name}" in page or f"`{name}`" in page
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.CommError) and name != "NumericsError":
+            assert f"`{name}`" in page
