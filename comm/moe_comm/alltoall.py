@@ -85,13 +85,12 @@ class AllToAllDispatcher:
         self.max_rows = max_rows
         self.traffic = TrafficMeter(placement)
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
-        # A lane's collectives must not meet those that other threads start on the caller's group.
-        self._transport = transport.split(range(transport.size))
-        self._control = Control(self._transport, self.traffic, placement.ep_size + placement.local_experts)
+        self._transport = transport
+        self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts)
         self._lane = Lane(f"alltoall {placement.ep_rank}")
         self._ranks = range(placement.ep_size)
         facts = {"number of experts": placement.num_experts, "wire": WIRES.index(wire)}
-        agree_on_opening(self._transport, {"kind": 1, **facts, "max_rows": max_rows or -1})
+        agree_on_opening(transport, {"kind": 1, **facts, "max_rows": max_rows or -1})
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:
         """See `Dispatcher.dispatch`. The wait raises:

@@ -6,9 +6,9 @@ sleeps: a sixteenth of the time since something last happened, at most 1 ms, so 
 exchange little time and a long one little processor. A caller that waits looks for itself, and the
 thread leaves it to that, since news handed from thread to thread comes late. It yields for a moment,
 which suits exchanges of microseconds, then sleeps between looks, so that ranks that share a core are
-not kept from it: while one of four ranks on two cores computed and three waited, it took 1.1 times as
-long as alone with this wait, and 1.6 times with blocking calls, which spin. (No setting of MPICH 5.0 did
-better: MPIR_CVAR_POLLS_BEFORE_YIELD at 10 made small exchanges of four ranks a hundred times slower.)
+not kept from it: beside three of these waits, on two busy cores, a fourth rank computed 1.8 times as
+fast as beside three blocking MPI calls, which spin. (No setting of MPICH 5.0 did better;
+MPIR_CVAR_POLLS_BEFORE_YIELD at 10 made small exchanges of four ranks a hundred times slower.)
 
 One look may move as little as one cell of 8 KiB through shared memory (MPICH where processes may not
 read each other's memory, as in many containers). So a look that moved something is followed by another

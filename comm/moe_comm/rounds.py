@@ -19,7 +19,9 @@ where `row_bytes` counts what a row must have about it at the fullest moment, an
 indices, alignment and the temporaries of single operations. Inputs and outputs are tokens, weights,
 expert_ids and output, with the gradients of tokens, weights and output; output and d_tokens are summed
 over the rounds in at least FP32 and rounded once, and count with the width of that sum. Parameters and
-their gradients are not of rows and not counted.
+their gradients are not of rows and not counted. These are live bytes. A C library may keep more of the
+process than that: glibc holds on to freed blocks of up to 32 MiB, in each thread's arena, and the process
+then measures about twice as much, unless the environment fixes MALLOC_MMAP_THRESHOLD_ (1000000, say).
 
 The price is time: dispatch and the experts' forward run twice, and each round is as many collectives as
 a whole exchange. All of them happen inside one call, in the same order on every rank.

@@ -55,7 +55,10 @@ class MpiTransport:
             raise PlacementError(f"expected an mpi4py intracommunicator with this rank in it, got {comm!r}")
         self._mpi = mpi
         self._progress = shared_progress(mpi)
-        self._lane = self._progress.open_lane(comm.Dup())
+        try:
+            self._lane = self._progress.open_lane(comm.Dup())
+        except mpi.Exception as error:
+            raise TransportError(f"MPI cannot duplicate {comm.Get_name()}: {one_line(str(error))}") from error
         self._row_types: dict[int, MPI.Datatype] = {}
 
     @property
@@ -65,10 +68,6 @@ class MpiTransport:
     @property
     def rank(self) -> int:
         return self._lane.rank
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     @property
     def device(self) -> torch.device:

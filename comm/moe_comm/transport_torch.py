@@ -3,13 +3,24 @@
 gloo moves bytes on threads of its own, NCCL on a stream of its own, so either works while the caller
 computes. On CUDA, waiting makes the current stream wait, not the host.
 
-The group is held weakly: torch owns it until `destroy_process_group`. A gloo group that outlives that
-call still has its threads when the interpreter shuts down, and one of them, letting go of a tensor at
-that moment, aborts the process ("terminate called without an active exception"; about one exit in ten).
+A transport opens a communicator of its own over the ranks of the group that it is given. Dispatchers
+start collectives from other threads than the caller's; on a shared communicator these could get between
+the caller's own, in another order on each rank. It meets its peers through the group's store, under a
+name made of what all members know alike: how many transports were opened there before.
+
+Rejected: `dist.new_group`. All ranks of the world must call it, or, with use_local_synchronization, the
+name counts the groups that the process has seen, which differs between members: they then wait for
+each other under different names, for ever.
+
+The communicator is closed with the transport, or before the interpreter shuts down: gloo's threads,
+letting go of a tensor at that moment, would abort the process.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +30,14 @@ from moe_comm.dispatcher import Pending
 from moe_comm.errors import PlacementError, TransportError
 from moe_comm.pending import Started
 
+_opened: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
+
 
 class TorchTransport:
-    """All-to-all over a process group.
+    """All-to-all between the ranks of a process group; all of them open it together.
 
     Args:
-        group: the expert-parallel group; None is the default group.
+        group: the expert-parallel group; None is the default group. It may be destroyed meanwhile.
 
     Raises:
         PlacementError: no process group has been set up, or this rank is not in it.
@@ -36,13 +49,25 @@ class TorchTransport:
                 "alltoall needs torch.distributed; call init_process_group first, or use kind 'local'"
             )
         group = dist.distributed_c10d._get_default_group() if group is None else group
-        self._group = weakref.ref(group)
-        self._rank = dist.get_rank(group)
-        self._size = dist.get_world_size(group)
-        if self._rank < 0:
+        rank = dist.get_rank(group)
+        if rank < 0:
             raise PlacementError(f"global rank {dist.get_rank()} is not in the expert-parallel group given")
-        on_host = any(device.type == "cpu" for device in group._device_types)
-        self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        number = _opened[group] = _opened.get(group, 0) + 1
+        store = dist.PrefixStore(f"moe_comm {number}", group.get_group_store())
+        backends = {device.type: group._get_backend(device) for device in group._device_types}
+        self._open({kind: _Kind.of(backend) for kind, backend in backends.items()}, store, rank, group.size())
+
+    def _open(self, kinds: "dict[str, _Kind]", store: dist.Store, rank: int, size: int) -> None:
+        self._kinds, self._store, self._rank, self._size = kinds, store, rank, size
+        self._splits: Counter[tuple[int, ...]] = Counter()
+        # gloo is asked for CUDA tensors too, which its all-to-all cannot move.
+        wanted = {
+            device: kind for device, kind in kinds.items() if (kind.name == "gloo") == (device == "cpu")
+        }
+        self._backends = {
+            device: kind.open(dist.PrefixStore(device, store), rank, size) for device, kind in wanted.items()
+        }
+        weakref.finalize(self, self._backends.clear)
 
     @property
     def size(self) -> int:
@@ -54,14 +79,17 @@ class TorchTransport:
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        on_host = "cpu" in self._backends
+        return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
     def split(self, ranks: Sequence[int]) -> "TorchTransport":
-        """See `Transport.split`: a process group of its own, with the time limit of this one."""
-        group = self._alive()
-        members = [dist.get_global_rank(group, rank) for rank in ranks]
-        limit = group._get_backend(self._device).options._timeout
-        return TorchTransport(dist.new_group(members, timeout=limit, use_local_synchronization=True))
+        """See `Transport.split`; with the time limit of this one."""
+        members = tuple(ranks)
+        self._splits[members] += 1
+        store = dist.PrefixStore(f"{members} {self._splits[members]}", self._store)
+        part = TorchTransport.__new__(TorchTransport)
+        part._open(self._kinds, store, members.index(self._rank), len(members))
+        return part
 
     def all_to_all(
         self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
@@ -69,14 +97,14 @@ class TorchTransport:
         """See `Transport.all_to_all`.
 
         Raises:
-            TransportError: here or in the wait, when the backend fails or the group is gone.
+            TransportError: here or in the wait, when the backend fails or has none for this device.
         """
-        group = self._alive()
+        backend = self._backends.get(send.device.type)
+        if backend is None:
+            raise TransportError(f"expected tensors on {', '.join(self._backends)}, got {send.device.type}")
         received = torch.empty((sum(recv_splits), *send.shape[1:]), dtype=send.dtype, device=send.device)
         try:
-            work = dist.all_to_all_single(
-                received, send, list(recv_splits), list(send_splits), group=group, async_op=True
-            )
+            work = backend.alltoall_base(received, send, list(recv_splits), list(send_splits))
         except RuntimeError as error:
             raise self._failed(error) from error
 
@@ -89,15 +117,38 @@ class TorchTransport:
 
         return Started(finish)
 
-    def _alive(self) -> dist.ProcessGroup:
-        group = self._group()
-        if group is None:
-            raise TransportError(f"the process group of expert-parallel rank {self._rank} was destroyed")
-        return group
-
     def _failed(self, error: RuntimeError) -> TransportError:
         cause = str(error).strip().split("\n")[0].split(". ")[0]
         return TransportError(
             f"expert-parallel rank {self._rank} of {self._size}: an all-to-all failed ({cause}); "
             "look for a peer that died or stopped"
         )
+
+
+class _Kind:
+    """A kind of communicator, to open more of.
+
+    Args:
+        name: gloo or nccl.
+        time_limit: of a collective.
+    """
+
+    def __init__(self, name: str, time_limit: timedelta) -> None:
+        self.name = name
+        self._time_limit = time_limit
+
+    @classmethod
+    def of(cls, backend: Any) -> "_Kind":
+        """The kind of an open backend."""
+        name = backend.name()
+        if name not in ("gloo", "nccl"):
+            raise PlacementError(f"expected a process group of gloo or nccl, got {name}")
+        return cls(name, backend.options._timeout)
+
+    def open(self, store: dist.Store, rank: int, size: int) -> Any:
+        """Meet the peers under this store."""
+        if self.name == "gloo":
+            return dist.ProcessGroupGloo(store, rank, size, self._time_limit)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._time_limit
+        return dist.ProcessGroupNCCL(store, rank, size, options)

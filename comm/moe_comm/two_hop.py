@@ -114,8 +114,6 @@ class TwoHopDispatcher:
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
         facts = {"number of experts": placement.num_experts, "wire": WIRES.index(wire)}
         facts |= {"ranks_per_node": placement.lanes, "chunks": self._chunks}
-        # A lane's collectives must not meet those that other threads start on the caller's group.
-        transport = transport.split(range(transport.size))
         agree_on_opening(transport, {"kind": 2, **facts, "max_rows": max_rows or -1})
         self._control = Control(transport, self.traffic, placement.ep_size + 2 * self._chunks)
         self._journey = Journey(placement, transport, self.traffic)

@@ -308,28 +308,33 @@ def traffic(
     )
 
 
-def all_cases() -> dict[str, Case]:
-    """Every case by name; each runs with every setting."""
+def all_cases(thorough: bool) -> dict[str, Case]:
+    """Every case by name; each runs with every setting.
+
+    Args:
+        thorough: every pattern with every dtype, not with one of them in turn.
+    """
+    kinds = tuple(zip(DTYPES, WEIGHT_DTYPES, strict=True))
     cases: dict[str, Case] = {
         f"{pattern} {dtype}": partial(four_operations, pattern, dtype, weight_dtype, {})
-        for pattern in PATTERNS
-        for dtype, weight_dtype in zip(DTYPES, WEIGHT_DTYPES, strict=True)
+        for index, pattern in enumerate(PATTERNS)
+        for dtype, weight_dtype in (kinds if thorough else (kinds[index % 3],))
     }
     cases |= {
         f"{pattern} in {chunks} chunks": partial(four_operations, pattern, *PLAIN, {"chunks": chunks})
         for pattern in ("few", "unequal", "masked", "zero_tokens")
-        for chunks in (1, 3, 7)
+        for chunks in ((1, 2, 3, 7, 40) if thorough else (1, 3, 7))
     }
     cases |= {
         f"wire {wire} {dtype}": partial(four_operations, "masked", dtype, torch.float32, {"wire": wire})
         for wire in WIRES[1:]
-        for dtype in (*DTYPES, torch.float16)
+        for dtype in ((*DTYPES, torch.float16) if thorough else (torch.float32, torch.bfloat16))
     }
     cases |= {f"gradients {pattern}": partial(layer_gradients, pattern) for pattern in PATTERNS}
     cases |= {
         f"as local {pattern} {dtype}": partial(as_local_on_the_whole_batch, pattern, dtype)
-        for pattern in ("unequal", "masked", "adversarial")
-        for dtype in DTYPES
+        for index, pattern in enumerate(PATTERNS if thorough else ("unequal", "masked", "adversarial"))
+        for dtype in (DTYPES if thorough else (DTYPES[index],))
     }
     wires = dict.fromkeys(PATTERNS, "auto") | {"random": "fp8", "masked": "fp8_pow2"}
     cases |= {f"traffic {p} {wire}": partial(counted_traffic, p, wire) for p, wire in wires.items()}
@@ -337,12 +342,14 @@ def all_cases() -> dict[str, Case]:
     return cases | {"odd strides": odd_strides}
 
 
-def run_cases(rank: int, world_size: int) -> dict[str, str]:
+def run_cases(rank: int, world_size: int, thorough: bool) -> dict[str, str]:
     """Run every case with every setting; what failed on this rank, by case."""
     groups = SharedGroups(TorchTransport())
     failures = {}
-    for name, case in all_cases().items():
+    for name, case in all_cases(thorough).items():
         for setting in settings_for(world_size):
+            if setting.kind == "alltoall" and "chunks" in name:
+                continue  # not read there
             try:
                 case(setting, groups)
             except AssertionError:

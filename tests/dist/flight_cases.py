@@ -58,6 +58,7 @@ def default_group_in_use(rank: int, world_size: int) -> Iterator[list[str]]:
             if float(values[-1]) == world_size:  # all ranks have come to the end
                 return
             step += 1
+            time.sleep(PAUSE_S / 8)  # leave the processor to the exchanges
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from tests.unit.comm.routings import PATTERNS, Inputs, draw
 Case = Callable[[int, int], None]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 HIDDEN = 5
-MAX_ROWS = (1, 3, 8, 1000)
+FEW, MANY = (1, 3), (8, 1000)  # of at most 84 rows for a rank
 ROUTINGS = (*PATTERNS, "adversarial", "unchosen")
 
 
@@ -139,21 +139,21 @@ def as_in_one_piece(open_kind: Callable, routing: str, max_rows: int, rank: int,
         assert len(outcome.calls) >= passes * -(-max(worst) // max_rows)
 
 
-def all_cases(kinds: tuple[str, ...], routings: tuple[str, ...] = ROUTINGS) -> dict[str, Case]:
+def all_cases(kinds: tuple[str, ...], bounds: tuple[int, ...]) -> dict[str, Case]:
     """Every case by name."""
     opens = {"flat": open_flat, "two hops": open_two_hop}
     return {
         f"{kind}, {routing}, at most {max_rows}": partial(as_in_one_piece, opens[kind], routing, max_rows)
         for kind in kinds
-        for routing in routings
-        for max_rows in MAX_ROWS
+        for routing in ROUTINGS
+        for max_rows in bounds
     }
 
 
-def run_cases(rank: int, world_size: int, kinds: tuple[str, ...]) -> dict[str, str]:
+def run_cases(rank: int, world_size: int, kinds: tuple[str, ...], bounds: tuple[int, ...]) -> dict[str, str]:
     """Run every case; what failed on this rank, by case."""
     failures = {}
-    for name, case in all_cases(kinds).items():
+    for name, case in all_cases(kinds, bounds).items():
         try:
             case(rank, world_size)
         except AssertionError:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moe_runtime.model.experts import expert_ffn
+from moe_runtime.model.product import widens
 from moe_runtime.parallel.weight_grad import WeightGradSink, ensure_accumulator
 from tests.dist.live_bytes import LiveBytes
 
@@ -124,5 +125,7 @@ def measure_one_piece(rank: int, world: int, setting: Setting) -> Measured:
 
 
 def _measured(setting: Setting, layer: _Layer, forward: int, backward: int, num_rounds: int) -> Measured:
-    rows = setting.max_rows * row_bytes(setting.hidden, setting.width, setting.dtype)
+    # A CPU without BF16 units computes the gradients of BF16 experts in FP32.
+    grad_dtype = torch.float32 if widens(layer.tokens) else setting.dtype
+    rows = setting.max_rows * row_bytes(setting.hidden, setting.width, setting.dtype, grad_dtype)
     return Measured(forward, backward, _own_bytes(layer), rows, num_rounds)

@@ -16,37 +16,41 @@ from moe_comm.placement import Placement
 from tests.dist import exchange_cases, flight_cases, refusal_cases
 from tests.ranks import run_ranks
 
-
-def _worlds(*sizes: int, slow: tuple[int, ...]) -> list[Any]:
-    marked = [pytest.param(size, marks=pytest.mark.slow) for size in slow]
-    return [*sizes, *marked]
+WORLDS = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 8)] + [4]
 
 
 @cache
-def _outcome(run: Callable, world_size: int) -> list[dict[str, str]]:
-    return run_ranks(run, world_size, timeout_s=400.0)
+def _outcome(run: Callable, world_size: int, arguments: tuple) -> list[dict[str, str]]:
+    return run_ranks(run, world_size, *arguments, timeout_s=600.0)
 
 
-def _require(run: Callable, world_size: int, case: str) -> None:
-    failures = _outcome(run, world_size)
+def _require(run: Callable, world_size: int, case: str, *arguments: object) -> None:
+    failures = _outcome(run, world_size, arguments)
     failed = {rank: found[case] for rank, found in enumerate(failures) if case in found}
     assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
 
 
-@pytest.mark.parametrize("case", exchange_cases.all_cases())
-@pytest.mark.parametrize("world_size", _worlds(2, 4, slow=(1, 8)))
+@pytest.mark.parametrize("case", exchange_cases.all_cases(thorough=False))
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_every_rank_gets_what_the_plain_loops_give(world_size, case):
-    _require(exchange_cases.run_cases, world_size, case)
+    _require(exchange_cases.run_cases, world_size, case, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", exchange_cases.all_cases(thorough=True))
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_rank_gets_what_the_plain_loops_give_with_every_dtype(world_size, case):
+    _require(exchange_cases.run_cases, world_size, case, True)
 
 
 @pytest.mark.parametrize("case", refusal_cases.all_cases())
-@pytest.mark.parametrize("world_size", _worlds(4, slow=(2, 8)))
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_a_mistake_is_told_to_all_ranks_and_spoils_nothing(world_size, case):
     _require(refusal_cases.run_cases, world_size, case)
 
 
 @pytest.mark.parametrize("case", flight_cases.all_cases())
-@pytest.mark.parametrize("world_size", _worlds(4, slow=(2, 8)))
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_timing_changes_nothing(world_size, case):
     _require(flight_cases.run_cases, world_size, case)
 

@@ -39,6 +39,8 @@ def _routing(entry: dict[str, Any], has_links: bool) -> list[str]:
     columns += f"{'seconds':>9}{'x plain':>9} {'(range)':12}"
     if has_links:
         columns += f"{'floor s':>8}{'x floor':>8}"
+    if "time_over_raw" in entry["contenders"][0]:
+        columns += f"{'x raw':>9} {'(range)':12}"
     return [
         title,
         columns + f"{'CPU s':>7}",
@@ -68,11 +70,17 @@ def _contender(line: dict[str, Any], has_links: bool) -> str:
         text += f"{'':51}"
     if has_links:
         text += f"{_worst(phases, 'link_over_counted'):+8.2%}{_worst(phases, 'header_share'):7.2%}"
-    span = f"({line['time_ratio_low']:.2f}-{line['time_ratio_high']:.2f})"
-    text += f"{line['s']:9.4f}{line['time_ratio']:9.3f} {span:12}"
+    text += f"{line['s']:9.4f}{_ratio(line['time'])}"
     if has_links:
         text += f"{line['floor_s']:8.3f}{line['over_floor']:8.2f}"
+    if "time_over_raw" in line:
+        text += _ratio(line["time_over_raw"])
     return text + f"{line['cpu_s']:7.2f}"
+
+
+def _ratio(time: dict[str, float]) -> str:
+    span = f"({time['low']:.2f}-{time['high']:.2f})"
+    return f"{time['ratio']:9.3f} {span:12}"
 
 
 def _worst(phases: list[dict[str, Any]], key: str) -> float:

@@ -15,7 +15,7 @@ from moe_runtime.cli.bench_comm.settings import Settings
 
 PHASES = ("dispatch", "combine")
 # Nodes, ranks of a node, spare slots: as many ranks as make an expert's load felt. Ref: DSV3 §3.4.1
-_REBALANCED = ((4, 8, 0), (4, 8, 32))
+_REBALANCED = ((4, 8, 32), (8, 8, 64))
 
 
 def write_routings(settings: Settings, folder: Path) -> dict[str, Routing]:
@@ -55,23 +55,20 @@ def _contender(
     measured = [rank[name] for rank in of_ranks]
     skipped = 1 if settings.rate_mbit is None else 0  # the first round warms up
     rounds = range(skipped, len(measured[0]))
-    seconds = [sum(_slowest(measured, turn, phase) for phase in PHASES) for turn in rounds]
-    peer = [rank[plain] for rank in of_ranks]
-    against = [sum(_slowest(peer, turn, phase) for phase in PHASES) for turn in rounds]
-    ratios = [ours / theirs for ours, theirs in zip(seconds, against, strict=True)]
+    seconds = _seconds(measured, rounds)
     line: dict[str, Any] = {
         "contender": name,
         "s": statistics.median(seconds),
         "s_low": min(seconds),
         "s_high": max(seconds),
-        "time_ratio": statistics.median(ratios),
-        "time_ratio_low": min(ratios),
-        "time_ratio_high": max(ratios),
+        "time": _against(seconds, _seconds([rank[plain] for rank in of_ranks], rounds)),
         "cpu_s": statistics.median(
             sum(rank[turn][phase]["cpu_s"] for rank in measured for phase in PHASES) for turn in rounds
         ),
         "error": max(rank[turn]["error"] for rank in measured for turn in rounds),
     }
+    if "raw" in of_ranks[0]:
+        line["time_over_raw"] = _against(seconds, _seconds([rank["raw"] for rank in of_ranks], rounds))
     if name == "raw":
         return line
     predicted = analytic.predict(name, routing.expert_ids.tolist(), settings)
@@ -86,6 +83,17 @@ def _contender(
     if settings.rate_mbit is not None:
         line["floor_s"], line["over_floor"] = floor, line["s"] / floor
     return line
+
+
+def _seconds(measured: list[Any], rounds: range) -> list[float]:
+    """Dispatch and combine of each round."""
+    return [sum(_slowest(measured, turn, phase) for phase in PHASES) for turn in rounds]
+
+
+def _against(seconds: list[float], others: list[float]) -> dict[str, float]:
+    """Ratio to another contender, round by round."""
+    ratios = [ours / theirs for ours, theirs in zip(seconds, others, strict=True)]
+    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
 def _slowest(measured: list[Any], turn: int, phase: str) -> float:
@@ -134,7 +142,9 @@ def _loads(routing: Routing, settings: Settings) -> dict[str, Any]:
     of_ranks = loads.view(settings.world_size, -1).sum(1)
     figures: dict[str, Any] = {"expert_load": max_over_mean(loads), "rank_load": max_over_mean(of_ranks)}
     figures["rebalance"] = [
-        _rebalance(loads, settings, nodes, ranks, replicas) for nodes, ranks, replicas in _REBALANCED
+        _rebalance(loads, settings, nodes, ranks, replicas)
+        for nodes, ranks, replicas in _REBALANCED
+        if (settings.num_experts + replicas) % (nodes * ranks) == 0
     ]
     return figures
 

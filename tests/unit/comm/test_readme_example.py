@@ -29,19 +29,22 @@ def test_the_example_learns_and_is_a_plain_moe_layer():
 
 
 def test_the_comparison_sees_an_example_with_wrong_experts():
-    source = examples()[0]
-    wrong = source.replace(
-        "zip(rows.split(row_counts.tolist()), self.up, self.down)", "zip([rows], self.up, self.down)"
-    )
-    assert wrong != source
-    assert min(distance for _, distance in run_ranks(run_layer, 2, wrong)) > 1e-2
+    results = run_ranks(run_layer, 2, _changed({"zip(rows.split(row_counts.tolist()),": "zip([rows],"}))
+    assert min(distance for _, distance in results) > 1e-2
 
 
 def test_bounded_to_few_rows_the_example_goes_in_rounds_and_is_the_same_layer():
-    source = examples()[0].replace("max_rows=4096", "max_rows=100")
-    results = run_ranks(run_layer, 2, source)
+    results = run_ranks(run_layer, 2, _changed({"max_rows=4096": "max_rows=100"}))
     assert max(distance for _, distance in results) < 1e-5
-    assert results[0][0][-1] < 0.7 * results[0][0][0]
+
+
+def _changed(words: dict[str, str]) -> str:
+    """The example with other words, trained for two steps only."""
+    source = examples()[0]
+    for old, new in {**words, "range(1, 51)": "range(1, 3)"}.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    return source
 
 
 @pytest.mark.slow

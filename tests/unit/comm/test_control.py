@@ -1,0 +1,150 @@
+"""What ranks tell each other before rows travel."""
+
+import re
+
+import pytest
+import torch
+from moe_comm.control import (
+    DTYPES,
+    HEADER_SIZE,
+    OPERATIONS,
+    Control,
+    Statement,
+    agree_on_opening,
+    check_bound,
+)
+from moe_comm.errors import CountMismatch, InputError, PlacementError, RankDisagreement, ReceiveOverflow
+from moe_comm.placement import Placement
+from moe_comm.traffic import Traffic, TrafficMeter
+
+from tests.unit.comm.thread_transport import ThreadTransport, run_threads
+
+SIZE = 3
+
+
+def _control(transport: ThreadTransport, width: int = 2) -> Control:
+    placement = Placement(SIZE, SIZE, transport.rank, ranks_per_node=2)
+    return Control(transport, TrafficMeter(placement), width)
+
+
+def _no_objection() -> None:
+    return None
+
+
+def test_every_pair_of_different_statements_is_told_apart():
+    statements = [
+        Statement(operation, number, 4, dtype, weight_dtype, top_k, of)
+        for operation in OPERATIONS[:2]
+        for number in (0, 1)
+        for dtype in DTYPES[:2]
+        for weight_dtype in DTYPES[1:3]
+        for top_k in (0, 2)
+        for of in (0, 1)
+    ]
+    headers = [tuple(statement.header()) for statement in statements]
+    assert len(set(headers)) == len(headers)
+    assert {len(header) for header in headers} == {HEADER_SIZE}
+
+
+def test_each_rank_hears_the_counts_that_are_for_it():
+    def talk(transport: ThreadTransport):
+        control, rank = _control(transport), transport.rank
+        statement = control.state("dispatch", torch.zeros(4, 5), torch.zeros(4, 2), _no_objection)
+        counts = torch.tensor([[100 * rank + d, -1] for d in range(SIZE)])
+        return *control.agree(statement, counts), control._traffic.snapshot()
+
+    for rank, (said, heard, traffic) in enumerate(run_threads(talk, SIZE)):
+        assert said.tolist() == [[100 * rank + d, -1] for d in range(SIZE)]
+        assert heard.tolist() == [[100 * s + rank, -1] for s in range(SIZE)]
+        near, message = (1 if rank < 2 else 0), 8 * (HEADER_SIZE + 2)
+        assert traffic == Traffic(
+            control_bytes_intra=near * message, control_bytes_inter=(2 - near) * message
+        )
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({"rows": torch.zeros(4, 6)}, "got hidden 5 of .* rank 0 and hidden 6 of .* on rank 2"),
+        ({"rows": torch.zeros(4, 5).half()}, "torch.float32 with .* rank 0 and hidden 5 of torch.float16"),
+        ({"weights": torch.zeros(4, 2).double()}, "weights of torch.float32 .* weights of torch.float64"),
+        ({"weights": torch.zeros(4, 1)}, "for 2 choices on .* for 1 choices on rank 2"),
+        ({"operation": "combine"}, "dispatch as operation 0 on .* and combine as operation 0 on rank 2"),
+        ({"of_dispatch": 3}, "handle of operation 0 on .* handle of operation 3 on rank 2"),
+    ],
+)
+def test_all_ranks_hear_of_a_difference_and_agree_again_afterwards(odd, words):
+    def talk(transport: ThreadTransport):
+        control = _control(transport)
+        fine = {"operation": "dispatch", "rows": torch.zeros(4, 5), "weights": torch.zeros(4, 2)}
+        mine = fine | {"of_dispatch": None} | (odd if transport.rank == 2 else {})
+        if "of_dispatch" in odd:
+            mine |= {"of_dispatch": odd["of_dispatch"] if transport.rank == 2 else 0}
+        with pytest.raises(RankDisagreement) as raised:
+            control.agree(control.state(mine.pop("operation"), check=_no_objection, **mine))
+        control.agree(control.state(**fine, check=_no_objection))
+        return str(raised.value)
+
+    messages = run_threads(talk, SIZE)
+    own = odd.get("operation", "dispatch")
+    pattern = f"^(dispatch|{own}): expected the same of all ranks, .*{words}"
+    for message in messages:
+        assert isinstance(message, str) and re.search(pattern, message), repr(message)
+
+
+def test_a_refusal_is_raised_by_its_rank_and_named_to_the_others():
+    def object_to_it() -> None:
+        raise InputError("planted")
+
+    def talk(transport: ThreadTransport):
+        control = _control(transport)
+        check = object_to_it if transport.rank in (0, 2) else _no_objection
+        # A refused input may be anything: it is not looked at.
+        rows = torch.zeros(()) if transport.rank == 0 else torch.zeros(4, 5)
+        control.agree(control.state("combine", rows, None, check, 0))
+
+    first, second, third = run_threads(talk, SIZE)
+    assert isinstance(first, InputError) and isinstance(third, InputError)
+    assert isinstance(second, RankDisagreement)
+    assert str(second).startswith("combine: expert-parallel ranks [0, 2] refused")
+
+
+def test_on_a_device_only_the_own_refusal_is_raised_and_nothing_is_sent():
+    def refuse() -> None:
+        raise CountMismatch("planted")
+
+    def talk(transport: ThreadTransport):
+        control, device = _control(transport), torch.device("cuda")
+        control.confirm(control.state("combine", torch.zeros(1, 1), None, _no_objection, 0), device)
+        if transport.rank == 1:
+            control.confirm(control.state("combine", torch.zeros(1, 1), None, refuse, 0), device)
+        return control._traffic.snapshot()
+
+    results = run_threads(talk, SIZE)
+    assert isinstance(results[1], CountMismatch)
+    assert results[0] == results[2] == Traffic()
+
+
+def test_the_bound_is_on_what_a_rank_receives_and_the_fullest_is_named():
+    rows_sent = torch.tensor([[5, 0, 9], [0, 1, 8], [5, 0, 0]])
+    check_bound(rows_sent, None)
+    check_bound(rows_sent, 17)
+    with pytest.raises(ReceiveOverflow, match=r"max_rows 16 rows on a rank, got 17 .* rank 2;") as raised:
+        check_bound(rows_sent, 16)
+    rows_sent.zero_()
+    assert raised.value.rows_sent.tolist() == [[5, 0, 9], [0, 1, 8], [5, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "name", ["kind", "number of experts", "wire", "max_rows", "ranks_per_node", "chunks"]
+)
+def test_ranks_that_open_other_dispatchers_are_told_what_differs(name):
+    alike = {"kind": 1, "number of experts": 6, "wire": 2, "max_rows": -1}
+
+    def talk(transport: ThreadTransport):
+        agree_on_opening(transport, alike)
+        agree_on_opening(transport, alike | ({name: 17} if transport.rank == 1 else {}))
+
+    for error in run_threads(talk, SIZE):
+        assert isinstance(error, PlacementError), repr(error)
+        assert f"expected one {name} on all ranks" in str(error) and "17 on rank 1" in str(error), error
