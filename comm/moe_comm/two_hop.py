@@ -103,9 +103,7 @@ class TwoHopDispatcher:
         chunks: int | None = None,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
-        reason = why_not_two_hop(placement)
-        if reason is not None:
-            raise PlacementError(f"two_hop: {reason}; use 'alltoall'")
+        require_two_hop(placement)
         self.placement = placement
         self.max_rows = max_rows
         self.lanes = placement.lanes
@@ -255,6 +253,17 @@ class TwoHopDispatcher:
             self._control.confirm(statement, rows.device)
 
         return self._journey.come_back(confirm, rows, row_weights, record, handle.route, handle.landing)
+
+
+def require_two_hop(placement: Placement) -> None:
+    """Refuse a placement that two hops do not suit.
+
+    Raises:
+        PlacementError: says what was expected and got.
+    """
+    reason = why_not_two_hop(placement)
+    if reason is not None:
+        raise PlacementError(f"two_hop: {reason}; use 'alltoall'")
 
 
 def why_not_two_hop(placement: Placement) -> str | None:

@@ -25,7 +25,7 @@ def train(
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
-    from moe_comm.errors import ReceiveOverflow, TransportError
+    from moe_comm.errors import CommError
 
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
@@ -38,15 +38,18 @@ def train(
     with join_world(world, run.train.peer_timeout_s):
         try:
             loop.train(open_run(run, world, fresh=fresh))
-        except ReceiveOverflow as error:
-            raise ConfigError(f"layout.max_rows: {error}: set layout.overflow=rounds") from error
-        except (RuntimeError, TransportError) as error:
+        except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
 
 
 def _explain(error: Exception, rank: int) -> Exception:
-    """A broken connection is a lost peer; anything else stays what it is."""
-    text = _root_message(error)
+    """A broken connection is a lost peer, too many rows a matter of the config; the rest stays as it is."""
+    from moe_comm.errors import ReceiveOverflow
+
+    root = _root(error)
+    if isinstance(root, ReceiveOverflow):
+        return ConfigError(f"layout.max_rows: {root} (layout.overflow=rounds)")
+    text = str(root)
     signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")
     if not any(sign in text.lower() for sign in signs):
         return error
@@ -58,7 +61,7 @@ def _explain(error: Exception, rank: int) -> Exception:
     )
 
 
-def _root_message(error: BaseException) -> str:
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error)
+    return error

@@ -27,7 +27,12 @@ _LAZY = {
     "transformers": "",
 }
 # Where deepspeed may be imported at all.
-_DEEPSPEED = ("moe_runtime/parallel/zero", "tests/", "benchmarks/")
+_DEEPSPEED = (
+    "moe_runtime/parallel/zero",
+    "moe_runtime/cli/bench_comm/deepspeed_peer",  # a contender to measure against
+    "tests/",
+    "benchmarks/",
+)
 
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ default group for sums of its own.
 import random
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,14 +15,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher, Pending, Received
-from moe_comm.transport_torch import TorchTransport
 from torch import Tensor
 
 from tests.dist.exchange_cases import as_if_by_experts, expert_numbers, require_same_bits
-from tests.dist.openings import Setting, SharedGroups, settings_for
+from tests.dist.openings import Case, Setting, SharedGroups, run_each
 from tests.unit.comm.routings import Inputs, draw
 
-Case = Callable[[Setting, SharedGroups], None]
 PAUSE_S = 0.004
 
 
@@ -194,13 +191,5 @@ def all_cases(repetitions: int = 20) -> dict[str, Case]:
 
 
 def run_cases(rank: int, world_size: int, repetitions: int = 20) -> dict[str, str]:
-    """Run every case with every setting; what failed on this rank, by case."""
-    groups = SharedGroups(TorchTransport())
-    failures = {}
-    for name, case in all_cases(repetitions).items():
-        for setting in settings_for(world_size):
-            try:
-                case(setting, groups)
-            except AssertionError:
-                failures[name] = f"{setting}\n{traceback.format_exc()}"
-    return failures
+    """Run every case; what failed on this rank, by case."""
+    return run_each(all_cases(repetitions), world_size)

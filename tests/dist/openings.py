@@ -4,7 +4,8 @@ Opening a dispatcher makes process groups, which takes longer than a hundred exc
 one after another, so all dispatchers of a world may share the groups of one `SharedGroups`.
 """
 
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from moe_comm.dispatcher import Dispatcher, Pending
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from moe_comm.transport import Transport
+from moe_comm.transport_torch import TorchTransport
 from torch import Tensor
 
 from tests.unit.comm.plain_hops import Layout
@@ -94,3 +96,22 @@ def settings_for(world_size: int) -> Iterator[Setting]:
     for ranks_per_node in range(1, world_size):
         if world_size % ranks_per_node == 0:
             yield Setting("two_hop", ranks_per_node)
+
+
+Case = Callable[[Setting, SharedGroups], None]
+
+
+def run_each(cases: Mapping[str, Case], world_size: int) -> dict[str, str]:
+    """Run cases, each with every setting, on this rank of a gloo world; what failed, by case.
+
+    A case makes all its exchanges before it compares, so that a failed comparison leaves no rank waiting.
+    """
+    groups = SharedGroups(TorchTransport())
+    failures = {}
+    for name, case in cases.items():
+        for setting in settings_for(world_size):
+            try:
+                case(setting, groups)
+            except AssertionError:
+                failures[name] = f"{setting}\n{traceback.format_exc()}"
+    return failures

@@ -13,10 +13,23 @@ from moe_comm.errors import TransportError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 
-from tests.dist import exchange_cases, flight_cases, refusal_cases
+from tests.dist import exchange_cases, flight_cases, opening_cases, refusal_cases, traffic_cases
+from tests.dist.openings import run_each
 from tests.ranks import run_ranks
 
 WORLDS = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 8)] + [4]
+
+
+def run_plain_cases(rank: int, world_size: int) -> dict[str, str]:
+    """All cases but those of `exchange_cases` in one world."""
+    files = {
+        "traffic": traffic_cases,
+        "opening": opening_cases,
+        "refusal": refusal_cases,
+        "flight": flight_cases,
+    }
+    cases = {f"{name}, {case}": run for name, file in files.items() for case, run in file.all_cases().items()}
+    return run_each(cases, world_size)
 
 
 @cache
@@ -43,16 +56,28 @@ def test_every_rank_gets_what_the_plain_loops_give_with_every_dtype(world_size, 
     _require(exchange_cases.run_cases, world_size, case, True)
 
 
+@pytest.mark.parametrize("case", traffic_cases.all_cases())
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_traffic_is_counted_to_the_byte(world_size, case):
+    _require(run_plain_cases, world_size, f"traffic, {case}")
+
+
+@pytest.mark.parametrize("case", opening_cases.all_cases())
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_dispatchers_open_alike_on_all_ranks_or_not_at_all(world_size, case):
+    _require(run_plain_cases, world_size, f"opening, {case}")
+
+
 @pytest.mark.parametrize("case", refusal_cases.all_cases())
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_mistake_is_told_to_all_ranks_and_spoils_nothing(world_size, case):
-    _require(refusal_cases.run_cases, world_size, case)
+    _require(run_plain_cases, world_size, f"refusal, {case}")
 
 
 @pytest.mark.parametrize("case", flight_cases.all_cases())
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_timing_changes_nothing(world_size, case):
-    _require(flight_cases.run_cases, world_size, case)
+    _require(run_plain_cases, world_size, f"flight, {case}")
 
 
 def _exchange_until_a_peer_dies(rank: int, store: str, kind: str, messages: Any) -> None:

@@ -11,6 +11,7 @@ IDLE, FLOOD = {3: -10.0}, {0: 10.0, 1: 10.0}
 
 EP2 = ({"dp": 2, "ep": 2}, 3)
 EP4 = ({"dp": 4, "ep": 4}, 2)
+EP4_TWO_HOP = ({"dp": 4, "ep": 4, "dispatcher": "two_hop", "ranks_per_node": 2}, 2)
 DP4_EP2 = ({"dp": 4, "ep": 2}, 1)
 PP2_1F1B = ({"pp": 2, "schedule": "1f1b"}, 5)
 PP2_DUALPIPE = ({"pp": 2, "schedule": "dualpipe"}, 6)
@@ -25,6 +26,7 @@ WORLDS = {
     2: {"ep2": EP2, "pp2 1f1b": PP2_1F1B, "pp2 dualpipe": PP2_DUALPIPE},
     4: {
         "ep4": EP4,
+        "ep4 two_hop": EP4_TWO_HOP,
         "dp4 ep2": DP4_EP2,
         "pp2 ep2 dualpipe": PP2_EP2_DUALPIPE,
         "pp4 dualpipe M8": PP4_DUALPIPE_8,

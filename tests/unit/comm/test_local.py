@@ -112,10 +112,10 @@ def test_rows_of_another_shape_are_refused():
 
 def test_more_rows_than_max_rows_are_refused_with_the_table_and_as_many_are_not():
     drawn = draw("random", 1, dtype=torch.float32, weight_dtype=torch.float32)
-    LocalDispatcher(drawn.num_experts, max_rows=21).dispatch(*drawn.of(0))
+    LocalDispatcher(drawn.num_experts, max_rows=21).dispatch(*drawn.of(0)).wait()
     bounded = LocalDispatcher(drawn.num_experts, max_rows=20)
     with pytest.raises(ReceiveOverflow, match="at most max_rows 20 rows on a rank, got 21 ") as raised:
-        bounded.dispatch(*drawn.of(0))
+        bounded.dispatch(*drawn.of(0)).wait()
     assert raised.value.rows_sent.tolist() == [[21]]
     masked = draw("masked", 1, dtype=torch.float32, weight_dtype=torch.float32)
     assert bounded.dispatch(*masked.of(0)).wait().rows.shape[0] <= 20
