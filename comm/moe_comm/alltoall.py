@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_comm.control import Control, Statement, agree_on_opening, check_bound
+from moe_comm.control import Control, Statement, agree_on_opening, check_bound, layout_facts
 from moe_comm.dispatcher import Pending, Received
 from moe_comm.lane import Lane
 from moe_comm.pending import Started
@@ -89,8 +89,8 @@ class AllToAllDispatcher:
         self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts)
         self._lane = Lane(f"alltoall {placement.ep_rank}")
         self._ranks = range(placement.ep_size)
-        facts = {"number of experts": placement.num_experts, "wire": WIRES.index(wire)}
-        agree_on_opening(transport, {"kind": 1, **facts, "max_rows": max_rows or -1})
+        facts = layout_facts(placement) | {"kind": 1, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
+        agree_on_opening(transport, facts)
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:
         """See `Dispatcher.dispatch`. The wait raises:
@@ -111,8 +111,8 @@ class AllToAllDispatcher:
             handle = self._open(statement, plan, device)
             record = RecordLayout(self._dispatch_codec, handle.hidden, tokens.dtype, ((1, weights.dtype),))
             beside = [(weights.reshape(-1, 1), handle.plan.row_slots)]
-            buffer = record.pack(tokens, handle.plan.row_tokens, beside)
-            return handle, record, self._send(buffer, record, handle.sent, handle.received)
+            order = handle.plan.row_tokens
+            return handle, record, self._send(record, tokens, order, beside, handle.sent, handle.received)
 
         job = self._lane.submit(exchange, device)
 
@@ -156,7 +156,7 @@ class AllToAllDispatcher:
 
         def exchange() -> Pending[Tensor]:
             self._control.confirm(statement, d_tokens.device)
-            return self._send(record.pack(d_tokens, plan.row_tokens), record, handle.sent, handle.received)
+            return self._send(record, d_tokens, plan.row_tokens, (), handle.sent, handle.received)
 
         record = RecordLayout(self._dispatch_codec, hidden, d_tokens.dtype)
         job = self._lane.submit(exchange, d_tokens.device)
@@ -218,16 +218,28 @@ class AllToAllDispatcher:
             self._control.confirm(statement, rows.device)
             to_source = handle.regroup.to_source
             extras = [] if beside is None else [(beside, to_source)]
-            return self._send(record.pack(rows, to_source, extras), record, handle.received, handle.sent)
+            return self._send(record, rows, to_source, extras, handle.received, handle.sent)
 
         job = self._lane.submit(exchange, rows.device)
         return lambda: job.wait().wait()
 
     def _send(
-        self, buffer: Tensor, record: RecordLayout, sent: Sequence[int], received: Sequence[int]
+        self,
+        record: RecordLayout,
+        rows: Tensor,
+        order: Tensor,
+        extras: Sequence[tuple[Tensor, Tensor]],
+        sent: Sequence[int],
+        received: Sequence[int],
     ) -> Pending[Tensor]:
+        """Pack and start; what stays on this rank is written at once to where it would be received."""
+        rank = self.placement.ep_rank
+        first, place = sum(sent[:rank]), sum(received[:rank])
+        arriving = record.allocate(sum(received), rows.device)
+        own = (slice(first, first + sent[rank]), arriving[place : place + sent[rank]])
+        buffer = record.pack(rows, order, extras, own)
         self.traffic.count_rows(sent, record.payload_bytes, record.meta_bytes, self._ranks)
-        return self._transport.all_to_all(buffer, sent, received)
+        return self._transport.all_to_all(buffer, sent, received, arriving)
 
 
 def _sum(record: RecordLayout, buffer: Tensor, handle: AllToAllHandle) -> Tensor:

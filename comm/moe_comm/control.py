@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_comm.errors import CommError, PlacementError, RankDisagreement, ReceiveOverflow
+from moe_comm.placement import Placement
 from moe_comm.traffic import TrafficMeter
 from moe_comm.transport import Transport
 
@@ -26,7 +27,16 @@ OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 _FINE, _REFUSED = 0, 1
 # Verdict, number of the operation, operation, hidden, dtype of rows, dtype of weights, top_k, whose handle.
 HEADER_SIZE = 8
-OPENING = ("kind", "number of experts", "wire", "max_rows", "ranks_per_node", "chunks")
+OPENING = (
+    "kind",
+    "number of experts",
+    "wire",
+    "max_rows",
+    "ranks_per_node",
+    "first_rank",
+    "num_groups",
+    "chunks",
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,16 @@ class Control:
         message, heard = torch.stack((message, heard)).cpu()
         _require_agreement(heard[:, :HEADER_SIZE], self._transport.rank)
         return message[:, HEADER_SIZE:], heard[:, HEADER_SIZE:]
+
+
+def layout_facts(placement: Placement) -> dict[str, int]:
+    """What of a placement must be equal on all ranks, as `agree_on_opening` takes it."""
+    return {
+        "number of experts": placement.num_experts,
+        "ranks_per_node": placement.ranks_per_node or placement.ep_size,
+        "first_rank": placement.first_rank,
+        "num_groups": placement.num_groups or 0,
+    }
 
 
 def check_bound(rows_sent: Tensor, max_rows: int | None) -> None:

@@ -42,3 +42,6 @@ class ReceiveOverflow(CommError):
     def __init__(self, message: str, rows_sent: Tensor) -> None:
         super().__init__(message)
         self.rows_sent = rows_sent
+
+    def __reduce__(self) -> tuple[type, tuple[str, Tensor]]:
+        return type(self), (str(self), self.rows_sent)

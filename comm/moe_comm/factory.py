@@ -10,7 +10,7 @@ from moe_comm.local import LocalDispatcher
 from moe_comm.placement import Placement
 from moe_comm.transport import Transport
 from moe_comm.transport_torch import TorchTransport
-from moe_comm.two_hop import TwoHopDispatcher, require_two_hop, why_not_two_hop
+from moe_comm.two_hop import TwoHopDispatcher, why_not_two_hop
 from moe_comm.wire.codec import open_wire
 
 KINDS = ("auto", "local", "alltoall", "two_hop")
@@ -50,9 +50,6 @@ def open_dispatcher(
             raise CommError(f"expected {name} of at least 1, got {value}")
     if kind == "local" or (kind == "auto" and placement.ep_size == 1):
         return LocalDispatcher.for_placement(placement, max_rows)
-    # Before any connection: all ranks find the same reason in their placements, and none waits for another.
-    if kind == "two_hop":
-        require_two_hop(placement)
     if kind == "two_hop" or (kind == "auto" and _suits(placement)):
         return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks)
     return AllToAllDispatcher(placement, _transport(group), wire, max_rows)

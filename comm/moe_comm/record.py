@@ -50,21 +50,38 @@ class RecordLayout:
         self.payload_bytes = sum(columns * kind.itemsize for columns, kind in parts)
         self.meta_bytes = self.row_bytes - self.payload_bytes
 
-    def pack(self, rows: Tensor, order: Tensor, extras: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+    def allocate(self, num_records: int, device: torch.device) -> Tensor:
+        """An uninitialised buffer: uint8 [records, row_bytes]."""
+        return torch.empty((num_records, self.row_bytes), dtype=torch.uint8, device=device)
+
+    def pack(
+        self,
+        rows: Tensor,
+        order: Tensor,
+        extras: Sequence[tuple[Tensor, Tensor]] = (),
+        aside: tuple[slice, Tensor] | None = None,
+    ) -> Tensor:
         """Encode rows once, and write a record for each place in `order`.
 
         Args:
             rows: [n, hidden].
             order: int64 [records] row of each record; a row may be taken any number of times.
             extras: (values [m, columns], int64 [records] which of them) for each extra field.
+            aside: records that are written elsewhere, and where; the result has a gap in their place.
 
         Returns:
             uint8 [records, row_bytes], contiguous.
         """
-        buffer = torch.empty((order.numel(), self.row_bytes), dtype=torch.uint8, device=rows.device)
-        sources = [(part, order) for part in self._codec.encode(rows)]
+        buffer = self.allocate(order.numel(), rows.device)
+        targets = [(slice(None), buffer)]
+        if aside is not None:
+            gap, elsewhere = aside
+            around = (slice(0, gap.start), slice(gap.stop, None))
+            targets = [(gap, elsewhere), *((part, buffer[part]) for part in around)]
+        sources = [(values, order) for values in self._codec.encode(rows)]
         for index, (values, places) in enumerate((*sources, *extras)):
-            torch.index_select(values, 0, places, out=self._field(buffer, index))
+            for part, target in targets:
+                torch.index_select(values, 0, places[part], out=self._field(target, index))
         return buffer
 
     def pack_all(self, rows: Tensor, extras: Sequence[Tensor] = ()) -> Tensor:
@@ -77,7 +94,7 @@ class RecordLayout:
         fields = (*self._codec.encode(rows), *extras)
         if len(fields) == 1 and fields[0].is_contiguous():
             return fields[0].view(torch.uint8)
-        buffer = torch.empty((rows.shape[0], self.row_bytes), dtype=torch.uint8, device=rows.device)
+        buffer = self.allocate(rows.shape[0], rows.device)
         for index, values in enumerate(fields):
             self._field(buffer, index).copy_(values)
         return buffer

@@ -40,7 +40,11 @@ class Transport(Protocol):
         ...
 
     def all_to_all(
-        self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        received: Tensor | None = None,
     ) -> Pending[Tensor]:
         """Start sending block d of `send` to rank d and receiving one block from each rank.
 
@@ -48,6 +52,8 @@ class Transport(Protocol):
             send: [rows, ...], contiguous; must not be written before the wait.
             send_splits: rows for each rank; sums to the rows of `send`.
             recv_splits: rows from each rank.
+            received: [sum(recv_splits), ...] where to receive, with this rank's own block already in it;
+                that of `send` is not read then. None: a new one.
 
         Returns:
             Pending [sum(recv_splits), ...], blocks in rank order.

@@ -73,7 +73,13 @@ class MpiTransport:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def all_to_all(self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Exchange:
+    def all_to_all(
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        received: Tensor | None = None,
+    ) -> Exchange:
         """See `Transport.all_to_all`.
 
         Raises:
@@ -81,17 +87,17 @@ class MpiTransport:
                 wait, when MPI fails or a peer has ended.
         """
         self._check(send, send_splits, recv_splits)
-        received = torch.empty((sum(recv_splits), *send.shape[1:]), dtype=send.dtype)
+        shape = (sum(recv_splits), *send.shape[1:])
+        into = torch.empty(shape, dtype=send.dtype) if received is None else received
         lane = self._lane
         try:
-            request = lane.comm.Ialltoallv(
-                self._message(send, send_splits), self._message(received, recv_splits)
-            )
+            request = lane.comm.Ialltoallv(self._message(send, send_splits), self._message(into, recv_splits))
         except self._mpi.Exception as error:
             raise self._refused("an exchange", one_line(str(error))) from error
-        self._own_block(received, recv_splits).copy_(self._own_block(send, send_splits))
+        if received is None:
+            self._own_block(into, recv_splits).copy_(self._own_block(send, send_splits))
         lane.started += 1
-        exchange = Exchange(self._progress, lane, request, send, received)
+        exchange = Exchange(self._progress, lane, request, send, into)
         self._progress.drive(exchange)
         return exchange
 

@@ -98,7 +98,11 @@ class TorchTransport:
         return part
 
     def all_to_all(
-        self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        received: Tensor | None = None,
     ) -> Pending[Tensor]:
         """See `Transport.all_to_all`.
 
@@ -108,12 +112,18 @@ class TorchTransport:
         backend = self._backends.get(send.device.type)
         if backend is None:
             raise TransportError(f"expected tensors on {', '.join(self._backends)}, got {send.device.type}")
-        received = torch.empty((sum(recv_splits), *send.shape[1:]), dtype=send.dtype, device=send.device)
+        shape, has_own = (sum(recv_splits), *send.shape[1:]), received is not None
+        into = torch.empty(shape, dtype=send.dtype, device=send.device) if received is None else received
+        out, blocks = send.split(list(send_splits)), into.split(list(recv_splits))
         try:
             if send.device.type == "cpu":
-                works = self._swap(backend, send.split(list(send_splits)), received.split(list(recv_splits)))
+                works = self._swap(backend, out, blocks)
+                if not has_own:
+                    blocks[self._rank].copy_(out[self._rank])
             else:
-                works = [backend.alltoall_base(received, send, list(recv_splits), list(send_splits))]
+                if has_own:
+                    out[self._rank].copy_(blocks[self._rank])
+                works = [backend.alltoall_base(into, send, list(recv_splits), list(send_splits))]
         except RuntimeError as error:
             raise self._failed(error) from error
 
@@ -123,7 +133,7 @@ class TorchTransport:
                     work.wait()
             except RuntimeError as error:
                 raise self._failed(error) from error
-            return received
+            return into
 
         return Started(finish)
 
@@ -133,9 +143,7 @@ class TorchTransport:
         tag = self._swaps % _TAGS
         others = [(self._rank + shift) % self._size for shift in range(1, self._size)]
         works = [backend.recv([into[rank]], rank, tag) for rank in reversed(others) if into[rank].numel()]
-        works += [backend.send([out[rank]], rank, tag) for rank in others if out[rank].numel()]
-        into[self._rank].copy_(out[self._rank])
-        return works
+        return works + [backend.send([out[rank]], rank, tag) for rank in others if out[rank].numel()]
 
     def _failed(self, error: RuntimeError) -> TransportError:
         cause = str(error).strip().split("\n")[0].split(". ")[0]

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_comm.control import Control, Statement, agree_on_opening, check_bound
+from moe_comm.control import Control, Statement, agree_on_opening, check_bound, layout_facts
 from moe_comm.dispatcher import Pending, Received
 from moe_comm.errors import PlacementError
 from moe_comm.hops import (
@@ -103,16 +103,18 @@ class TwoHopDispatcher:
         chunks: int | None = None,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
-        require_two_hop(placement)
         self.placement = placement
         self.max_rows = max_rows
         self.lanes = placement.lanes
         self.traffic = TrafficMeter(placement)
         self._chunks = DEFAULT_CHUNKS if chunks is None else chunks
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
-        facts = {"number of experts": placement.num_experts, "wire": WIRES.index(wire)}
-        facts |= {"ranks_per_node": placement.lanes, "chunks": self._chunks}
-        agree_on_opening(transport, {"kind": 2, **facts, "max_rows": max_rows or -1})
+        facts = layout_facts(placement) | {"kind": 2, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
+        agree_on_opening(transport, facts | {"chunks": self._chunks})
+        # Only now, when all ranks are known to have this layout, do they all refuse it alike.
+        reason = why_not_two_hop(placement)
+        if reason is not None:
+            raise PlacementError(f"two_hop: {reason}; use 'alltoall'")
         self._control = Control(transport, self.traffic, placement.ep_size + 2 * self._chunks)
         self._journey = Journey(placement, transport, self.traffic)
         is_short = placement.num_experts <= _SHORT_IDS
@@ -253,17 +255,6 @@ class TwoHopDispatcher:
             self._control.confirm(statement, rows.device)
 
         return self._journey.come_back(confirm, rows, row_weights, record, handle.route, handle.landing)
-
-
-def require_two_hop(placement: Placement) -> None:
-    """Refuse a placement that two hops do not suit.
-
-    Raises:
-        PlacementError: says what was expected and got.
-    """
-    reason = why_not_two_hop(placement)
-    if reason is not None:
-        raise PlacementError(f"two_hop: {reason}; use 'alltoall'")
 
 
 def why_not_two_hop(placement: Placement) -> str | None:

@@ -50,10 +50,14 @@ class SharedGroups:
         return self._parts[key]
 
     def all_to_all(
-        self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        received: Tensor | None = None,
     ) -> Pending[Tensor]:
         """See `Transport.all_to_all`."""
-        return self._transport.all_to_all(send, send_splits, recv_splits)
+        return self._transport.all_to_all(send, send_splits, recv_splits, received)
 
 
 @dataclass(frozen=True)
