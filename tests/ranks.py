@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,27 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.
                 process.join(timeout=5)
                 if process.is_alive():
                     process.kill()
+
+
+def run_ranks_once(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """As `run_ranks`, in one world for all tests that ask the same; its failure is told to all of them.
+
+    Args must be hashable.
+    """
+    values = _values_or_failure(fn, world_size, args, timeout_s)
+    if isinstance(values, AssertionError):
+        raise values
+    return values
+
+
+@cache
+def _values_or_failure(
+    fn: Callable, world_size: int, args: tuple, timeout_s: float
+) -> list[Any] | AssertionError:
+    try:
+        return run_ranks(fn, world_size, *args, timeout_s=timeout_s)
+    except AssertionError as failure:
+        return failure
 
 
 def _collect(ranks: list, results: Any, world_size: int, deadline: float) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_comm.alltoall import AllToAllDispatcher
 from moe_comm.dispatcher import Dispatcher
-from moe_comm.errors import CommError
+from moe_comm.errors import CommError, PlacementError
 from moe_comm.local import LocalDispatcher
 from moe_comm.placement import Placement
 from moe_comm.transport import Transport
@@ -50,6 +50,8 @@ def open_dispatcher(
             raise CommError(f"expected {name} of at least 1, got {value}")
     if kind == "local" or (kind == "auto" and placement.ep_size == 1):
         return LocalDispatcher.for_placement(placement, max_rows)
+    if kind == "two_hop" and placement.ep_size == 1:
+        raise PlacementError(f"two_hop: {why_not_two_hop(placement)}; use 'local'")
     if kind == "two_hop" or (kind == "auto" and _suits(placement)):
         return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks)
     return AllToAllDispatcher(placement, _transport(group), wire, max_rows)

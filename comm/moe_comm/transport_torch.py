@@ -17,13 +17,16 @@ peer that it is ready behind the data that already flows there, so a pair sends 
 rate-limited links it takes 1.1 to 1.5 times what the links need, this 1.01 to 1.04. It also keeps its
 tensors for milliseconds after the wait.
 
+gloo forgets a transfer whose buffer is gone, and what else the pair has to say to each other then waits
+behind it for ever. So an exchange that the caller drops is kept, and waited for before the next begins.
+
 The communicator is closed with the transport, or before the interpreter shuts down: gloo's threads,
 letting go of a tensor at that moment, would abort the process.
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,10 +35,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_comm.dispatcher import Pending
-from moe_comm.errors import PlacementError, TransportError
-from moe_comm.pending import Started
+from moe_comm.errors import CommError, PlacementError, TransportError
 
 _TAGS = 1 << 20  # exchanges after which tags repeat; far more than can be under way
+_Transfer = tuple[Any, Tensor, Tensor]  # of a backend, and the buffers that it reads and writes
 _opened: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
 
 
@@ -67,6 +70,7 @@ class TorchTransport:
         self._kinds, self._store, self._rank, self._size = kinds, store, rank, size
         self._splits: Counter[tuple[int, ...]] = Counter()
         self._swaps = 0
+        self._dropped: deque[list[_Transfer]] = deque()
         # A gloo group answers for CUDA tensors too, which its all-to-all cannot move.
         fitting = {"gloo": "cpu", "nccl": "cuda"}
         wanted = {device: kind for device, kind in kinds.items() if fitting[kind.name] == device}
@@ -116,6 +120,8 @@ class TorchTransport:
         into = torch.empty(shape, dtype=send.dtype, device=send.device) if received is None else received
         out, blocks = send.split(list(send_splits)), into.split(list(recv_splits))
         try:
+            while self._dropped:
+                _wait_for(self._dropped.popleft())
             if send.device.type == "cpu":
                 works = self._swap(backend, out, blocks)
                 if not has_own:
@@ -126,16 +132,7 @@ class TorchTransport:
                 works = [backend.alltoall_base(into, send, list(recv_splits), list(send_splits))]
         except RuntimeError as error:
             raise self._failed(error) from error
-
-        def finish(keep_alive: Tensor = send) -> Tensor:
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                raise self._failed(error) from error
-            return into
-
-        return Started(finish)
+        return _Exchange([(work, send, into) for work in works], into, self._dropped, self._failed)
 
     def _swap(self, backend: Any, out: Sequence[Tensor], into: Sequence[Tensor]) -> list[Any]:
         """Swap blocks with every other rank over gloo; both sides leave empty ones out."""
@@ -151,6 +148,52 @@ class TorchTransport:
             f"expert-parallel rank {self._rank} of {self._size}: an all-to-all failed ({cause}); "
             "look for a peer that died or stopped"
         )
+
+
+class _Exchange:
+    """An exchange under way.
+
+    Args:
+        transfers: its parts, with the buffers that they need.
+        received: the result.
+        dropped: where transfers go that nobody waits for.
+        failed: makes the error of the transport out of one of the backend.
+    """
+
+    def __init__(
+        self,
+        transfers: list[_Transfer],
+        received: Tensor,
+        dropped: deque[list[_Transfer]],
+        failed: Callable[[RuntimeError], TransportError],
+    ) -> None:
+        self._flight: tuple[list[_Transfer], Tensor] | None = (transfers, received)
+        self._dropped, self._failed = dropped, failed
+
+    def wait(self) -> Tensor:
+        """See `Pending.wait`.
+
+        Raises:
+            TransportError: the backend failed.
+            CommError: it was waited for before.
+        """
+        if self._flight is None:
+            raise CommError("an exchange was waited for twice; keep the result of the first wait")
+        (transfers, received), self._flight = self._flight, None
+        try:
+            _wait_for(transfers)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return received
+
+    def __del__(self) -> None:
+        if self._flight is not None:
+            self._dropped.append(self._flight[0])
+
+
+def _wait_for(transfers: list[_Transfer]) -> None:
+    for work, *_ in transfers:
+        work.wait()
 
 
 class _Kind:

@@ -78,9 +78,10 @@ class Setting:
     chunks: int | None = None
     max_rows: int | None = None
 
-    def open(self, num_experts: int, groups: Transport) -> Dispatcher:
-        """The dispatcher; all ranks call it together."""
-        placement = Placement(num_experts, groups.size, groups.rank, ranks_per_node=self.ranks_per_node)
+    def open(self, num_experts: int, groups: Transport, **layout: int) -> Dispatcher:
+        """The dispatcher, with further numbers of its placement; all ranks call it together."""
+        layout = {"ranks_per_node": self.ranks_per_node} | layout
+        placement = Placement(num_experts, groups.size, groups.rank, **layout)
         return open_dispatcher(
             self.kind, placement, groups, wire=self.wire, chunks=self.chunks, max_rows=self.max_rows
         )

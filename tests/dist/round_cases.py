@@ -13,7 +13,7 @@ import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import ReceiveOverflow
 from moe_comm.factory import open_dispatcher
-from moe_comm.layer import moe_layer
+from moe_comm import moe_layer
 from moe_comm.placement import Placement
 from moe_comm.rounds import LayerInRounds, plan_after
 from torch import Tensor

@@ -1,18 +1,11 @@
 """A MoE layer in rounds on 2 and 4 gloo ranks: one world runs all cases, a test reads one verdict."""
 
-import functools
-
 import pytest
 
 from tests.dist.round_cases import FEW, MANY, all_cases, run_cases
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks_once
 
 KINDS = {2: ("flat",), 4: ("flat", "two hops")}
-
-
-@functools.cache
-def _failures(size: int, bounds: tuple[int, ...]) -> list[dict[str, str]]:
-    return run_ranks(run_cases, size, KINDS[size], bounds, timeout_s=600)
 
 
 def _params(bounds: tuple[int, ...], *sizes: int) -> list:
@@ -21,7 +14,8 @@ def _params(bounds: tuple[int, ...], *sizes: int) -> list:
 
 
 def _check(size: int, bounds: tuple[int, ...], case: str) -> None:
-    failed = {rank: found[case] for rank, found in enumerate(_failures(size, bounds)) if case in found}
+    failures = run_ranks_once(run_cases, size, KINDS[size], bounds, timeout_s=240.0)
+    failed = {rank: found[case] for rank, found in enumerate(failures) if case in found}
     assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
 
 

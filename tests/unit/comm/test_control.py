@@ -1,5 +1,6 @@
 """What ranks tell each other before rows travel."""
 
+import pickle
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from moe_comm.control import (
     DTYPES,
     HEADER_SIZE,
+    OPENING,
     OPERATIONS,
     Control,
     Statement,
@@ -132,12 +134,13 @@ def test_the_bound_is_on_what_a_rank_receives_and_the_fullest_is_named():
     with pytest.raises(ReceiveOverflow, match=r"max_rows 16 rows on a rank, got 17 .* rank 2;") as raised:
         check_bound(rows_sent, 16)
     rows_sent.zero_()
+    between_processes = pickle.loads(pickle.dumps(raised.value))
+    assert str(between_processes) == str(raised.value)
+    assert torch.equal(between_processes.rows_sent, raised.value.rows_sent)
     assert raised.value.rows_sent.tolist() == [[5, 0, 9], [0, 1, 8], [5, 0, 0]]
 
 
-@pytest.mark.parametrize(
-    "name", ["kind", "number of experts", "wire", "max_rows", "ranks_per_node", "chunks"]
-)
+@pytest.mark.parametrize("name", OPENING)
 def test_ranks_that_open_other_dispatchers_are_told_what_differs(name):
     alike = {"kind": 1, "number of experts": 6, "wire": 2, "max_rows": -1}
 

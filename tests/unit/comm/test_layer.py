@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from moe_comm import moe_layer
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.factory import open_dispatcher
-from moe_comm.layer import moe_layer
 from moe_comm.placement import Placement
 from moe_comm.rounds import row_bytes
 from torch import Tensor

@@ -46,6 +46,14 @@ def test_what_is_packed_in_any_order_comes_out_as_the_codec_gives_it(wire, hidde
     for index, (values, place) in enumerate(zip(extras, places, strict=True)):
         assert torch.equal(layout.extra(buffer, index), values[place])
 
+    first, last = sorted((data.draw(st.integers(0, len(order))), data.draw(st.integers(0, len(order)))))
+    elsewhere = layout.allocate(last - first, buffer.device)
+    around = layout.pack(rows, order, list(zip(extras, places, strict=True)), (slice(first, last), elsewhere))
+    assert around.shape == buffer.shape
+    around[first:last] = elsewhere
+    assert torch.equal(layout.rows(around), wanted)
+    assert all(torch.equal(layout.extra(around, i), layout.extra(buffer, i)) for i in range(len(beside)))
+
     whole = layout.pack_all(rows, [values[:4] for values in extras])
     assert whole.shape == (4, layout.row_bytes) and whole.dtype == torch.uint8
     assert torch.equal(layout.rows(whole), through(codec, rows))
