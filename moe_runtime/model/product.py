@@ -35,12 +35,22 @@ def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
-    """out [m, n] = or += left [m, k] times right [k, n]; `out` may be wider than the operands."""
-    left, right = wide(left), wide(right)
-    if out.dtype == left.dtype:
+    """out [m, n] = or += left [m, k] times right [k, n]; `out` may be wider than the operands.
+
+    Then nothing is rounded to the operands' dtype in between: weight gradients are summed in FP32.
+    """
+    if out.dtype == wide(left).dtype:
         # With beta 0 whatever `out` holds, NaN included, is ignored.
-        torch.addmm(out, left, right, beta=1 if accumulate else 0, out=out)
+        torch.addmm(out, wide(left), wide(right), beta=1 if accumulate else 0, out=out)
     elif accumulate:
-        out.add_(torch.mm(left, right))
+        out.add_(_unrounded(left, right, out.dtype))
     else:
-        out.copy_(torch.mm(left, right))
+        out.copy_(_unrounded(left, right, out.dtype))
+
+
+def _unrounded(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """left [m, k] times right [k, n] in the wider of the two dtypes; BF16 units of a CPU round theirs."""
+    dtype = torch.promote_types(left.dtype, out_dtype)
+    if left.is_cuda and left.dtype == torch.bfloat16 and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))
