@@ -119,7 +119,7 @@ def _said(counted_off_by: int) -> tuple[list[dict[str, Any]], dict[str, Routing]
             sent = getattr(predicted, phase)[rank][1 - rank] + counted_off_by
             link = {"sent_bytes": sent + 66, "sent_packets": 1}
             phases[phase] = {"s": rank + 1.0, "cpu_s": 0.5, "sent": [0, sent], "link": link}
-        said.append({"balanced": {"plain": [{**phases, "error": 0.0, "rows": 1}]}})
+        said.append({"balanced": {"plain": [{**phases, "error": 0.0}]}})
     return said, {"balanced": Routing(ids, torch.ones(ids.shape) / 8)}, settings
 
 

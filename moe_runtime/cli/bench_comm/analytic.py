@@ -4,6 +4,7 @@ Written from the description of the exchanges, with plain loops and none of the 
 constants of the format apart): what their own counters say must be equal to this, to the byte.
 
     plain, alltoall   a record for every (token, expert), to the rank of the expert
+    deepspeed         to every expert from every rank as many rows as the largest such block has
     two_hop           a record for every (token, node), to the rank of that node in the source's lane;
                       from there one for every (token, rank)
     back              the same numbers of rows the other way, rows alone
@@ -13,6 +14,7 @@ A record is laid out as a C struct would be: each field at a multiple of its ite
 up to the largest.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +65,11 @@ def flat_rows(expert_ids: Sequence, settings: Settings) -> Matrix:
     return rows
 
 
+def largest_block(expert_ids: Sequence) -> int:
+    """Tokens of the rank and expert that have most in common."""
+    return max(max(Counter(e for chosen in tokens for e in chosen).values()) for tokens in expert_ids)
+
+
 def hop_rows(expert_ids: Sequence, settings: Settings) -> tuple[Matrix, Matrix]:
     """Rows [from][to] of the far hop and of the near hop; what stays on its rank is on the diagonal."""
     far, near = _zeros(settings.world_size), _zeros(settings.world_size)
@@ -91,6 +98,9 @@ def predict(contender: str, expert_ids: Sequence, settings: Settings) -> Predict
         rows = flat_rows(expert_ids, settings)
         counts = _to_all(world, settings.local_experts * _WORD)
         return Predicted(_sum(_times(rows, hidden * 2), counts), _times(_turned(rows), hidden * 2))
+    if contender == "deepspeed":
+        padded = _to_all(world, settings.local_experts * largest_block(expert_ids) * hidden * 2)
+        return Predicted(padded, padded)
     kind, _, wire = contender.rpartition("_") if not contender.endswith("_pow2") else _split_pow2(contender)
     payload = _PAYLOAD[wire](hidden)
     if kind == "alltoall":

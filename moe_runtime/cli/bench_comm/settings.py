@@ -7,7 +7,7 @@ from typing import Any
 from moe_runtime.errors import ConfigError
 
 ROUTINGS = ("balanced", "natural", "adversarial")
-CONTENDERS = ("plain", "alltoall_bf16", "two_hop_bf16", "two_hop_fp8", "two_hop_fp8_pow2")
+CONTENDERS = ("plain", "deepspeed", "alltoall_bf16", "two_hop_bf16", "two_hop_fp8", "two_hop_fp8_pow2")
 PARTS = ("exchange", "layer", "overlap")
 NATURAL_MAX_OVER_MEAN = 2.0
 
