@@ -17,13 +17,14 @@ condition on how experts are grouped.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 from torch import Tensor
 
 from moe_comm.control import Control, Statement, agree_on_opening, check_bound, layout_facts
-from moe_comm.dispatcher import Pending, Received
-from moe_comm.lane import Lane
+from moe_comm.dispatcher import Pending, Received, SharedByCopies
+from moe_comm.lane import Breaker, Lane
 from moe_comm.pending import Started
 from moe_comm.placement import Placement
 from moe_comm.record import RecordLayout
@@ -52,6 +53,7 @@ class AllToAllHandle:
         received: rows from each rank.
         hidden: width of a row.
         number: of the dispatch.
+        origin: the `Control` of the dispatcher that gave it.
     """
 
     plan: SendPlan
@@ -60,16 +62,17 @@ class AllToAllHandle:
     received: tuple[int, ...]
     hidden: int
     number: int
+    origin: Control
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(SharedByCopies):
     """Sends rows with one all-to-all over the group; all ranks open it together.
 
     Args:
         placement: where experts live.
         transport: moves bytes between the ranks of the group.
         wire: what rows are written as while they travel, one of WIRES.
-        max_rows: rows that a rank may receive in one dispatch; None: any number.
+        max_rows: rows that a rank may send or receive in one dispatch; None: any number.
 
     Raises:
         PlacementError: placement and transport are of different groups, or ranks opened it differently.
@@ -87,7 +90,7 @@ class AllToAllDispatcher:
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
         self._transport = transport
         self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts)
-        self._lane = Lane(f"alltoall {placement.ep_rank}")
+        self._lane = Lane(f"alltoall {placement.ep_rank}", Breaker([transport]))
         self._ranks = range(placement.ep_size)
         facts = layout_facts(placement) | {"kind": 1, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
         agree_on_opening(transport, facts)
@@ -101,11 +104,13 @@ class AllToAllDispatcher:
             ReceiveOverflow: on all ranks, if one would receive more than max_rows.
             TransportError: the backend failed.
         """
-        num_experts, device = self.placement.num_experts, tokens.device
+        num_experts = self.placement.num_experts
         statement = self._control.state(
             "dispatch", tokens, weights, lambda: check_inputs(tokens, weights, expert_ids, num_experts)
         )
-        plan = None if statement.refusal else plan_send(expert_ids, num_experts)
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        plan, device = plan_send(expert_ids, num_experts), tokens.device
 
         def exchange() -> tuple[AllToAllHandle, RecordLayout, Pending[Tensor]]:
             handle = self._open(statement, plan, device)
@@ -114,7 +119,7 @@ class AllToAllDispatcher:
             order = handle.plan.row_tokens
             return handle, record, self._send(record, tokens, order, beside, handle.sent, handle.received)
 
-        job = self._lane.submit(exchange, device)
+        job = self._lane.submit(exchange, device, (tokens, weights))
 
         def finish() -> Received:
             handle, record, pending = job.wait()
@@ -122,7 +127,7 @@ class AllToAllDispatcher:
             row_weights = record.extra(arrived, 0).index_select(0, to_expert).flatten()
             return Received(record.rows(arrived, to_expert), row_weights, handle.regroup.row_counts, handle)
 
-        return Started(finish)
+        return Started(finish, (tokens, weights))
 
     def combine(self, rows: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine`; rows of one dtype on all ranks, which need not be that dispatched.
@@ -137,44 +142,50 @@ class AllToAllDispatcher:
             rows,
             None,
             lambda: check_rows(rows, sum(handle.received), handle.hidden, "combine"),
-            handle.number,
+            handle,
         )
+        if statement.refusal is not None:
+            return self._refuse(statement)
         record = RecordLayout(self._combine_codec, handle.hidden, rows.dtype)
         arrived = self._return(statement, rows, record, handle)
-        return Started(lambda: _sum(record, arrived(), handle))
+        return Started(lambda: _sum(record, arrived(), handle), (rows,))
 
     def combine_backward(self, d_tokens: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine_backward`; errors as in `combine`."""
-        plan, hidden = handle.plan, handle.hidden
         statement = self._control.state(
             "combine_backward",
             d_tokens,
             None,
-            lambda: check_tokens(d_tokens, plan.slot_rows.shape[0], hidden),
-            handle.number,
+            lambda: check_tokens(d_tokens, handle.plan.slot_rows.shape[0], handle.hidden),
+            handle,
         )
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        record = RecordLayout(self._dispatch_codec, handle.hidden, d_tokens.dtype)
 
         def exchange() -> Pending[Tensor]:
-            self._control.confirm(statement, d_tokens.device)
-            return self._send(record, d_tokens, plan.row_tokens, (), handle.sent, handle.received)
+            self._control.confirm(statement)
+            return self._send(record, d_tokens, handle.plan.row_tokens, (), handle.sent, handle.received)
 
-        record = RecordLayout(self._dispatch_codec, hidden, d_tokens.dtype)
-        job = self._lane.submit(exchange, d_tokens.device)
-        return Started(lambda: record.rows(job.wait().wait(), handle.regroup.to_expert))
+        job = self._lane.submit(exchange, d_tokens.device, (d_tokens,))
+        return Started(lambda: record.rows(job.wait().wait(), handle.regroup.to_expert), (d_tokens,))
 
     def dispatch_backward(
         self, d_rows: Tensor, d_row_weights: Tensor, handle: AllToAllHandle
     ) -> Pending[tuple[Tensor, Tensor]]:
         """See `Dispatcher.dispatch_backward`; errors as in `combine`."""
-        num_rows, hidden = sum(handle.received), handle.hidden
         statement = self._control.state(
             "dispatch_backward",
             d_rows,
             d_row_weights,
-            lambda: check_rows(d_rows, num_rows, hidden, "dispatch_backward", d_row_weights),
-            handle.number,
+            lambda: check_rows(
+                d_rows, sum(handle.received), handle.hidden, "dispatch_backward", d_row_weights
+            ),
+            handle,
         )
-        record = RecordLayout(self._combine_codec, hidden, d_rows.dtype, ((1, d_row_weights.dtype),))
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        record = RecordLayout(self._combine_codec, handle.hidden, d_rows.dtype, ((1, d_row_weights.dtype),))
         arrived = self._return(statement, d_rows, record, handle, d_row_weights.unsqueeze(-1))
 
         def finish() -> tuple[Tensor, Tensor]:
@@ -182,18 +193,20 @@ class AllToAllDispatcher:
             d_weights = handle.plan.weights_of_slots(record.extra(buffer, 0).flatten())
             return _sum(record, buffer, handle), d_weights
 
-        return Started(finish)
+        return Started(finish, (d_rows, d_row_weights))
 
-    def _open(self, statement: Statement, plan: SendPlan | None, device: torch.device) -> AllToAllHandle:
+    def _refuse(self, statement: Statement) -> Started[Never]:
+        """Tell the others that this rank cannot take part; the wait raises why."""
+        job = self._lane.submit(lambda: self._control.refuse(statement), self._transport.device)
+        return Started(job.wait)
+
+    def _open(self, statement: Statement, plan: SendPlan, device: torch.device) -> AllToAllHandle:
         """Tell the others what to expect, and learn what to receive."""
         size = self.placement.ep_size
-        counts = None
-        if plan is not None:
-            expert_counts = plan.expert_counts.view(size, -1)
-            counts = torch.cat((expert_counts.sum(1).expand(size, size), expert_counts), dim=1)
+        expert_counts = plan.expert_counts.view(size, -1)
+        counts = torch.cat((expert_counts.sum(1).expand(size, size), expert_counts), dim=1)
         said, heard = self._control.agree(statement, counts)
         check_bound(heard[:, :size], self.max_rows)
-        assert plan is not None
         received = heard[:, size:]
         return AllToAllHandle(
             plan=plan,
@@ -202,6 +215,7 @@ class AllToAllDispatcher:
             received=tuple(received.sum(1).tolist()),
             hidden=statement.hidden,
             number=statement.number,
+            origin=self._control,
         )
 
     def _return(
@@ -215,12 +229,12 @@ class AllToAllDispatcher:
         """Start sending rows, and what belongs to them, back to where they came from."""
 
         def exchange() -> Pending[Tensor]:
-            self._control.confirm(statement, rows.device)
+            self._control.confirm(statement)
             to_source = handle.regroup.to_source
             extras = [] if beside is None else [(beside, to_source)]
             return self._send(record, rows, to_source, extras, handle.received, handle.sent)
 
-        job = self._lane.submit(exchange, rows.device)
+        job = self._lane.submit(exchange, rows.device, (rows,) if beside is None else (rows, beside))
         return lambda: job.wait().wait()
 
     def _send(

@@ -13,11 +13,12 @@ where it would make the host wait for the device.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Never
 
 import torch
 from torch import Tensor
 
-from moe_comm.errors import CommError, PlacementError, RankDisagreement, ReceiveOverflow
+from moe_comm.errors import CommError, InputError, PlacementError, RankDisagreement, ReceiveOverflow
 from moe_comm.placement import Placement
 from moe_comm.traffic import TrafficMeter
 from moe_comm.transport import Transport
@@ -25,6 +26,7 @@ from moe_comm.transport import Transport
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 _FINE, _REFUSED = 0, 1
+_HOST = torch.device("cpu")
 # Verdict, number of the operation, operation, hidden, dtype of rows, dtype of weights, top_k, whose handle.
 HEADER_SIZE = 8
 OPENING = (
@@ -51,6 +53,7 @@ class Statement:
         weight_dtype: of the gate weights; that of the rows where there are none.
         top_k: choices of a token; 0 where no choices travel.
         of_dispatch: number of the dispatch that gave the handle; its own number if it is one.
+        device: of the rows; not told.
         refusal: why this rank cannot take part.
     """
 
@@ -61,6 +64,7 @@ class Statement:
     weight_dtype: torch.dtype = torch.float32
     top_k: int = 0
     of_dispatch: int = 0
+    device: torch.device = _HOST
     refusal: CommError | None = None
 
     def header(self) -> list[int]:
@@ -94,33 +98,44 @@ class Control:
         rows: Tensor,
         weights: Tensor | None,
         check: Callable[[], None],
-        of_dispatch: int | None = None,
+        handle: Any = None,
     ) -> Statement:
         """What this rank says of an operation that it is about to begin.
 
         Args:
             rows: [n, hidden].
             weights: gate weights or their gradients, if they travel.
-            check: raises a CommError where the input cannot be exchanged.
-            of_dispatch: number of the dispatch that gave the handle; None if this is one.
+            check: raises a CommError where the input cannot be exchanged; may read the handle.
+            handle: of the dispatch that it belongs to, with its `number` and its `origin`, this object; not
+                read before a dispatch.
         """
         number, self._begun = self._begun, self._begun + 1
+        device = rows.device if isinstance(rows, Tensor) else self._transport.device
         try:
+            if operation != "dispatch":
+                require_own_handle(operation, handle, self)
             check()
         except CommError as error:
-            return Statement(operation, number, refusal=error)
+            return Statement(operation, number, device=device, refusal=error)
         weight_dtype = rows.dtype if weights is None else weights.dtype
-        if of_dispatch is not None:
-            return Statement(operation, number, rows.shape[1], rows.dtype, weight_dtype, 0, of_dispatch)
-        top_k = 0 if weights is None else weights.shape[1]
-        return Statement(operation, number, rows.shape[1], rows.dtype, weight_dtype, top_k, number)
+        if operation != "dispatch":
+            top_k, of_dispatch = 0, handle.number
+        else:
+            top_k, of_dispatch = 0 if weights is None else weights.shape[1], number
+        hidden, dtype = rows.shape[1], rows.dtype
+        return Statement(operation, number, hidden, dtype, weight_dtype, top_k, of_dispatch, device)
 
-    def confirm(self, statement: Statement, device: torch.device) -> None:
-        """Agree on an operation whose counts are known; on CUDA only this rank's own refusal is raised."""
-        if device.type == "cpu":
+    def confirm(self, statement: Statement) -> None:
+        """Agree on an operation whose counts are known; left out on CUDA."""
+        if statement.device.type == "cpu":
             self.agree(statement)
-        elif statement.refusal is not None:
-            raise statement.refusal
+
+    def refuse(self, statement: Statement) -> Never:
+        """Tell the others, where they listen before this operation, and raise the refusal."""
+        assert statement.refusal is not None
+        if statement.operation == "dispatch" or statement.device.type == "cpu":
+            self.agree(statement)
+        raise statement.refusal
 
     def agree(self, statement: Statement, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tell all ranks, hear them all, and raise on all alike where they do not agree.
@@ -162,26 +177,47 @@ def layout_facts(placement: Placement) -> dict[str, int]:
     }
 
 
-def check_bound(rows_sent: Tensor, max_rows: int | None) -> None:
-    """Raise if any rank would receive too much.
+def require_own_handle(operation: str, handle: Any, origin: object) -> None:
+    """Refuse a handle that another dispatcher gave, or that is none.
+
+    Raises:
+        InputError: says what was got.
+    """
+    given = getattr(handle, "origin", None)
+    if given is not origin:
+        got = type(handle).__name__ if given is None else "that of another one"
+        raise InputError(f"{operation}: expected a handle of this dispatcher, got {got}")
+
+
+def check_bound(rows_sent: Tensor, max_rows: int | None, lanes: int = 1) -> None:
+    """Raise if any rank would send, pass on or receive too much.
 
     Args:
         rows_sent: int64 [ep_size, ep_size] rows that rank s sends to rank d; the same on all ranks.
-        max_rows: that a rank may receive; None: any number.
+        max_rows: of a rank; None: any number.
+        lanes: ranks per node where rows are passed on within nodes; 1 where they go straight.
 
     Raises:
         ReceiveOverflow: names the fullest rank.
     """
     if max_rows is None:
         return
-    received = rows_sent.sum(0)
-    fullest = int(received.argmax())
-    if int(received[fullest]) > max_rows:
-        raise ReceiveOverflow(
-            f"dispatch: expected at most max_rows {max_rows} rows on a rank, got {int(received[fullest])} "
-            f"for expert-parallel rank {fullest}; raise max_rows, send fewer tokens, or go in rounds",
-            rows_sent.clone(),
-        )
+    nodes = rows_sent.shape[0] // lanes
+    # A row of source (node, lane) for a rank of a node goes through the rank of that lane there.
+    by_place = rows_sent.view(nodes, lanes, nodes, lanes)
+    offices = {
+        "to receive": rows_sent.sum(0),
+        "to send": rows_sent.sum(1),
+        "to pass on": by_place.sum((0, 3)).t().reshape(-1),
+    }
+    for what, rows in offices.items():
+        fullest = int(rows.argmax())
+        if int(rows[fullest]) > max_rows:
+            raise ReceiveOverflow(
+                f"dispatch: expected at most max_rows {max_rows} rows on a rank, got {int(rows[fullest])} "
+                f"{what} for expert-parallel rank {fullest}; raise max_rows, send less, or go in rounds",
+                rows_sent.clone(),
+            )
 
 
 def agree_on_opening(transport: Transport, facts: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ All ranks of the group must call the same operations in the same order.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -50,13 +50,22 @@ class Received:
     handle: Any
 
 
+class SharedByCopies:
+    """A deep copy of a layer talks through the same dispatcher: a connection cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
 class Dispatcher(Protocol):
     """Moves tokens between the ranks of one expert-parallel group.
+
+    Inputs are read until the wait: changing one in place before is an `InputError` there.
 
     Attributes:
         placement: where experts live.
         traffic: counts the rows and bytes that were sent.
-        max_rows: rows that a rank may receive in one dispatch; None: any number.
+        max_rows: rows that a rank may send, pass on or receive in one dispatch; None: any number.
     """
 
     placement: Placement

@@ -32,7 +32,7 @@ class NumericsError(CommError):
 
 
 class ReceiveOverflow(CommError):
-    """Some rank would receive more rows than it may hold; raised on all ranks of the group alike.
+    """Some rank would hold more rows than it may; raised on all ranks of the group alike.
 
     Args:
         message: names the rank, the bound and the rows.

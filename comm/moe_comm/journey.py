@@ -5,7 +5,7 @@ chunks to each other. So each group sees its collectives in the order of the cal
 the second hop while the next is on the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Never
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_comm.dispatcher import Pending
 from moe_comm.hops import FanOut, Landing
-from moe_comm.lane import Job, Lane
+from moe_comm.lane import Breaker, Job, Lane
 from moe_comm.placement import Placement
 from moe_comm.record import RecordLayout
 from moe_comm.traffic import TrafficMeter
@@ -32,7 +32,6 @@ class Route:
         near_received: records from each rank of the node, by chunk.
         ending: int64 [ep_size, chunks] tokens that end here, by source.
         hidden: width of a row.
-        number: of the dispatch.
         near: copies of what the far hop brought for every rank of the node; added as it arrives.
     """
 
@@ -42,7 +41,6 @@ class Route:
     near_received: list[tuple[int, ...]]
     ending: Tensor
     hidden: int
-    number: int
     near: list[FanOut] = field(default_factory=list)
 
 
@@ -61,16 +59,14 @@ class Journey:
         self._far_ranks = range(rank % lanes, placement.ep_size, lanes)
         self._near_ranks = range(rank // lanes * lanes, (rank // lanes + 1) * lanes)
         self._far, self._near = transport.split(self._far_ranks), transport.split(self._near_ranks)
-        self._far_lane, self._near_lane = Lane(f"far hop of {rank}"), Lane(f"near hop of {rank}")
+        breaker = Breaker([transport, self._far, self._near])
+        self._far_lane = Lane(f"far hop of {rank}", breaker)
+        self._near_lane = Lane(f"near hop of {rank}", breaker)
+        self._device = transport.device
 
-    def refuse(self, begin: Callable[[], Route]) -> Callable[[], Never]:
-        """Take part in an agreement that fails on all ranks, and raise when waited for."""
-        job = self._far_lane.submit(begin, torch.device("cpu"))
-
-        def fail() -> Never:
-            raise AssertionError(f"ranks agreed on an input that this one refused: {job.wait()}")
-
-        return fail
+    def refuse(self, refuse: Callable[[], Never]) -> Callable[[], Never]:
+        """Take part in an agreement that fails on all ranks; what it raises is raised when waited for."""
+        return self._far_lane.submit(refuse, self._device).wait
 
     def go_out(
         self,
@@ -78,7 +74,7 @@ class Journey:
         pack: Callable[[Route, int], Tensor],
         fan_out: Callable[[Route, Tensor, int], FanOut],
         record: RecordLayout,
-        device: torch.device,
+        inputs: Sequence[Tensor],
     ) -> Callable[[], tuple[Route, Tensor]]:
         """Start sending tokens to the ranks of their experts.
 
@@ -87,7 +83,7 @@ class Journey:
             pack: records of one chunk, in the order of the route's far copies.
             fan_out: near copies of the records of one chunk.
             record: layout of the records.
-            device: of the tokens.
+            inputs: the tokens, and what else `begin` and `pack` read.
 
         Returns:
             Waits, and gives the route and all records that ended here, by chunk.
@@ -110,7 +106,8 @@ class Journey:
                 ending.append(self._send_near(record, buffer, copies.counts, route.near_received[chunk]))
             return route, ending
 
-        far_job = self._far_lane.submit(far, device)
+        device = inputs[0].device
+        far_job = self._far_lane.submit(far, device, inputs)
         near_job = self._near_lane.submit(near, device)
 
         def arrive() -> tuple[Route, Tensor]:
@@ -163,7 +160,8 @@ class Journey:
             ]
 
         agreed = self._far_lane.submit(confirm, device)
-        returning = self._near_lane.submit(near, device)
+        inputs = (rows,) if row_weights is None else (rows, row_weights)
+        returning = self._near_lane.submit(near, device, inputs)
         forwarded: list[Job[Tensor]] = [
             self._near_lane.submit(lambda chunk=chunk: summed(chunk), device)  # type: ignore[misc]
             for chunk in range(len(route.bounds))

@@ -11,21 +11,70 @@ lanes cannot block each other for ever.
 On CUDA a lane has a stream of its own: its kernels neither delay the caller's nor run before what the
 caller had queued when it called.
 
+What ranks agree on (a refusal, an overflow) leaves a group in step, and the next task runs. Any other
+failure does not: peers wait for rows that will never come. So it trips the `Breaker`: the group's
+transports are given up, which peers notice, and all later operations here fail at once.
+
+When the interpreter ends, lanes first carry out what they were given, since a thread that asks for the
+interpreter afterwards would abort the process.
+
 Rejected: callbacks on the transport's own threads (their order is that of completion, which differs
 between ranks); coroutines that the caller must poll (nothing moves during a long matrix product).
 """
 
+import atexit
 import queue
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from moe_comm.errors import CommError, TransportError
+from moe_comm.transport import Transport
+
 T = TypeVar("T")
+_LEAVE_S = {True: 5.0, False: 30.0}  # how long lanes may take at the end; of a program that raised, or not
+
+
+class Breaker:
+    """Gives a group up when a task fails in a way that its ranks have not agreed on.
+
+    Args:
+        transports: of the group.
+
+    Attributes:
+        cause: what failed first; None while all is well.
+    """
+
+    def __init__(self, transports: Iterable[Transport] = ()) -> None:
+        self._transports = tuple(transports)
+        self.cause: BaseException | None = None
+
+    def trip(self, cause: BaseException) -> None:
+        """Note the cause and close the transports; further calls do nothing."""
+        if self.cause is None:
+            self.cause = cause
+            for transport in self._transports:
+                transport.close()
+
+    def require_whole(self) -> None:
+        """Refuse to go on after a failure.
+
+        Raises:
+            TransportError: names the cause.
+        """
+        if self.cause is not None:
+            raise TransportError(
+                f"communication was given up when an operation failed here ({type(self.cause).__name__}: "
+                f"{self.cause}); open a new dispatcher on all ranks"
+            )
 
 
 class Job(Generic[T]):
@@ -44,17 +93,22 @@ class Job(Generic[T]):
             _keep_until_used(value)
         return value
 
-    def run(self) -> None:
+    def run(self, breaker: Breaker) -> None:
         """Carry it out; called once, by the lane."""
         work, self._work = self._work, None
         assert work is not None
         try:
+            breaker.require_whole()
             with torch.no_grad():
                 value = work()
                 if torch.cuda.is_available() and torch.cuda.is_initialized():
                     self._event = torch.cuda.current_stream().record_event()
         except BaseException as error:
-            self._done.set_exception(error)
+            is_agreed = isinstance(error, CommError) and not isinstance(error, TransportError)
+            if not is_agreed:
+                breaker.trip(error)
+            # The frames of a refusal hold the whole input, and tell its reader nothing.
+            self._done.set_exception(error.with_traceback(None) if is_agreed else error)
         else:
             self._done.set_result(value)
 
@@ -64,31 +118,48 @@ class Lane:
 
     Args:
         name: of the thread.
+        breaker: shared by the lanes of a group.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, breaker: Breaker | None = None) -> None:
         self._name = name
+        self._breaker = Breaker() if breaker is None else breaker
         self._tasks: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._is_running = False
         self._stream: torch.cuda.Stream | None = None
 
-    def submit(self, work: Callable[[], T], device: torch.device) -> Job[T]:
+    def submit(self, work: Callable[[], T], device: torch.device, reads: Sequence[Tensor] = ()) -> Job[T]:
         """Queue a task; returns at once.
 
         Args:
             work: runs without gradients; on CUDA after all that the caller has queued so far.
-            device: of the tensors that it reads.
+            device: where it works.
+            reads: tensors of the caller that it reads.
         """
         if not self._is_running:
             self._is_running = True
-            threading.Thread(target=_serve, args=(self._tasks,), name=self._name, daemon=True).start()
-            weakref.finalize(self, self._tasks.put, None)
-        job = Job(self._on_stream(work, device) if device.type == "cuda" else work)
+            self._start()
+        job = Job(self._on_stream(work, device, reads) if device.type == "cuda" else work)
         self._tasks.put(job)
         return job
 
-    def _on_stream(self, work: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    def _start(self) -> None:
+        thread = threading.Thread(
+            target=_serve, args=(self._tasks, self._breaker), name=self._name, daemon=True
+        )
+        if not _running:
+            atexit.unregister(finish_lanes)
+            atexit.register(finish_lanes)
+        _running[thread] = self._tasks
+        thread.start()
+        weakref.finalize(self, self._tasks.put, None)
+
+    def _on_stream(
+        self, work: Callable[[], T], device: torch.device, reads: Sequence[Tensor]
+    ) -> Callable[[], T]:
         stream = self._stream = self._stream or torch.cuda.Stream(device)
+        for tensor in reads:
+            tensor.record_stream(stream)  # the caller may let go of it before it has been read
         ready = torch.cuda.current_stream(device).record_event()
 
         def run() -> T:
@@ -100,16 +171,40 @@ class Lane:
         return run
 
 
-def _serve(tasks: "queue.SimpleQueue[Job | None]") -> None:
+_running: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Job | None]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _serve(tasks: "queue.SimpleQueue[Job | None]", breaker: Breaker) -> None:
     while (job := tasks.get()) is not None:
-        job.run()
+        job.run(breaker)
         del job  # a finished task must not hold its buffers until the next one comes
+
+
+def end_of_leave() -> float:
+    """Until when, by `time.monotonic`, a program that ends may wait for its operations."""
+    return time.monotonic() + _LEAVE_S[getattr(sys, "last_value", None) is not None]
+
+
+def finish_lanes() -> None:
+    """Let all lanes carry out what they were given, and end; called when the interpreter ends."""
+    until = end_of_leave()
+    running = list(_running.items())
+    for _, tasks in running:
+        tasks.put(None)
+    for thread, _ in running:
+        thread.join(max(until - time.monotonic(), 0.0))
 
 
 def _keep_until_used(value: Any) -> None:
     """Tell the allocator that this stream reads tensors which another stream made."""
-    if isinstance(value, Tensor) and value.is_cuda:
-        value.record_stream(torch.cuda.current_stream())
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            value.record_stream(torch.cuda.current_stream())
     elif isinstance(value, tuple | list):
         for part in value:
             _keep_until_used(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            _keep_until_used(getattr(value, field.name))

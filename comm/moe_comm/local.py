@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_comm.control import check_bound
-from moe_comm.dispatcher import Received
+from moe_comm.control import check_bound, require_own_handle
+from moe_comm.dispatcher import Received, SharedByCopies
 from moe_comm.errors import PlacementError
-from moe_comm.pending import Done, Started
+from moe_comm.pending import Started, at_once
 from moe_comm.placement import Placement
 from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send
 from moe_comm.traffic import TrafficMeter
@@ -21,13 +21,15 @@ class LocalHandle:
     Args:
         plan: order of the rows.
         hidden: width of a row.
+        origin: the dispatcher that gave it.
     """
 
     plan: SendPlan
     hidden: int
+    origin: object
 
 
-class LocalDispatcher:
+class LocalDispatcher(SharedByCopies):
     """Orders rows by expert without sending anything; needs no process group.
 
     Rows come in the order that `AllToAllDispatcher` on one rank gives, bit for bit.
@@ -62,31 +64,21 @@ class LocalDispatcher:
             InputError: a wrong shape, dtype or expert number.
             ReceiveOverflow: more than max_rows rows.
         """
-        return Started(lambda: self._dispatch(tokens, weights, expert_ids))
+        return at_once(lambda: self._dispatch(tokens, weights, expert_ids))
 
-    @torch.no_grad()
-    def combine(self, rows: Tensor, handle: LocalHandle) -> Done[Tensor]:
+    def combine(self, rows: Tensor, handle: LocalHandle) -> Started[Tensor]:
         """See `Dispatcher.combine`."""
-        check_rows(rows, handle.plan.row_slots.numel(), handle.hidden, "combine")
-        self._count(rows.shape[0])
-        return Done(handle.plan.bags.sum(rows))
+        return at_once(lambda: self._combine(rows, handle))
 
-    @torch.no_grad()
-    def combine_backward(self, d_tokens: Tensor, handle: LocalHandle) -> Done[Tensor]:
+    def combine_backward(self, d_tokens: Tensor, handle: LocalHandle) -> Started[Tensor]:
         """See `Dispatcher.combine_backward`."""
-        check_tokens(d_tokens, handle.plan.slot_rows.shape[0], handle.hidden)
-        self._count(handle.plan.row_slots.numel())
-        return Done(d_tokens.index_select(0, handle.plan.row_tokens))
+        return at_once(lambda: self._combine_backward(d_tokens, handle))
 
-    @torch.no_grad()
     def dispatch_backward(
         self, d_rows: Tensor, d_row_weights: Tensor, handle: LocalHandle
-    ) -> Done[tuple[Tensor, Tensor]]:
+    ) -> Started[tuple[Tensor, Tensor]]:
         """See `Dispatcher.dispatch_backward`."""
-        plan = handle.plan
-        check_rows(d_rows, plan.row_slots.numel(), handle.hidden, "dispatch_backward", d_row_weights)
-        self._count(d_rows.shape[0])
-        return Done((plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)))
+        return at_once(lambda: self._dispatch_backward(d_rows, d_row_weights, handle))
 
     @torch.no_grad()
     def _dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Received:
@@ -96,8 +88,32 @@ class LocalDispatcher:
         rows = tokens.index_select(0, plan.row_tokens)
         row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
         self._count(rows.shape[0])
-        handle = LocalHandle(plan, tokens.shape[1])
+        handle = LocalHandle(plan, tokens.shape[1], self)
         return Received(rows, row_weights, plan.expert_counts.cpu(), handle)
+
+    @torch.no_grad()
+    def _combine(self, rows: Tensor, handle: LocalHandle) -> Tensor:
+        require_own_handle("combine", handle, self)
+        check_rows(rows, handle.plan.row_slots.numel(), handle.hidden, "combine")
+        self._count(rows.shape[0])
+        return handle.plan.bags.sum(rows)
+
+    @torch.no_grad()
+    def _combine_backward(self, d_tokens: Tensor, handle: LocalHandle) -> Tensor:
+        require_own_handle("combine_backward", handle, self)
+        check_tokens(d_tokens, handle.plan.slot_rows.shape[0], handle.hidden)
+        self._count(handle.plan.row_slots.numel())
+        return d_tokens.index_select(0, handle.plan.row_tokens)
+
+    @torch.no_grad()
+    def _dispatch_backward(
+        self, d_rows: Tensor, d_row_weights: Tensor, handle: LocalHandle
+    ) -> tuple[Tensor, Tensor]:
+        require_own_handle("dispatch_backward", handle, self)
+        plan = handle.plan
+        check_rows(d_rows, plan.row_slots.numel(), handle.hidden, "dispatch_backward", d_row_weights)
+        self._count(d_rows.shape[0])
+        return plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)
 
     def _count(self, num_rows: int) -> None:
         self.traffic.count_rows((num_rows,), 0, 0, (0,))

@@ -39,11 +39,15 @@ class Lane:
         self.rank: int = comm.Get_rank()
         self.started = 0
         self.left: dict[int, int] = {}  # rank -> exchanges it had started
+        self.is_closed = False
         self._goodbye = b""
         self._goodbyes: list[MPI.Request] = []
 
     def say_goodbye(self) -> None:
-        """Tell every peer how many exchanges this rank has started, there being no more to come."""
+        """Tell every peer how many exchanges this rank has started, there being no more to come; once."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         self._goodbye = self.started.to_bytes(_GOODBYE_BYTES, "little")
         message = [self._goodbye, self._mpi.BYTE]
         peers = (peer for peer in range(self.size) if peer != self.rank)

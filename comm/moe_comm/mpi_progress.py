@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moe_comm.errors import CommError, TransportError
+from moe_comm.lane import finish_lanes
 from moe_comm.mpi_lane import Lane, one_line
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class Progress:
         with self._changed:
             self._lanes.append(lane)
         return lane
+
+    def close(self, lane: Lane) -> None:
+        """Say goodbye on a communicator while the program goes on."""
+        with self._changed:
+            lane.say_goodbye()
 
     def drive(self, exchange: Exchange) -> None:
         """Take charge of an exchange that was just started."""
@@ -213,6 +219,7 @@ class Progress:
 
     def _leave(self) -> None:
         """The end of the interpreter: stop the thread, and see to it that MPI_Finalize cannot hang."""
+        finish_lanes()  # what they still have to start comes before the goodbyes
         with self._changed:
             self._is_leaving = True
             self._changed.notify_all()

@@ -1,26 +1,28 @@
 """Operations under way: what is left to do when they are waited for."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from moe_comm.errors import CommError
+from torch import Tensor
+
+from moe_comm.errors import CommError, InputError
 
 T = TypeVar("T")
 
 
-class Done(Generic[T]):
-    """A pending operation that needed no waiting.
+def at_once(run: Callable[[], T]) -> "Started[T]":
+    """An operation that takes place in the call; what it raises is raised by the wait."""
+    try:
+        value = run()
+    except CommError as error:
+        refusal = error.with_traceback(None)
 
-    Args:
-        value: its result.
-    """
+        def fail() -> T:
+            raise refusal
 
-    def __init__(self, value: T) -> None:
-        self._value: T = value
-
-    def wait(self) -> T:
-        """The result."""
-        return self._value
+        return Started(fail)
+    return Started(lambda: value)
 
 
 class Started(Generic[T]):
@@ -30,18 +32,30 @@ class Started(Generic[T]):
 
     Args:
         finish: blocks, then returns the result; called once.
+        inputs: tensors of the caller that the operation reads until then.
     """
 
-    def __init__(self, finish: Callable[[], T]) -> None:
+    def __init__(self, finish: Callable[[], T], inputs: Sequence[Tensor] = ()) -> None:
         self._finish: Callable[[], T] | None = finish
+        # Weakly: who has let go of an input cannot change it.
+        self._inputs = [(weakref.ref(x), x._version) for x in inputs if not x.is_inference()]
 
     def wait(self) -> T:
         """Block until done.
 
         Raises:
             CommError: it was waited for before.
+            InputError: an input was changed in place since the call.
         """
         if self._finish is None:
             raise CommError("a pending operation was waited for twice; keep the result of the first wait")
         finish, self._finish = self._finish, None
-        return finish()
+        value = finish()
+        for reference, version in self._inputs:
+            tensor = reference()
+            if tensor is not None and tensor._version != version:
+                raise InputError(
+                    f"expected inputs that stay as they are until the wait, got one of shape "
+                    f"{list(tensor.shape)} that was changed in place meanwhile; wait first, or pass a copy"
+                )
+        return value

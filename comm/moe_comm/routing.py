@@ -22,8 +22,9 @@ Rejected: a one-hot [slots, experts] mask (the textbook form; 30 times the work 
 (writes all rows once more).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,8 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
     Raises:
         InputError: says which tensor, what was expected and what was got.
     """
+    named = {"tokens": tokens, "weights": weights, "expert_ids": expert_ids}
+    _check_tensors("dispatch", named)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise InputError(f"dispatch: expected tokens [tokens, hidden], got shape {list(tokens.shape)}")
     if expert_ids.dim() != 2 or expert_ids.shape[0] != tokens.shape[0] or expert_ids.shape[1] < 1:
@@ -153,8 +156,10 @@ def check_rows(
 
     Raises:
         CountMismatch: says what the handle knows and what was got.
-        InputError: a dtype that cannot travel.
+        InputError: a dtype that cannot travel, or no tensor.
     """
+    beside = {} if row_weights is None else {"row weights": row_weights}
+    _check_tensors(operation, {"rows": rows, **beside})
     if rows.shape != (num_rows, hidden):
         raise CountMismatch(
             f"{operation}: expected rows {[num_rows, hidden]} as dispatched, got {list(rows.shape)}"
@@ -173,13 +178,29 @@ def check_tokens(d_tokens: Tensor, num_tokens: int, hidden: int) -> None:
 
     Raises:
         CountMismatch: says what the handle knows and what was got.
+        InputError: a dtype that cannot travel, or no tensor.
     """
+    _check_tensors("combine_backward", {"gradients": d_tokens})
     expected = [num_tokens, hidden]
     if list(d_tokens.shape) != expected:
         raise CountMismatch(
             f"combine_backward: expected gradients {expected} as combined, got {list(d_tokens.shape)}"
         )
     _check_floating("combine_backward", "gradients", d_tokens)
+
+
+def _check_tensors(operation: str, named: Mapping[str, Any]) -> None:
+    """Refuse what holds no numbers here, and tensors that are not together."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{operation}: expected {name} as a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_meta:
+            raise InputError(
+                f"{operation}: expected {name} as a dense tensor, got {value.layout} on {value.device}"
+            )
+    devices = {name: value.device for name, value in named.items()}
+    if len(set(devices.values())) > 1:
+        raise InputError(f"{operation}: expected tensors on one device, got {devices}")
 
 
 def _check_floating(operation: str, name: str, tensor: Tensor) -> None:

@@ -39,6 +39,10 @@ class Transport(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give up, from any thread: later exchanges are refused, and peers learn it as soon as may be."""
+        ...
+
     def all_to_all(
         self,
         send: Tensor,

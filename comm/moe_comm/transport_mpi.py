@@ -73,6 +73,10 @@ class MpiTransport:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def close(self) -> None:
+        """See `Transport.close`: peers hear that this rank starts no more exchanges."""
+        self._progress.close(self._lane)
+
     def all_to_all(
         self,
         send: Tensor,
@@ -90,6 +94,8 @@ class MpiTransport:
         shape = (sum(recv_splits), *send.shape[1:])
         into = torch.empty(shape, dtype=send.dtype) if received is None else received
         lane = self._lane
+        if lane.is_closed:
+            raise self._refused("an exchange", "the transport is closed")
         try:
             request = lane.comm.Ialltoallv(self._message(send, send_splits), self._message(into, recv_splits))
         except self._mpi.Exception as error:

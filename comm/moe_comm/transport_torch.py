@@ -20,10 +20,13 @@ tensors for milliseconds after the wait.
 gloo forgets a transfer whose buffer is gone, and what else the pair has to say to each other then waits
 behind it for ever. So an exchange that the caller drops is kept, and waited for before the next begins.
 
-The communicator is closed with the transport, or before the interpreter shuts down: gloo's threads,
-letting go of a tensor at that moment, would abort the process.
+The communicator is closed with the transport, but not while an exchange is under way that nobody waits
+for; and before the interpreter shuts down, when all of them have been waited for: gloo's threads, letting go
+of a tensor at that moment, would abort the process.
 """
 
+import atexit
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -36,6 +39,7 @@ from torch import Tensor
 
 from moe_comm.dispatcher import Pending
 from moe_comm.errors import CommError, PlacementError, TransportError
+from moe_comm.lane import end_of_leave
 
 _TAGS = 1 << 20  # exchanges after which tags repeat; far more than can be under way
 _Transfer = tuple[Any, Tensor, Tensor]  # of a backend, and the buffers that it reads and writes
@@ -77,7 +81,7 @@ class TorchTransport:
         self._backends = {
             device: kind.open(dist.PrefixStore(device, store), rank, size) for device, kind in wanted.items()
         }
-        weakref.finalize(self, self._backends.clear)
+        weakref.finalize(self, _let_go, self._backends, self._dropped)
 
     @property
     def size(self) -> int:
@@ -101,6 +105,11 @@ class TorchTransport:
         part._open(self._kinds, store, members.index(self._rank), len(members))
         return part
 
+    def close(self) -> None:
+        """See `Transport.close`. Exchanges under way hold the connection open until they are waited for."""
+        self._backends.clear()
+        self._dropped.clear()
+
     def all_to_all(
         self,
         send: Tensor,
@@ -115,7 +124,8 @@ class TorchTransport:
         """
         backend = self._backends.get(send.device.type)
         if backend is None:
-            raise TransportError(f"expected tensors on {', '.join(self._backends)}, got {send.device.type}")
+            kinds = ", ".join(self._backends) or "no device, the transport being closed"
+            raise TransportError(f"expected tensors on {kinds}, got {send.device.type}")
         shape, has_own = (sum(recv_splits), *send.shape[1:]), received is not None
         into = torch.empty(shape, dtype=send.dtype, device=send.device) if received is None else received
         out, blocks = send.split(list(send_splits)), into.split(list(recv_splits))
@@ -169,6 +179,7 @@ class _Exchange:
     ) -> None:
         self._flight: tuple[list[_Transfer], Tensor] | None = (transfers, received)
         self._dropped, self._failed = dropped, failed
+        _exchanges.add(self)
 
     def wait(self) -> Tensor:
         """See `Pending.wait`.
@@ -189,6 +200,34 @@ class _Exchange:
     def __del__(self) -> None:
         if self._flight is not None:
             self._dropped.append(self._flight[0])
+
+    def transfers(self) -> list[_Transfer]:
+        """Those that nobody has waited for."""
+        return [] if self._flight is None else self._flight[0]
+
+
+_exchanges: "weakref.WeakSet[_Exchange]" = weakref.WeakSet()
+_left: list[tuple[dict[str, Any], deque[list[_Transfer]]]] = []  # backends, and what is under way there
+
+
+def _let_go(backends: dict[str, Any], dropped: deque[list[_Transfer]]) -> None:
+    """The transport is gone: close its communicators, or leave that to the end of the program."""
+    if dropped:
+        _left.append((dict(backends), dropped))
+    backends.clear()
+
+
+@atexit.register
+def _finish_exchanges() -> None:
+    """Let exchanges end that nobody waits for; runs after `lane.finish_lanes`, which is registered later."""
+    until = end_of_leave()
+    dropped = [transfers for _, left in _left for transfers in left]
+    for transfers in [*dropped, *(exchange.transfers() for exchange in list(_exchanges))]:
+        for work, *_ in transfers:
+            try:
+                work.wait(timedelta(seconds=max(until - time.monotonic(), 1e-3)))
+            except RuntimeError:  # a peer has ended or is late; whoever it matters to has heard of it
+                return
 
 
 def _wait_for(transfers: list[_Transfer]) -> None:

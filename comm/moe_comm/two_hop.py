@@ -30,12 +30,13 @@ Ref: DSV3 §3.2.2
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 from torch import Tensor
 
 from moe_comm.control import Control, Statement, agree_on_opening, check_bound, layout_facts
-from moe_comm.dispatcher import Pending, Received
+from moe_comm.dispatcher import Pending, Received, SharedByCopies
 from moe_comm.errors import PlacementError
 from moe_comm.hops import (
     FanOut,
@@ -67,10 +68,14 @@ class TwoHopHandle:
     Args:
         route: the hops of the dispatch.
         landing: order and sums at this rank's experts.
+        number: of the dispatch.
+        origin: the `Control` of the dispatcher that gave it.
     """
 
     route: Route
     landing: Landing
+    number: int
+    origin: Control
 
     @property
     def num_rows(self) -> int:
@@ -78,14 +83,14 @@ class TwoHopHandle:
         return self.landing.to_expert.numel()
 
 
-class TwoHopDispatcher:
+class TwoHopDispatcher(SharedByCopies):
     """Sends each token to a node once, and within the node to a rank once; all ranks open it together.
 
     Args:
         placement: where experts and nodes are; at least two nodes, each of whole groups.
         transport: moves bytes between the ranks of the group.
         wire: what rows are written as while they travel, one of WIRES.
-        max_rows: rows that a rank may receive in one dispatch; None: any number.
+        max_rows: rows that a rank may send, pass on or receive in one dispatch; None: any number.
         chunks: parts of a dispatch, equal on all ranks; None takes DEFAULT_CHUNKS.
 
     Raises:
@@ -127,7 +132,8 @@ class TwoHopDispatcher:
             "dispatch", tokens, weights, lambda: check_inputs(tokens, weights, expert_ids, num_experts)
         )
         if statement.refusal is not None:
-            return Started(self._journey.refuse(lambda: self._open(statement, expert_ids)))
+            return self._refuse(statement)
+        expert_ids = expert_ids.clone()  # they decide on counts first and on rows later
         beside = ((expert_ids.shape[1], self._id_dtype), (expert_ids.shape[1], weights.dtype))
         record = RecordLayout(self._dispatch_codec, tokens.shape[1], tokens.dtype, beside)
 
@@ -141,7 +147,7 @@ class TwoHopDispatcher:
             return route.near[-1]
 
         arrive = self._journey.go_out(
-            lambda: self._open(statement, expert_ids), pack, fan_out, record, tokens.device
+            lambda: self._open(statement, expert_ids), pack, fan_out, record, (tokens, weights, expert_ids)
         )
 
         def finish() -> Received:
@@ -151,62 +157,67 @@ class TwoHopDispatcher:
             arrived_weights = record.extra(arrived, 1).index_select(0, landing.to_expert)
             choice = landing.plan.row_slots.remainder(arrived_weights.shape[1]).unsqueeze(1)
             row_weights = arrived_weights.gather(1, choice).flatten()
-            handle = TwoHopHandle(route, landing)
+            handle = TwoHopHandle(route, landing, statement.number, self._control)
             return Received(rows, row_weights, landing.plan.expert_counts.cpu(), handle)
 
-        return Started(finish)
+        return Started(finish, (tokens, weights))
 
     def combine(self, rows: Tensor, handle: TwoHopHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine`; errors as in `AllToAllDispatcher.combine`."""
-        hidden = handle.route.hidden
         statement = self._control.state(
             "combine",
             rows,
             None,
-            lambda: check_rows(rows, handle.num_rows, hidden, "combine"),
-            handle.route.number,
+            lambda: check_rows(rows, handle.num_rows, handle.route.hidden, "combine"),
+            handle,
         )
-        record = RecordLayout(self._combine_codec, hidden, rows.dtype)
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        record = RecordLayout(self._combine_codec, handle.route.hidden, rows.dtype)
         arrive = self._return(statement, rows, None, record, handle)
-        return Started(lambda: arrive()[0])
+        return Started(lambda: arrive()[0], (rows,))
 
     def combine_backward(self, d_tokens: Tensor, handle: TwoHopHandle) -> Pending[Tensor]:
         """See `Dispatcher.combine_backward`; errors as in `combine`."""
-        route = handle.route
-        num_tokens = route.bounds[-1][1]
         statement = self._control.state(
             "combine_backward",
             d_tokens,
             None,
-            lambda: check_tokens(d_tokens, num_tokens, route.hidden),
-            route.number,
+            lambda: check_tokens(d_tokens, handle.route.bounds[-1][1], handle.route.hidden),
+            handle,
         )
-        record = RecordLayout(self._dispatch_codec, route.hidden, d_tokens.dtype)
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        record = RecordLayout(self._dispatch_codec, handle.route.hidden, d_tokens.dtype)
 
         def confirm() -> Route:
-            self._control.confirm(statement, d_tokens.device)
-            return route
+            self._control.confirm(statement)
+            return handle.route
 
         def pack(route: Route, chunk: int) -> Tensor:
             return record.pack(d_tokens[slice(*route.bounds[chunk])], route.far[chunk].order)
 
         arrive = self._journey.go_out(
-            confirm, pack, lambda route, _, chunk: route.near[chunk], record, d_tokens.device
+            confirm, pack, lambda route, _, chunk: route.near[chunk], record, (d_tokens,)
         )
-        return Started(lambda: record.rows(arrive()[1], handle.landing.to_expert))
+        return Started(lambda: record.rows(arrive()[1], handle.landing.to_expert), (d_tokens,))
 
     def dispatch_backward(
         self, d_rows: Tensor, d_row_weights: Tensor, handle: TwoHopHandle
     ) -> Pending[tuple[Tensor, Tensor]]:
         """See `Dispatcher.dispatch_backward`; errors as in `combine`."""
-        hidden, top_k = handle.route.hidden, handle.landing.plan.slot_rows.shape[1]
         statement = self._control.state(
             "dispatch_backward",
             d_rows,
             d_row_weights,
-            lambda: check_rows(d_rows, handle.num_rows, hidden, "dispatch_backward", d_row_weights),
-            handle.route.number,
+            lambda: check_rows(
+                d_rows, handle.num_rows, handle.route.hidden, "dispatch_backward", d_row_weights
+            ),
+            handle,
         )
+        if statement.refusal is not None:
+            return self._refuse(statement)
+        hidden, top_k = handle.route.hidden, handle.landing.plan.slot_rows.shape[1]
         record = RecordLayout(self._combine_codec, hidden, d_rows.dtype, ((top_k, d_row_weights.dtype),))
         arrive = self._return(statement, d_rows, d_row_weights, record, handle)
 
@@ -215,14 +226,17 @@ class TwoHopDispatcher:
             assert d_weights is not None
             return d_tokens, d_weights
 
-        return Started(finish)
+        return Started(finish, (d_rows, d_row_weights))
+
+    def _refuse(self, statement: Statement) -> Started[Never]:
+        """Tell the others that this rank cannot take part; the wait raises why."""
+        return Started(self._journey.refuse(lambda: self._control.refuse(statement)))
 
     def _open(self, statement: Statement, expert_ids: Tensor) -> Route:
         """Tell the others what to expect, and learn what to receive."""
         placement, size, chunks = self.placement, self.placement.ep_size, self._chunks
-        counts = None if statement.refusal else counts_for_all(expert_ids, placement, chunks)
-        _, heard = self._control.agree(statement, counts)
-        check_bound(heard[:, :size], self.max_rows)
+        _, heard = self._control.agree(statement, counts_for_all(expert_ids, placement, chunks))
+        check_bound(heard[:, :size], self.max_rows, self.lanes)
         ending, crossing = heard[:, size : size + chunks], heard[:, size + chunks :]
         bounds = chunk_bounds(expert_ids.shape[0], chunks)
         experts = placement.local_experts * placement.lanes
@@ -234,7 +248,6 @@ class TwoHopDispatcher:
             near_received=[lengths_from_lanes(ending, placement, chunk) for chunk in range(chunks)],
             ending=ending,
             hidden=statement.hidden,
-            number=statement.number,
         )
 
     def _ranks_of(self, expert_ids: Tensor) -> Tensor:
@@ -252,7 +265,7 @@ class TwoHopDispatcher:
         handle: TwoHopHandle,
     ) -> Callable[[], tuple[Tensor, Tensor | None]]:
         def confirm() -> None:
-            self._control.confirm(statement, rows.device)
+            self._control.confirm(statement)
 
         return self._journey.come_back(confirm, rows, row_weights, record, handle.route, handle.landing)
 

@@ -49,6 +49,10 @@ class SharedGroups:
             self._parts[key] = SharedGroups(self._transport.split(ranks))
         return self._parts[key]
 
+    def close(self) -> None:
+        """See `Transport.close`; the case is over for all who share it."""
+        self._transport.close()
+
     def all_to_all(
         self,
         send: Tensor,

@@ -242,9 +242,8 @@ def overflow_is_told_to_all(setting: Setting, groups: SharedGroups) -> None:
     summed = bounded.combine(received.rows, received.handle).wait()
 
     assert isinstance(error, ReceiveOverflow), repr(error)
-    assert f"max_rows {most - 1} rows on a rank, got {most} for expert-parallel rank {size - 1};" in str(
-        error
-    )
+    words = f"max_rows {most - 1} rows on a rank, got {most} to receive for expert-parallel rank {size - 1};"
+    assert words in str(error), error
     table = torch.zeros((size, size), dtype=torch.int64)
     table[:, -1] = torch.tensor([top_k * len(ids) for ids in full.expert_ids])
     require_same_bits(rows_sent=(error.rows_sent, table))

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,16 +80,17 @@ def test_all_ranks_hear_of_a_difference_and_agree_again_afterwards(odd, words):
     def talk(transport: ThreadTransport):
         control = _control(transport)
         fine = {"operation": "dispatch", "rows": torch.zeros(4, 5), "weights": torch.zeros(4, 2)}
-        mine = fine | {"of_dispatch": None} | (odd if transport.rank == 2 else {})
+        mine = fine | (odd if transport.rank == 2 else {})
+        mine["handle"] = SimpleNamespace(number=mine.pop("of_dispatch", 0), origin=control)
         if "of_dispatch" in odd:
-            mine |= {"of_dispatch": odd["of_dispatch"] if transport.rank == 2 else 0}
+            mine["operation"] = "combine"
         with pytest.raises(RankDisagreement) as raised:
             control.agree(control.state(mine.pop("operation"), check=_no_objection, **mine))
         control.agree(control.state(**fine, check=_no_objection))
         return str(raised.value)
 
     messages = run_threads(talk, SIZE)
-    own = odd.get("operation", "dispatch")
+    own = "combine" if "of_dispatch" in odd else odd.get("operation", "dispatch")
     pattern = f"^(dispatch|{own}): expected the same of all ranks, .*{words}"
     for message in messages:
         assert isinstance(message, str) and re.search(pattern, message), repr(message)
@@ -102,8 +104,9 @@ def test_a_refusal_is_raised_by_its_rank_and_named_to_the_others():
         control = _control(transport)
         check = object_to_it if transport.rank in (0, 2) else _no_objection
         # A refused input may be anything: it is not looked at.
-        rows = torch.zeros(()) if transport.rank == 0 else torch.zeros(4, 5)
-        control.agree(control.state("combine", rows, None, check, 0))
+        rows = None if transport.rank == 0 else torch.zeros(4, 5)
+        handle = SimpleNamespace(number=0, origin=control)
+        control.agree(control.state("combine", rows, None, check, handle))
 
     first, second, third = run_threads(talk, SIZE)
     assert isinstance(first, InputError) and isinstance(third, InputError)
@@ -112,14 +115,11 @@ def test_a_refusal_is_raised_by_its_rank_and_named_to_the_others():
 
 
 def test_on_a_device_only_the_own_refusal_is_raised_and_nothing_is_sent():
-    def refuse() -> None:
-        raise CountMismatch("planted")
-
     def talk(transport: ThreadTransport):
         control, device = _control(transport), torch.device("cuda")
-        control.confirm(control.state("combine", torch.zeros(1, 1), None, _no_objection, 0), device)
+        control.confirm(Statement("combine", 0, device=device))
         if transport.rank == 1:
-            control.confirm(control.state("combine", torch.zeros(1, 1), None, refuse, 0), device)
+            control.refuse(Statement("combine", 1, device=device, refusal=CountMismatch("planted")))
         return control._traffic.snapshot()
 
     results = run_threads(talk, SIZE)
@@ -127,10 +127,33 @@ def test_on_a_device_only_the_own_refusal_is_raised_and_nothing_is_sent():
     assert results[0] == results[2] == Traffic()
 
 
-def test_the_bound_is_on_what_a_rank_receives_and_the_fullest_is_named():
+@pytest.mark.parametrize("handle", [None, 3, SimpleNamespace(number=0, origin=object())])
+def test_a_handle_of_somebody_else_is_refused(handle):
+    control = run_threads(_control, 1)[0]
+    statement = control.state("combine", torch.zeros(4, 5), None, _no_objection, handle)
+    assert isinstance(statement.refusal, InputError)
+    assert "combine: expected a handle of this dispatcher, got" in str(statement.refusal)
+
+
+@pytest.mark.parametrize(
+    ("rows_sent", "lanes", "most", "words"),
+    [
+        ([[0, 0, 0, 9], [0, 0, 0, 1], [0, 3, 0, 0], [0, 0, 0, 0]], 1, 10, "10 to receive for .* rank 3;"),
+        ([[2, 2, 2, 2], [0, 0, 0, 3], [0, 3, 0, 0], [0, 0, 0, 0]], 1, 8, "8 to send for .* rank 0;"),
+        # Of the second lane of node 0, for both ranks of node 1, and of the same lane of node 1.
+        ([[0, 0, 0, 0], [0, 0, 4, 3], [0, 3, 0, 0], [0, 0, 3, 3]], 2, 13, "13 to pass on for .* rank 3;"),
+    ],
+)
+def test_the_bound_is_on_what_a_rank_sends_passes_on_and_receives(rows_sent, lanes, most, words):
+    table = torch.tensor(rows_sent)
+    check_bound(table, most, lanes)
+    with pytest.raises(ReceiveOverflow, match=words):
+        check_bound(table, most - 1, lanes)
+
+
+def test_an_overflow_carries_its_table():
     rows_sent = torch.tensor([[5, 0, 9], [0, 1, 8], [5, 0, 0]])
     check_bound(rows_sent, None)
-    check_bound(rows_sent, 17)
     with pytest.raises(ReceiveOverflow, match=r"max_rows 16 rows on a rank, got 17 .* rank 2;") as raised:
         check_bound(rows_sent, 16)
     rows_sent.zero_()

@@ -103,11 +103,11 @@ def test_rows_of_another_shape_are_refused():
     received = dispatcher.dispatch(drawn.tokens[0], drawn.weights[0], drawn.expert_ids[0]).wait()
     handle = received.handle
     with pytest.raises(CountMismatch, match=r"combine: expected rows \[21, 5\] as dispatched, got \[20, 5\]"):
-        dispatcher.combine(received.rows[1:], handle)
+        dispatcher.combine(received.rows[1:], handle).wait()
     with pytest.raises(CountMismatch, match="21 row weights"):
-        dispatcher.dispatch_backward(received.rows, received.row_weights[1:], handle)
+        dispatcher.dispatch_backward(received.rows, received.row_weights[1:], handle).wait()
     with pytest.raises(CountMismatch, match=r"gradients \[7, 5\]"):
-        dispatcher.combine_backward(drawn.tokens[0][:, 1:], handle)
+        dispatcher.combine_backward(drawn.tokens[0][:, 1:], handle).wait()
 
 
 def test_more_rows_than_max_rows_are_refused_with_the_table_and_as_many_are_not():

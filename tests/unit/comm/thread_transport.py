@@ -35,6 +35,10 @@ class ThreadTransport:
 
         return Started(finish)
 
+    def close(self) -> None:
+        """Peers notice when they next wait."""
+        self._barrier.abort()
+
     def split(self, ranks: Sequence[int]) -> "ThreadTransport":
         """The whole group again."""
         assert list(ranks) == list(range(self.size))
