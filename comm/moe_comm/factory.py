@@ -3,6 +3,8 @@
 import logging
 from typing import Any
 
+import torch.distributed as dist
+
 from moe_comm.alltoall import AllToAllDispatcher
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import CommError, PlacementError
@@ -37,7 +39,8 @@ def open_dispatcher(
         wire: what rows are written as while they travel: auto (as they are), bf16, fp32, fp8, fp8_pow2.
             The FP8 forms hold for dispatch and for the backward of combine; what is summed goes as BF16.
         chunks: parts of a dispatch over two hops; None: a default. Read by "two_hop".
-        max_rows: rows that a rank may receive in one dispatch; more is `ReceiveOverflow` on all ranks.
+        max_rows: rows that a rank may send, pass on or receive in one dispatch; more is `ReceiveOverflow`
+            on all ranks.
 
     Raises:
         CommError: an unknown word, or one that does not suit the placement or the group.
@@ -71,4 +74,9 @@ def _transport(group: Any) -> Transport:
         from moe_comm.transport_mpi import MpiTransport  # needs mpi4py, which the caller has then
 
         return MpiTransport(group)
-    return TorchTransport(group) if group is None or hasattr(group, "group_name") else group
+    if group is None or hasattr(group, "group_name"):
+        return TorchTransport(group)
+    if not hasattr(group, "all_to_all"):
+        got = "a group without this rank" if group is dist.GroupMember.NON_GROUP_MEMBER else repr(group)
+        raise PlacementError(f"expected a process group, an mpi4py communicator or a Transport, got {got}")
+    return group

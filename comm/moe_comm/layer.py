@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from moe_comm import autograd
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import ReceiveOverflow
 from moe_comm.round_plan import RoundPlan
-from moe_comm.rounds import Experts, LayerInRounds, plan_after
+from moe_comm.rounds import Experts, LayerInRounds, connected, plan_after, require_listed
 
 
 def moe_layer(
@@ -33,12 +34,13 @@ def moe_layer(
         weights: [tokens, top_k] gate weights.
         expert_ids: int64 [tokens, top_k], -1 for no choice.
         experts: differentiable; gives the same for the same rows again (no dropout), takes no rows too.
-        parameters: tensors that `experts` reads and whose gradients are wanted.
+        parameters: all tensors that `experts` reads beside its arguments and that need a gradient.
 
     Returns:
         [tokens, hidden], differentiable in tokens, weights and parameters.
 
     Raises:
+        InputError: `experts` reads a tensor that needs a gradient and is not in `parameters`.
         CommError: what the dispatcher raises.
     """
     try:
@@ -47,6 +49,10 @@ def moe_layer(
         plan = plan_after(overflow, dispatcher, expert_ids)
     else:
         rows = experts(received.rows, received.row_weights, received.row_counts)
+        if received.rows.requires_grad:
+            rows = connected(rows, received.rows)
+        if rows.requires_grad:
+            require_listed(get_gradient_edge(rows).node, (*parameters, received.rows, received.row_weights))
         return autograd.combine(dispatcher, rows, received.handle)
     return _InRounds.apply(dispatcher, plan, experts, expert_ids, tokens, weights, *parameters)
 
@@ -64,6 +70,8 @@ class _InRounds(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.dispatcher, ctx.plan, ctx.experts = dispatcher, plan, experts
+        kind = tokens.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(tokens, weights, expert_ids, *parameters)
         return LayerInRounds(dispatcher, plan, tokens, weights, expert_ids, experts).forward()
 
@@ -73,7 +81,8 @@ class _InRounds(torch.autograd.Function):
         tokens, weights, expert_ids, *parameters = ctx.saved_tensors
         layer = LayerInRounds(ctx.dispatcher, ctx.plan, tokens, weights, expert_ids, ctx.experts)
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        found = layer.backward(d_output, wanted)
+        with torch.autocast(*ctx.autocast):  # the experts once more, as they ran in the forward
+            found = layer.backward(d_output, wanted)
         grads = iter(found.parameters)
         d_parameters = [next(grads) if parameter.requires_grad else None for parameter in parameters]
         return None, None, None, None, found.tokens, found.weights, *d_parameters

@@ -93,8 +93,8 @@ def share_out(rows_sent: Tensor, max_rows: int, lanes: int = 1) -> Iterator[Tens
 def _fill_round(left: Tensor, max_rows: int, lanes: int) -> Tensor:
     """As many of the rows left as one round can hold: int64 [ep_size, ep_size]."""
     ep_size = left.shape[0]
-    source = torch.arange(ep_size)
-    sends, receives, forwards = (torch.full((ep_size,), max_rows) for _ in range(3))
+    source = torch.arange(ep_size, device=left.device)
+    sends, receives, forwards = (torch.full_like(source, max_rows) for _ in range(3))
     taken = torch.zeros_like(left)
     for shift in range(ep_size):
         destination = (source + shift) % ep_size
@@ -141,7 +141,11 @@ def plan_rounds(
     slot_rounds = torch.full_like(flat, -1)
     if table:
         by_destination = torch.stack(table, dim=1).reshape(-1)  # [ep_size x rounds]
-        rounds = torch.arange(len(table)).repeat(placement.ep_size).repeat_interleave(by_destination)
+        rounds = (
+            torch.arange(len(table), device=by_destination.device)
+            .repeat(placement.ep_size)
+            .repeat_interleave(by_destination)
+        )
         order = torch.argsort(destination, stable=True)[int(counts[0]) :]
         slot_rounds[order] = rounds.to(flat.device)
     return RoundPlan(slot_rounds.view(expert_ids.shape), max(len(table), 1))

@@ -37,18 +37,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from moe_comm.dispatcher import Dispatcher, Pending, Received
-from moe_comm.errors import ReceiveOverflow
+from moe_comm.errors import InputError, ReceiveOverflow
 from moe_comm.round_plan import RoundPlan, plan_rounds
+from moe_comm.wire.codec import AsIsCodec, wire_pair
 
 # (rows [n, hidden], row_weights [n], row_counts int64 [local_experts]) -> outputs times weights [n, hidden]
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 Wait = Callable[[Pending[Any]], Any]
 
 
-def row_bytes(hidden: int, width: int, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> int:
+def row_bytes(
+    hidden: int, width: int, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, wire: str = "auto"
+) -> int:
     """Bytes that one row needs at the fullest moment of a layer with SwiGLU experts.
 
     That is the larger of two moments:
@@ -58,21 +61,26 @@ def row_bytes(hidden: int, width: int, dtype: torch.dtype, grad_dtype: torch.dty
                                    [hidden], of the halves [2 width] and of the product [width]
         an exchange beside rows    the row, what is sent, what arrives, what arrived in its order [hidden]
 
-    or  max((hidden + 3 width) item(dtype) + (2 hidden + 3 width) item(grad_dtype),  4 hidden item(dtype)).
-    The first is larger unless width is below hidden / 6. The output's value is not in it: backward does
-    not read it.
+    or  max((hidden + 3 width) item(dtype) + (2 hidden + 3 width) item(grad_dtype),  4 hidden item(dtype)),
+    where what travels counts by its wire if that is wider. The first is larger unless width is below
+    hidden / 6. The output's value is not in it: backward does not read it.
 
     Args:
         hidden: width of a row.
         width: inner width of an expert.
         dtype: of rows and activations.
         grad_dtype: in which the expert's backward holds gradients; None: `dtype`.
+        wire: of the dispatcher.
 
     Ref: DSV3 (12), §3.2.3
     """
     grad_dtype = dtype if grad_dtype is None else grad_dtype
     experts = (hidden + 3 * width) * dtype.itemsize + (2 * hidden + 3 * width) * grad_dtype.itemsize
-    return max(experts, 4 * hidden * dtype.itemsize)
+    travelling = max(
+        sum(columns * kind.itemsize for columns, kind in codec.fields(hidden, dtype))
+        for codec in (AsIsCodec(), *wire_pair(wire))
+    )
+    return max(experts, 2 * hidden * dtype.itemsize + 2 * travelling)
 
 
 def plan_after(overflow: ReceiveOverflow, dispatcher: Dispatcher, expert_ids: Tensor) -> RoundPlan:
@@ -192,8 +200,11 @@ class LayerInRounds:
         row_weights = received.row_weights.detach().requires_grad_()
         with torch.enable_grad():
             # An edge into the graph instead of the output itself: backward does not read its value.
-            edge = get_gradient_edge(self.experts(rows, row_weights, received.row_counts))
-        del started, received
+            outputs = connected(self.experts(rows, row_weights, received.row_counts), rows)
+            edge = get_gradient_edge(outputs)
+        del started, received, outputs
+        if totals is not None:
+            require_listed(edge.node, (*totals.parameters, rows, row_weights))
         d_rows, d_row_weights = _pull_back(edge, d_outputs, rows, row_weights, totals)
         del d_outputs, edge, rows, row_weights
         returning = self.dispatcher.dispatch_backward(d_rows, d_row_weights, handle)
@@ -223,6 +234,40 @@ class _Totals:
 
     def rounded(self) -> tuple[Tensor, ...]:
         return tuple(s.to(p.dtype) for s, p in zip(self._sums, self.parameters, strict=True))
+
+
+def connected(outputs: Tensor, rows: Tensor) -> Tensor:
+    """Outputs of experts, with a way back to their rows also where there was none to compute.
+
+    A rank without rows must take part in the exchanges of the backward all the same.
+    """
+    return outputs if outputs.requires_grad or outputs.numel() else rows.to(outputs.dtype)
+
+
+def require_listed(node: Node, listed: Sequence[Tensor]) -> None:
+    """Refuse experts that read a tensor whose gradient would be lost.
+
+    Args:
+        node: of the graph of the experts' outputs.
+        listed: the tensors whose gradients are taken; what is behind them is not the experts'.
+
+    Raises:
+        InputError: names its shape.
+    """
+    ends = {get_gradient_edge(tensor).node for tensor in listed if tensor.requires_grad}
+    seen, ahead = set(ends), [node]
+    while ahead:
+        here = ahead.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        leaf = getattr(here, "variable", None)
+        if leaf is not None:
+            raise InputError(
+                f"moe_layer: expected every tensor that the experts read and that needs a gradient among "
+                f"parameters, got another one of shape {list(leaf.shape)}"
+            )
+        ahead += [following for following, _ in here.next_functions if following is not None]
 
 
 def _pull_back(

@@ -151,7 +151,7 @@ class LayoutConfig(Section):
         None, description="ranks that fast links join, for two_hop; null: those of a machine"
     )
     max_rows: PositiveInt | None = Field(
-        None, description="rows (token, expert) that a rank may receive at a time; null: any number"
+        None, description="rows (token, expert) that a rank may send or receive at a time; null: any number"
     )
     overflow: Literal["error", "rounds"] = Field(
         "error", description="beyond max_rows: stop, or go in rounds and recompute the experts in backward"
@@ -161,7 +161,7 @@ class LayoutConfig(Section):
     def findings(self) -> list[Finding]:
         """Rounds need a bound."""
         if self.overflow == "rounds" and self.max_rows is None:
-            return [Finding("overflow", "rounds needs max_rows too: how many rows a rank may receive")]
+            return [Finding("overflow", "rounds needs max_rows too: how many rows a rank may hold")]
         return []
 
 

@@ -5,6 +5,7 @@ of random length on each rank between starting and waiting, while another thread
 default group for sums of its own.
 """
 
+import copy
 import random
 import threading
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tests.dist.exchange_cases import as_if_by_experts, expert_numbers, require_same_bits
 from tests.dist.openings import Case, Setting, SharedGroups, run_each
+from tests.dist.refusal_cases import raised
 from tests.unit.comm.routings import Inputs, draw
 
 PAUSE_S = 0.004
@@ -185,6 +187,34 @@ def never_waited_for(setting: Setting, groups: SharedGroups) -> None:
     require_same_bits(rows=(got.rows, received.rows), row_weights=(got.row_weights, received.row_weights))
 
 
+def changed_before_the_wait(setting: Setting, groups: SharedGroups) -> None:
+    """Who writes to an input before the wait is told; changed ids change nothing; the next one is right."""
+    drawn = draw("random", groups.size, dtype=torch.float32, weight_dtype=torch.float32)
+    dispatcher = setting.open(drawn.num_experts, groups)
+    good = dispatcher.dispatch(*drawn.of(groups.rank)).wait()
+    told: list[BaseException | None] = []
+    for index in (0, 1):
+        inputs = [tensor.clone() for tensor in drawn.of(groups.rank)]
+        pending = dispatcher.dispatch(*inputs)
+        inputs[index].add_(1)
+        told.append(raised(pending.wait))
+    pending = dispatcher.combine(good.rows, good.handle)
+    good.rows.add_(0)
+    told.append(raised(pending.wait))
+    inputs = [tensor.clone() for tensor in drawn.of(groups.rank)]
+    pending_again = dispatcher.dispatch(*inputs)
+    inputs[2].fill_(0)
+    again = pending_again.wait()
+    assert all("changed in place" in str(error) for error in told), told
+    require_same_bits(rows=(again.rows, good.rows), row_weights=(again.row_weights, good.row_weights))
+
+
+def a_copy_of_a_layer_uses_the_same_dispatcher(setting: Setting, groups: SharedGroups) -> None:
+    """A deep copy is the dispatcher itself."""
+    dispatcher = setting.open(groups.size, groups)
+    assert copy.deepcopy({"layer": dispatcher})["layer"] is dispatcher
+
+
 class Paced:
     """Part of a transport whose exchanges end only when another part has begun as many less one.
 
@@ -258,6 +288,8 @@ def all_cases(repetitions: int = 20) -> dict[str, Case]:
         "timing on the fp8 wire": partial(timing_changes_no_bit, max(repetitions // 6, 1), "fp8"),
         "handles": a_handle_serves_again,
         "never waited for": never_waited_for,
+        "changed inputs": changed_before_the_wait,
+        "deep copies": a_copy_of_a_layer_uses_the_same_dispatcher,
         "two hops at once": one_hop_begins_before_the_other_has_ended,
     }
 

@@ -2,19 +2,22 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from moe_comm.errors import TransportError
+from moe_comm.errors import CommError, TransportError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 
 from tests.dist import exchange_cases, flight_cases, opening_cases, refusal_cases, traffic_cases
 from tests.dist.openings import run_each
-from tests.ranks import run_ranks_once
+from tests.ranks import run_ranks, run_ranks_once
 
 WORLDS = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 8)] + [4]
 
@@ -84,6 +87,86 @@ def _exchange_until_a_peer_dies(rank: int, store: str, kind: str, messages: Any)
         dispatcher.combine(received.rows, received.handle).wait()
     except TransportError as error:
         messages.put(str(error))
+
+
+def _go_on_after_a_failure(rank: int, world_size: int) -> list[str]:
+    dispatcher = open_dispatcher("alltoall", Placement(4, world_size, rank))
+    inputs = torch.ones(8, 4), torch.ones(8, 2), torch.tensor([[0, 3]] * 8)
+    dispatcher.dispatch(*inputs).wait()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("planted")
+
+    if rank == 1:
+        dispatcher._send = fail
+    raised = []
+    for _ in range(2):
+        try:
+            dispatcher.dispatch(*inputs).wait()
+        except (MemoryError, CommError) as error:
+            raised.append(type(error).__name__)
+    return raised
+
+
+def test_a_rank_that_fails_between_counts_and_rows_leaves_no_peer_with_wrong_rows():
+    others, failed = run_ranks(_go_on_after_a_failure, 2, timeout_s=30.0)
+    assert failed == ["MemoryError", "TransportError"]
+    assert others == ["TransportError", "TransportError"]
+
+
+LEAVE = """
+import sys, torch, torch.distributed as dist
+from moe_comm import Placement, open_dispatcher
+how, rank, store, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+dispatcher = open_dispatcher(kind, Placement(4, 2, rank, ranks_per_node=1))
+inputs = torch.ones(20000, 256), torch.ones(20000, 2), torch.tensor([[0, 3]] * 20000)
+pending = dispatcher.dispatch(*inputs)
+if how == "raises" and rank == 0:
+    raise ValueError("planted")
+if how == "late" and rank == 1:
+    pending.wait()
+if how == "drops":
+    received = pending.wait()
+    dispatcher.combine(received.rows, received.handle)
+    del dispatcher
+    dist.destroy_process_group()
+"""
+
+
+def _leave(how: str, kind: str, folder: Path) -> list[int]:
+    """Exit codes of two processes that end with operations under way."""
+    store, environment = str(folder / "store"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LEAVE, how]
+    ranks = [
+        subprocess.Popen([*command, str(rank), store, kind], env=environment, stderr=subprocess.DEVNULL)
+        for rank in (0, 1)
+    ]
+    try:
+        return [rank.wait(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("drops", "alltoall"),
+        pytest.param("drops", "two_hop", marks=pytest.mark.slow),
+        pytest.param("never waits", "alltoall", marks=pytest.mark.slow),
+        pytest.param("never waits", "two_hop", marks=pytest.mark.slow),
+        pytest.param("late", "alltoall", marks=pytest.mark.slow),
+        pytest.param("late", "two_hop", marks=pytest.mark.slow),
+    ],
+)
+def test_a_program_may_end_with_operations_under_way(how, kind, tmp_path):
+    assert _leave(how, kind, tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("alltoall", marks=pytest.mark.slow), "two_hop"])
+def test_a_program_that_raises_with_operations_under_way_ends_as_it_would_without(kind, tmp_path):
+    assert _leave("raises", kind, tmp_path)[0] == 1
 
 
 @pytest.mark.parametrize("kind", ["alltoall", pytest.param("two_hop", marks=pytest.mark.slow)])

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
-from moe_comm.errors import CommError
-from moe_comm.lane import Lane
+from moe_comm.errors import CommError, TransportError
+from moe_comm.lane import Breaker, Lane
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,32 @@ def test_what_a_task_raises_is_raised_by_the_wait_and_the_next_task_runs():
         with pytest.raises(CommError, match="planted"):
             failed.wait()
     assert fine.wait() == 7
+
+
+class _Closable:
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_failure_that_is_not_agreed_on_gives_the_group_up():
+    transport = _Closable()
+    breaker = Breaker([transport])
+    lane, other = Lane("broken", breaker), Lane("beside it", breaker)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    lane.submit(lambda: fail(CommError("agreed")), CPU)
+    assert lane.submit(lambda: 3, CPU).wait() == 3 and not transport.closed
+    failed = lane.submit(lambda: fail(MemoryError("planted")), CPU)
+    with pytest.raises(MemoryError, match="planted"):
+        failed.wait()
+    for after in (lane, other):
+        with pytest.raises(TransportError, match=r"given up .* \(MemoryError: planted\)"):
+            after.submit(lambda: 3, CPU).wait()
+    assert transport.closed == 1
 
 
 def test_tasks_of_one_lane_may_wait_for_those_of_another():

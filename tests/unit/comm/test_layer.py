@@ -4,6 +4,7 @@ import pytest
 import torch
 from moe_comm import moe_layer
 from moe_comm.dispatcher import Dispatcher
+from moe_comm.errors import InputError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from moe_comm.rounds import row_bytes
@@ -89,10 +90,57 @@ def test_sums_of_bf16_are_rounded_once_however_many_rounds_there_are():
     outputs = []
     for dtype, max_rows in ((torch.float64, None), (torch.bfloat16, 1)):
         experts, (tokens, weights, ids) = Experts(dtype), _inputs(torch.bfloat16)
-        outputs.append(moe_layer(_open(max_rows), tokens.detach().to(dtype), weights, ids, experts, []))
+        listed = [experts.matrices, experts.gain]
+        outputs.append(moe_layer(_open(max_rows), tokens.detach().to(dtype), weights, ids, experts, listed))
     exact, rounded = outputs
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.double(), exact.double(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_a_parameter_that_is_not_listed_is_refused_whether_rows_fit_or_not(max_rows):
+    experts, (tokens, weights, ids) = Experts(), _inputs()
+    with pytest.raises(InputError, match=r"another one of shape \[4\]"):
+        moe_layer(_open(max_rows), tokens, weights, ids, experts, [experts.matrices]).sum().backward()
+
+
+def test_what_lies_behind_a_listed_tensor_is_not_the_experts():
+    experts, (tokens, weights, ids) = Experts(), _inputs()
+    leaf = experts.matrices
+    experts.matrices = leaf * 2
+    for max_rows in (None, 4):
+        output = moe_layer(_open(max_rows), tokens, weights, ids, experts, [experts.matrices, experts.gain])
+        output.sum().backward(retain_graph=True)
+    assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_experts_run_again_under_the_autocast_of_their_forward(max_rows):
+    experts, (tokens, weights, ids) = Experts(torch.float32), _inputs(torch.float32)
+    seen = []
+
+    def watched(*rows: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return experts(*rows).to(rows[0].dtype)
+
+    listed = [experts.matrices, experts.gain]
+    with torch.autocast("cpu", torch.float16):
+        output = moe_layer(_open(max_rows), tokens, weights, ids, watched, listed)
+    output.sum().backward()
+    assert set(seen) == {(True, torch.float16)}
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_experts_without_rows_need_no_graph(max_rows):
+    experts, (tokens, weights, ids) = Experts(), _inputs()
+    listed = [experts.matrices, experts.gain]
+
+    def none(rows: Tensor, row_weights: Tensor, row_counts: Tensor) -> Tensor:
+        return experts(rows, row_weights, row_counts) if len(rows) else rows.new_zeros(rows.shape)
+
+    output = moe_layer(_open(max_rows), tokens, weights, torch.full_like(ids, -1), none, listed)
+    output.sum().backward()
+    assert tokens.grad is not None and not tokens.grad.any()
 
 
 def test_without_autograd_nothing_is_recorded():
@@ -107,3 +155,5 @@ def test_bytes_of_a_row_are_those_of_its_fullest_moment():
     assert row_bytes(7168, 2048, torch.bfloat16) == 2 * (13312 + 20480)
     assert row_bytes(100, 50, torch.bfloat16, torch.float32) == 2 * 250 + 4 * 350
     assert row_bytes(600, 100, torch.float32) == 4 * 2400 == row_bytes(600, 1, torch.float32)
+    assert row_bytes(600, 1, torch.bfloat16, wire="fp32") == 2 * 1200 + 4 * 1200
+    assert row_bytes(600, 1, torch.bfloat16, wire="fp8") == 2 * 2400, "what is sent back is BF16"
