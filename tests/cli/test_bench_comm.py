@@ -163,13 +163,16 @@ def test_links_without_their_tools_are_refused_with_what_is_missing(monkeypatch:
 def test_every_contender_is_right_and_sends_what_was_predicted_on_loopback() -> None:
     settings = Settings(
         nodes=2, ranks_per_node=1, rate_mbit=None, hidden=256, tokens=32, **_SHAPE, top_k=4, rounds=1,
-        routings=("natural",), contenders=(*CONTENDERS, "raw"),
+        routings=("natural", "adversarial"), contenders=(*CONTENDERS, "raw"),
     )  # fmt: skip
     result = measure(settings)
-    lines = {line["contender"]: line for line in result["routings"][0]["contenders"]}
-    assert set(lines) == {*CONTENDERS, "raw"}
-    for name in CONTENDERS:
-        assert lines[name]["dispatch"]["is_as_predicted"] and lines[name]["combine"]["is_as_predicted"], name
+    for entry in result["routings"]:
+        lines = {line["contender"]: line for line in entry["contenders"]}
+        assert set(lines) == {*CONTENDERS, "raw"}
+        for name in CONTENDERS:
+            assert lines[name]["dispatch"]["is_as_predicted"] and lines[name]["combine"]["is_as_predicted"], (
+                name
+            )
     assert (
         lines["two_hop_fp8"]["dispatch"]["inter_ratio"] < lines["two_hop_bf16"]["dispatch"]["inter_ratio"] < 1
     )

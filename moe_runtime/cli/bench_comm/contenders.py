@@ -78,19 +78,23 @@ class Plain:
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         rows, self._counts = self._peer.dispatch(tokens, weights, expert_ids)
         told = self._settings.local_experts * 8
-        self._sent = sent_to_others([n * rows[0:1].nbytes + told for n in self._peer.sent], self._settings)
+        self._count(self._peer.sent, rows, told)
         return rows
 
     def apply_experts(self, rows: Tensor, factors: Tensor) -> Tensor:
         return (rows * factors.repeat_interleave(self._counts).unsqueeze(1)).to(rows.dtype)
 
     def combine(self, rows: Tensor) -> Tensor:
-        self._sent = sent_to_others([n * rows[0:1].nbytes for n in self._peer.received], self._settings)
+        self._count(self._peer.received, rows, 0)
         return self._peer.combine(rows)
 
     def sent_bytes(self) -> list[int]:
         sent, self._sent = self._sent, [0, 0]
         return sent
+
+    def _count(self, rows_to: list[int], rows: Tensor, told: int) -> None:
+        row_bytes = rows.shape[1] * rows.element_size()
+        self._sent = sent_to_others([number * row_bytes + told for number in rows_to], self._settings)
 
 
 class Raw:
