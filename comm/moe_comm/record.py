@@ -102,9 +102,11 @@ class RecordLayout:
     def rows(self, buffer: Tensor, order: Tensor | None = None) -> Tensor:
         """Decode the rows of records: [records, hidden], contiguous; of those in `order`, if given."""
         parts = [self._field(buffer, index) for index in range(self._num_parts)]
-        if order is not None:
-            parts = [part.index_select(0, order) for part in parts]
-        return self._codec.decode(parts, self._dtype).contiguous()
+        if order is None:
+            return self._codec.decode(parts, self._dtype).contiguous()
+        if order.numel() > buffer.shape[0]:  # some are taken more than once, and decoded once
+            return self._codec.decode(parts, self._dtype).index_select(0, order)
+        return self._codec.decode([part.index_select(0, order) for part in parts], self._dtype).contiguous()
 
     def summable(self, buffer: Tensor) -> Tensor:
         """Decoded rows [records, hidden or more], contiguous; columns beyond hidden mean nothing.
