@@ -101,7 +101,7 @@ class AllToAllDispatcher(SharedByCopies):
         Raises:
             InputError: on the rank whose input is wrong.
             RankDisagreement: on the others then, or on all if widths, dtypes or operations differ.
-            ReceiveOverflow: on all ranks, if one would receive more than max_rows.
+            ReceiveOverflow: on all ranks, if one would send or receive more than max_rows.
             TransportError: the backend failed.
         """
         num_experts = self.placement.num_experts

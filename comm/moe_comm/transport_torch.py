@@ -81,6 +81,8 @@ class TorchTransport:
         self._backends = {
             device: kind.open(dist.PrefixStore(device, store), rank, size) for device, kind in wanted.items()
         }
+        on_host = "cpu" in wanted
+        self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         weakref.finalize(self, _let_go, self._backends, self._dropped)
 
     @property
@@ -93,8 +95,7 @@ class TorchTransport:
 
     @property
     def device(self) -> torch.device:
-        on_host = "cpu" in self._backends
-        return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        return self._device
 
     def split(self, ranks: Sequence[int]) -> "TorchTransport":
         """See `Transport.split`; with the time limit of this one."""
