@@ -90,7 +90,8 @@ class AllToAllDispatcher(SharedByCopies):
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
         self._transport = transport
         self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts)
-        self._lane = Lane(f"alltoall {placement.ep_rank}", Breaker([transport]))
+        self._breaker = Breaker([transport])
+        self._lane = Lane(f"alltoall {placement.ep_rank}", self._breaker)
         self._ranks = range(placement.ep_size)
         facts = layout_facts(placement) | {"kind": 1, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
         agree_on_opening(transport, facts)
@@ -194,6 +195,10 @@ class AllToAllDispatcher(SharedByCopies):
             return _sum(record, buffer, handle), d_weights
 
         return Started(finish, (d_rows, d_row_weights))
+
+    def give_up(self, cause: BaseException) -> None:
+        """See `Dispatcher.give_up`."""
+        self._breaker.trip(cause)
 
     def _refuse(self, statement: Statement) -> Started[Never]:
         """Tell the others that this rank cannot take part; the wait raises why."""

@@ -22,6 +22,7 @@ from moe_comm.errors import CommError, InputError, PlacementError, RankDisagreem
 from moe_comm.placement import Placement
 from moe_comm.traffic import TrafficMeter
 from moe_comm.transport import Transport
+from moe_comm.wire.codec import WIRES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
@@ -238,9 +239,18 @@ def agree_on_opening(transport: Transport, facts: Mapping[str, int]) -> None:
         other = torch.nonzero(column != column[0]).flatten()
         if other.numel():
             raise PlacementError(
-                f"open_dispatcher: expected one {name} on all ranks, got {int(column[0])} on "
-                f"expert-parallel rank 0 and {int(column[other[0]])} on rank {int(other[0])}"
+                f"open_dispatcher: expected the same {name} on all ranks, got {_spell(name, column[0])} on "
+                f"expert-parallel rank 0 and {_spell(name, column[other[0]])} on rank {int(other[0])}"
             )
+
+
+def _spell(name: str, value: Tensor) -> str:
+    """What the user said, from the number that stands for it."""
+    number = int(value)
+    words = {"kind": ("", "alltoall", "two_hop"), "wire": WIRES}.get(name)
+    if words is not None:
+        return words[number]
+    return "none" if (name, number) in (("max_rows", -1), ("num_groups", 0)) else str(number)
 
 
 def _require_agreement(heads: Tensor, rank: int) -> None:

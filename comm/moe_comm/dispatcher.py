@@ -15,10 +15,11 @@ All ranks of the group must call the same operations in the same order.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Never, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from moe_comm.errors import CommError
 from moe_comm.placement import Placement
 from moe_comm.traffic import TrafficMeter
 
@@ -55,6 +56,9 @@ class SharedByCopies:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def __reduce__(self) -> Never:
+        raise CommError("a dispatcher is a connection and cannot be pickled; save the layer's state_dict()")
 
 
 class Dispatcher(Protocol):
@@ -95,4 +99,8 @@ class Dispatcher(Protocol):
         self, d_rows: Tensor, d_row_weights: Tensor, handle: Any
     ) -> Pending[tuple[Tensor, Tensor]]:
         """Backward of dispatch: gives ([tokens, hidden], [tokens, top_k])."""
+        ...
+
+    def give_up(self, cause: BaseException) -> None:
+        """This rank cannot go on: peers get a `TransportError` as soon as may be, and so do later calls."""
         ...

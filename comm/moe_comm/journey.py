@@ -59,9 +59,9 @@ class Journey:
         self._far_ranks = range(rank % lanes, placement.ep_size, lanes)
         self._near_ranks = range(rank // lanes * lanes, (rank // lanes + 1) * lanes)
         self._far, self._near = transport.split(self._far_ranks), transport.split(self._near_ranks)
-        breaker = Breaker([transport, self._far, self._near])
-        self._far_lane = Lane(f"far hop of {rank}", breaker)
-        self._near_lane = Lane(f"near hop of {rank}", breaker)
+        self.breaker = Breaker([transport, self._far, self._near])
+        self._far_lane = Lane(f"far hop of {rank}", self.breaker)
+        self._near_lane = Lane(f"near hop of {rank}", self.breaker)
         self._device = transport.device
 
     def refuse(self, refuse: Callable[[], Never]) -> Callable[[], Never]:

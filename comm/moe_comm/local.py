@@ -115,5 +115,8 @@ class LocalDispatcher(SharedByCopies):
         self._count(d_rows.shape[0])
         return plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)
 
+    def give_up(self, cause: BaseException) -> None:
+        """See `Dispatcher.give_up`; nobody else is concerned."""
+
     def _count(self, num_rows: int) -> None:
         self.traffic.count_rows((num_rows,), 0, 0, (0,))

@@ -127,7 +127,7 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
     named = {"tokens": tokens, "weights": weights, "expert_ids": expert_ids}
     _check_tensors("dispatch", named)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
-        raise InputError(f"dispatch: expected tokens [tokens, hidden], got shape {list(tokens.shape)}")
+        raise InputError(f"dispatch: expected tokens [tokens, hidden >= 1], got shape {list(tokens.shape)}")
     if expert_ids.dim() != 2 or expert_ids.shape[0] != tokens.shape[0] or expert_ids.shape[1] < 1:
         raise InputError(
             f"dispatch: expected expert_ids [{tokens.shape[0]}, top_k], got shape {list(expert_ids.shape)}"
@@ -196,7 +196,7 @@ def _check_tensors(operation: str, named: Mapping[str, Any]) -> None:
             raise InputError(f"{operation}: expected {name} as a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_meta:
             raise InputError(
-                f"{operation}: expected {name} as a dense tensor, got {value.layout} on {value.device}"
+                f"{operation}: expected {name} dense and in memory, got {value.layout} on {value.device}"
             )
     devices = {name: value.device for name, value in named.items()}
     if len(set(devices.values())) > 1:

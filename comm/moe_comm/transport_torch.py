@@ -78,9 +78,16 @@ class TorchTransport:
         # A gloo group answers for CUDA tensors too, which its all-to-all cannot move.
         fitting = {"gloo": "cpu", "nccl": "cuda"}
         wanted = {device: kind for device, kind in kinds.items() if fitting[kind.name] == device}
-        self._backends = {
-            device: kind.open(dist.PrefixStore(device, store), rank, size) for device, kind in wanted.items()
-        }
+        try:
+            self._backends = {
+                device: kind.open(dist.PrefixStore(device, store), rank, size)
+                for device, kind in wanted.items()
+            }
+        except RuntimeError as error:
+            raise TransportError(
+                f"expert-parallel rank {rank} of {size}: not all ranks came to open a dispatcher "
+                f"({str(error).strip().splitlines()[0]}); look for one that refused its arguments"
+            ) from error
         on_host = "cpu" in wanted
         self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         weakref.finalize(self, _let_go, self._backends, self._dropped)

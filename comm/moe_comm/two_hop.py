@@ -228,6 +228,10 @@ class TwoHopDispatcher(SharedByCopies):
 
         return Started(finish, (d_rows, d_row_weights))
 
+    def give_up(self, cause: BaseException) -> None:
+        """See `Dispatcher.give_up`."""
+        self._journey.breaker.trip(cause)
+
     def _refuse(self, statement: Statement) -> Started[Never]:
         """Tell the others that this rank cannot take part; the wait raises why."""
         return Started(self._journey.refuse(lambda: self._control.refuse(statement)))

@@ -21,14 +21,14 @@ from tests.unit.comm.routings import draw
 
 # What the odd rank opens otherwise: of the setting, of the placement; and what all ranks are told.
 OPENINGS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
-    "kind": ({"kind": "alltoall"}, {}, "one kind on all ranks"),
-    "wire": ({"wire": "fp8"}, {}, "one wire on all ranks"),
-    "chunks": ({"chunks": 5}, {}, "one chunks on all ranks, got 4 on expert-parallel rank 0 and 5 on rank"),
-    "max_rows": ({"max_rows": 7}, {}, "one max_rows on all ranks"),
-    "num_experts": ({}, {}, "one number of experts on all ranks, got"),
-    "num_groups": ({}, {"num_groups": 3}, "one num_groups on all ranks, got 0 on"),
-    "first_rank": ({}, {"first_rank": 3}, "one first_rank on all ranks, got 0 on"),
-    "ranks_per_node": ({}, {"ranks_per_node": 7}, "one ranks_per_node on all ranks, got"),
+    "kind": ({"kind": "alltoall"}, {}, "the same kind on all ranks"),
+    "wire": ({"wire": "fp8"}, {}, "the same wire on all ranks"),
+    "chunks": ({"chunks": 5}, {}, "the same chunks on all ranks, got 4 on expert-parallel rank 0 and 5 on rank"),
+    "max_rows": ({"max_rows": 7}, {}, "the same max_rows on all ranks"),
+    "num_experts": ({}, {}, "the same number of experts on all ranks, got"),
+    "num_groups": ({}, {"num_groups": 3}, "the same num_groups on all ranks, got none on"),
+    "first_rank": ({}, {"first_rank": 3}, "the same first_rank on all ranks, got 0 on"),
+    "ranks_per_node": ({}, {"ranks_per_node": 7}, "the same ranks_per_node on all ranks, got"),
 }
 
 

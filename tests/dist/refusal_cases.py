@@ -115,7 +115,7 @@ MISTAKES: dict[str, Mistake] = {
     "tokens of one axis": Mistake(
         lambda d, x, made, odd: _tokens(d, x, lambda t: t[:, 0] if odd else t),
         ("dispatch: ", "ranks [{odd}] refused"),
-        (InputError, "tokens [tokens, hidden], got shape [7]"),
+        (InputError, "tokens [tokens, hidden >= 1], got shape [7]"),
     ),
     "rows too few": Mistake(
         lambda d, x, made, odd: d.combine(made[0].rows[odd:], made[0].handle),

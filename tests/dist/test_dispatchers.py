@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moe_comm import moe_layer
 from moe_comm.errors import CommError, TransportError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
@@ -111,6 +113,33 @@ def _go_on_after_a_failure(rank: int, world_size: int) -> list[str]:
 def test_a_rank_that_fails_between_counts_and_rows_leaves_no_peer_with_wrong_rows():
     others, failed = run_ranks(_go_on_after_a_failure, 2, timeout_s=30.0)
     assert failed == ["MemoryError", "TransportError"]
+    assert others == ["TransportError", "TransportError"]
+
+
+def _raise_in_experts(rank: int, world_size: int, kind: str, max_rows: int | None) -> list[str]:
+    placement = Placement(4, world_size, rank, ranks_per_node=1)
+    dispatcher = open_dispatcher(kind, placement, max_rows=max_rows)
+    inputs = torch.ones(8, 4), torch.ones(8, 2), torch.tensor([[0, 3]] * 8)
+
+    def experts(rows: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        if rank == 1:
+            raise ValueError("planted")
+        return rows
+
+    raised = []
+    for _ in range(2):
+        try:
+            moe_layer(dispatcher, *inputs, experts, [])
+        except (ValueError, CommError) as error:
+            raised.append(type(error).__name__)
+    time.sleep(1.0)  # alive all the while
+    return raised
+
+
+@pytest.mark.parametrize(("kind", "max_rows"), [("alltoall", None), ("two_hop", 8)])
+def test_experts_that_raise_on_one_rank_leave_no_peer_waiting(kind, max_rows):
+    others, failed = run_ranks(_raise_in_experts, 2, kind, max_rows, timeout_s=30.0)
+    assert failed == ["ValueError", "TransportError"]
     assert others == ["TransportError", "TransportError"]
 
 

@@ -1,10 +1,12 @@
 """A MoE layer under plain autograd, in rounds where its rows do not fit; one process."""
 
+import pickle
+
 import pytest
 import torch
 from moe_comm import moe_layer
 from moe_comm.dispatcher import Dispatcher
-from moe_comm.errors import InputError
+from moe_comm.errors import CommError, InputError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from moe_comm.rounds import row_bytes
@@ -141,6 +143,17 @@ def test_experts_without_rows_need_no_graph(max_rows):
     output = moe_layer(_open(max_rows), tokens, weights, torch.full_like(ids, -1), none, listed)
     output.sum().backward()
     assert tokens.grad is not None and not tokens.grad.any()
+
+
+def test_experts_that_give_no_tensor_are_refused():
+    _, (tokens, weights, ids) = Experts(), _inputs()
+    with pytest.raises(InputError, match="expected a tensor of experts, got NoneType"):
+        moe_layer(_open(None), tokens, weights, ids, lambda *_: None, [])
+
+
+def test_a_layer_cannot_be_pickled_and_says_what_to_do():
+    with pytest.raises(CommError, match="state_dict"):
+        pickle.dumps({"dispatcher": _open(None)})
 
 
 def test_without_autograd_nothing_is_recorded():
