@@ -160,8 +160,7 @@ class Journey:
             ]
 
         agreed = self._far_lane.submit(confirm, device)
-        inputs = (rows,) if row_weights is None else (rows, row_weights)
-        returning = self._near_lane.submit(near, device, inputs)
+        returning = self._near_lane.submit(near, device, _present(rows, row_weights))
         forwarded: list[Job[Tensor]] = [
             self._near_lane.submit(lambda chunk=chunk: summed(chunk), device)  # type: ignore[misc]
             for chunk in range(len(route.bounds))
@@ -189,6 +188,10 @@ class Journey:
     ) -> Pending[Tensor]:
         self._traffic.count_rows(sent, record.payload_bytes, record.meta_bytes, self._near_ranks)
         return self._near.all_to_all(buffer, sent, received)
+
+
+def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _sum_experts(record: RecordLayout, rows: Tensor, row_weights: Tensor | None, landing: Landing) -> Tensor:

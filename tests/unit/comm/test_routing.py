@@ -93,7 +93,7 @@ def test_sums_are_made_in_order_in_at_least_fp32_and_rounded_once(dtype):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tokens": torch.zeros(2, 3, 4)}, r"tokens \[tokens, hidden\], got shape \[2, 3, 4\]"),
+        ({"tokens": torch.zeros(2, 3, 4)}, r"tokens \[tokens, hidden >= 1\], got shape \[2, 3, 4\]"),
         ({"tokens": torch.zeros(3, 4, dtype=torch.int32)}, "tokens of a floating dtype .* got torch.int32"),
         ({"weights": torch.zeros(2, 2)}, r"weights \[3, 2\] as expert_ids, got \[2, 2\]"),
         ({"ids": torch.zeros(2, 2, dtype=torch.int64)}, r"expert_ids \[3, top_k\], got shape \[2, 2\]"),
@@ -103,7 +103,7 @@ def test_sums_are_made_in_order_in_at_least_fp32_and_rounded_once(dtype):
         ),
         ({"ids": torch.full((3, 2), 4)}, r"expert ids in 0\.\.3 \(or -1 for no choice\), got 4"),
         ({"ids": torch.full((3, 2), -2)}, r"expert ids in 0\.\.3 \(or -1 for no choice\), got -2"),
-        ({"tokens": torch.zeros(3, 0)}, r"tokens \[tokens, hidden\], got shape \[3, 0\]"),
+        ({"tokens": torch.zeros(3, 0)}, r"tokens \[tokens, hidden >= 1\], got shape \[3, 0\]"),
         ({"weights": torch.zeros(3, 2, dtype=torch.bool)}, r"weights of a floating dtype .* torch.bool"),
     ],
 )
