@@ -7,7 +7,6 @@ smaller one. One world thus serves any number of examples. Over MPI the same exa
 
 import hashlib
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from tests.dist.exchange_cases import exchange, expect, require_gradients_of_a_layer, require_same_bits
 from tests.dist.openings import Setting, SharedGroups
-from tests.unit.comm.routings import Inputs, without_some
+from tests.unit.comm.routings import Inputs, fullest_office, without_some
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = 20  # of a rank
@@ -113,11 +112,12 @@ def examples(draw: st.DrawFn, world_size: int) -> Example:
 def run_example(example: Example, groups: SharedGroups) -> bytes:
     """Make the exchange with all dispatchers; gives a digest of all bits that came of it on this rank."""
     drawn = example.draw()
-    table = torch.tensor(reference_rows_sent(drawn.expert_ids, drawn.num_experts))
+    rows_sent = reference_rows_sent(drawn.expert_ids, drawn.num_experts)
     results = {}
     for setting in example.settings():
-        if example.max_rows is not None and _fullest(table, setting) > example.max_rows:
-            _require_overflow(setting, groups, drawn, table)
+        lanes = setting.ranks_per_node if setting.kind == "two_hop" else 1
+        if example.max_rows is not None and fullest_office(rows_sent, lanes) > example.max_rows:
+            _require_overflow(setting, groups, drawn, torch.tensor(rows_sent))
             setting = setting.but(max_rows=None)
         got = exchange(setting, groups, drawn)
         expected = expect(setting, drawn, groups.rank)
@@ -126,19 +126,6 @@ def run_example(example: Example, groups: SharedGroups) -> bytes:
             require_gradients_of_a_layer(drawn, setting, groups)
         results |= {f"{setting} {name}": value for name, value in got.items()}
     return digest(results)
-
-
-def _fullest(table: Tensor, setting: Setting) -> int:
-    """Most rows that a rank sends, receives or passes on; counted pair by pair."""
-    offices: Counter[tuple[str, int]] = Counter()
-    per_node = setting.ranks_per_node
-    for source, line in enumerate(table.tolist()):
-        for destination, rows in enumerate(line):
-            offices["sends", source] += rows
-            offices["receives", destination] += rows
-            if setting.kind == "two_hop":
-                offices["passes on", destination // per_node * per_node + source % per_node] += rows
-    return max(offices.values())
 
 
 def _require_overflow(setting: Setting, groups: SharedGroups, drawn: Inputs, table: Tensor) -> None:

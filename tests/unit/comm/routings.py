@@ -1,5 +1,6 @@
 """Inputs of every rank of a group, even and ragged, made from a seed alone."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -85,3 +86,19 @@ def without_some(expert_ids: Tensor, share: float, generator: torch.Generator) -
     gone = torch.rand(expert_ids.shape, generator=generator) < share
     gone[3::4] = share > 0
     return expert_ids.masked_fill(gone, -1)
+
+
+def fullest_office(rows_sent: list[list[int]], lanes: int) -> int:
+    """Most rows that a rank sends, receives or passes on; counted pair by pair.
+
+    Args:
+        rows_sent: of source s for destination d.
+        lanes: ranks per node where rows are passed on within nodes; 1 where they go straight.
+    """
+    offices: Counter[tuple[str, int]] = Counter()
+    for source, line in enumerate(rows_sent):
+        for destination, rows in enumerate(line):
+            offices["sends", source] += rows
+            offices["receives", destination] += rows
+            offices["passes on", destination // lanes * lanes + source % lanes] += rows
+    return max(offices.values())
