@@ -203,6 +203,8 @@ class _Exchange:
             _wait_for(transfers)
         except RuntimeError as error:
             raise self._failed(error) from error
+        if received.is_cuda:
+            received.record_stream(torch.cuda.current_stream())  # a lane's stream has made it
         return received
 
     def __del__(self) -> None:
