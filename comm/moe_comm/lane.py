@@ -31,6 +31,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -182,8 +183,9 @@ def _serve(tasks: "queue.SimpleQueue[Job | None]", breaker: Breaker) -> None:
         del job  # a finished task must not hold its buffers until the next one comes
 
 
+@cache
 def end_of_leave() -> float:
-    """Until when, by `time.monotonic`, a program that ends may wait for its operations."""
+    """Until when, by `time.monotonic`, a program that ends may wait for its operations; counted once."""
     return time.monotonic() + _LEAVE_S[getattr(sys, "last_value", None) is not None]
 
 

@@ -59,7 +59,8 @@ class TorchTransport:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise PlacementError(
-                "alltoall needs torch.distributed; call init_process_group first, or use kind 'local'"
+                "a dispatcher of several ranks needs torch.distributed; call init_process_group first, or "
+                "use kind 'local'"
             )
         group = dist.distributed_c10d._get_default_group() if group is None else group
         rank = dist.get_rank(group)
@@ -90,6 +91,7 @@ class TorchTransport:
             ) from error
         on_host = "cpu" in wanted
         self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        _transports.add(self)
         weakref.finalize(self, _let_go, self._backends, self._dropped)
 
     @property
@@ -216,6 +218,7 @@ class _Exchange:
         return [] if self._flight is None else self._flight[0]
 
 
+_transports: "weakref.WeakSet[TorchTransport]" = weakref.WeakSet()
 _exchanges: "weakref.WeakSet[_Exchange]" = weakref.WeakSet()
 _left: list[tuple[dict[str, Any], deque[list[_Transfer]]]] = []  # backends, and what is under way there
 
@@ -231,8 +234,9 @@ def _let_go(backends: dict[str, Any], dropped: deque[list[_Transfer]]) -> None:
 def _finish_exchanges() -> None:
     """Let exchanges end that nobody waits for; runs after `lane.finish_lanes`, which is registered later."""
     until = end_of_leave()
-    dropped = [transfers for _, left in _left for transfers in left]
-    for transfers in [*dropped, *(exchange.transfers() for exchange in list(_exchanges))]:
+    left = [*(dropped for _, dropped in _left), *(transport._dropped for transport in list(_transports))]
+    forgotten = [transfers for dropped in left for transfers in dropped]
+    for transfers in [*forgotten, *(exchange.transfers() for exchange in list(_exchanges))]:
         for work, *_ in transfers:
             try:
                 work.wait(timedelta(seconds=max(until - time.monotonic(), 1e-3)))

@@ -149,12 +149,19 @@ from moe_comm import Placement, open_dispatcher
 how, rank, store, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 dispatcher = open_dispatcher(kind, Placement(4, 2, rank, ranks_per_node=1))
-inputs = torch.ones(20000, 256), torch.ones(20000, 2), torch.tensor([[0, 3]] * 20000)
+tokens = 200000 if how == "forgets" else 20000  # more than sockets hold
+inputs = torch.ones(tokens, 256), torch.ones(tokens, 2), torch.tensor([[0, 3]]).expand(tokens, 2)
 pending = dispatcher.dispatch(*inputs)
 if how == "raises" and rank == 0:
     raise ValueError("planted")
 if how == "late" and rank == 1:
     pending.wait()
+if how == "forgets":
+    received = pending.wait()
+    if rank == 0:
+        dispatcher.combine(received.rows, received.handle)
+    else:
+        dispatcher.combine(received.rows, received.handle).wait()
 if how == "drops":
     received = pending.wait()
     dispatcher.combine(received.rows, received.handle)
@@ -183,6 +190,8 @@ def _leave(how: str, kind: str, folder: Path) -> list[int]:
     [
         ("drops", "alltoall"),
         pytest.param("drops", "two_hop", marks=pytest.mark.slow),
+        pytest.param("forgets", "alltoall", marks=pytest.mark.slow),
+        pytest.param("forgets", "two_hop", marks=pytest.mark.slow),
         pytest.param("never waits", "alltoall", marks=pytest.mark.slow),
         pytest.param("never waits", "two_hop", marks=pytest.mark.slow),
         pytest.param("late", "alltoall", marks=pytest.mark.slow),

@@ -23,10 +23,6 @@ class Contender(Protocol):
 
     sums: bool
 
-    def prepare(self, expert_ids: Tensor) -> None:
-        """Learn what is not part of the exchange, untimed: int64 [tokens, top_k] of this rank."""
-        ...
-
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Rows of this rank's experts."""
         ...
@@ -45,16 +41,14 @@ class Contender(Protocol):
 
 
 def open_contender(name: str, settings: Settings) -> Contender:
-    """The contender of that name.
+    """The contender of that name, for all routings.
 
     Args:
-        name: one of CONTENDERS, or "raw".
+        name: one of CONTENDERS.
         settings: of the measurement.
     """
     if name == "plain":
         return Plain(settings)
-    if name == "raw":
-        return Raw(settings)
     if name == "deepspeed":
         from moe_runtime.cli.bench_comm.deepspeed_peer import DeepSpeedExchange  # seconds to import
 
@@ -71,9 +65,6 @@ class Plain:
         self._peer = PlainExchange(settings.num_experts)
         self._settings = settings
         self._sent = [0, 0]
-
-    def prepare(self, expert_ids: Tensor) -> None:
-        """Nothing is known beforehand."""
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         rows, self._counts = self._peer.dispatch(tokens, weights, expert_ids)
@@ -98,15 +89,17 @@ class Plain:
 
 
 class Raw:
-    """The floor; it knows the sizes before it starts."""
+    """The floor for one routing, whose sizes it knows before it starts.
+
+    Args:
+        settings: of the measurement.
+        expert_ids: int64 [tokens, top_k] of this rank.
+    """
 
     sums = False
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    def prepare(self, expert_ids: Tensor) -> None:
-        self._peer = RawExchange(expert_ids, self._settings.local_experts)
+    def __init__(self, settings: Settings, expert_ids: Tensor) -> None:
+        self._peer = RawExchange(expert_ids, settings.local_experts)
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         return self._peer.dispatch(tokens)
@@ -139,9 +132,6 @@ class Ours:
             settings.num_experts, settings.world_size, dist.get_rank(), per_node, num_groups=groups
         )
         self._dispatcher = open_dispatcher(kind, placement, wire=name.removeprefix(f"{kind}_"))
-
-    def prepare(self, expert_ids: Tensor) -> None:
-        """Nothing is known beforehand."""
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         self._received = self._dispatcher.dispatch(tokens, weights, expert_ids).wait()

@@ -64,14 +64,13 @@ class DeepSpeedExchange:
         self._thread = ThreadPoolExecutor(1)
         self._sent = [0, 0]
 
-    def prepare(self, expert_ids: Tensor) -> None:
-        """The routing is the gate's, and comes with `dispatch`."""
-
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """[ranks, local_experts, capacity, hidden]: every expert has as many rows as the fullest one."""
         self._gate.routing = (weights, expert_ids)
         self._output: Future[Tensor] = self._thread.submit(self._forward, tokens)
         rows = self._experts.arrived.get()
+        if isinstance(rows, BaseException):
+            raise rows
         self._count(rows)
         return rows
 
@@ -96,8 +95,6 @@ class DeepSpeedExchange:
             raise
 
     def _count(self, rows: Tensor) -> None:
-        if isinstance(rows, BaseException):
-            raise rows
         self._sent = sent_to_others([rows[0].nbytes] * self._settings.world_size, self._settings)
 
 

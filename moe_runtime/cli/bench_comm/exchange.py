@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.cli.bench_comm.contenders import Contender, open_contender
+from moe_runtime.cli.bench_comm.contenders import Contender, Raw, open_contender
 from moe_runtime.cli.bench_comm.network import LinkCount, count_link
 from moe_runtime.cli.bench_comm.peers import probe_links
 from moe_runtime.cli.bench_comm.rank import Line
@@ -39,7 +39,7 @@ def run_exchange(settings: Settings, folder: Path, line: Line) -> dict[str, Any]
     draw = torch.Generator().manual_seed(settings.seed + dist.get_rank())
     tokens = torch.randn(settings.tokens, settings.hidden, generator=draw).to(torch.bfloat16)
     links = None if settings.rate_mbit is None else probe_links(settings, line.barrier)
-    contenders = {name: open_contender(name, settings) for name in settings.contenders}
+    opened = {name: open_contender(name, settings) for name in settings.contenders if name != "raw"}
     results: dict[str, Any] = {"links": links}
     for routing in settings.routings:
         with np.load(folder / f"{routing}.npz") as arrays:
@@ -47,6 +47,9 @@ def run_exchange(settings: Settings, folder: Path, line: Line) -> dict[str, Any]
                 torch.from_numpy(arrays[key][dist.get_rank()]) for key in ("expert_ids", "weights")
             )
         case = _Case(settings, tokens, weights, expert_ids, line)
+        contenders = dict(opened)
+        if "raw" in settings.contenders:
+            contenders["raw"] = Raw(settings, expert_ids)
         times: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
         for turn in range(case.rounds(routing)):
             for name in contenders if turn % 2 == 0 else reversed(contenders):
@@ -76,7 +79,6 @@ class _Case:
 
     def measure(self, name: str, contender: Contender) -> dict[str, Any]:
         """One dispatch and one combine: seconds, bytes, link counts, processor seconds."""
-        contender.prepare(self._inputs[2])
         dispatched = self._phase(contender, lambda: contender.dispatch(*self._inputs))
         rows = contender.apply_experts(dispatched.pop("value"), self._factors)
         combined = self._phase(contender, lambda: contender.combine(rows))
