@@ -14,7 +14,7 @@ import importlib, pkgutil, sys
 for name in ("torch", "numpy", "deepspeed"):
     sys.modules[name] = None
 import moe_runtime.errors
-for package in ("moe_runtime.config", "moe_runtime.schedule"):
+for package in ("moe_runtime.config", "moe_runtime.schedule", "moe_runtime.planner"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         importlib.import_module(module.name)
 """
@@ -45,7 +45,7 @@ def test_the_house_keeps_its_import_contracts() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_config_and_schedule_import_where_torch_is_absent() -> None:
+def test_config_schedule_and_planner_import_where_torch_is_absent() -> None:
     done = _run(_WITHOUT_TORCH)
     assert done.returncode == 0, done.stderr
 

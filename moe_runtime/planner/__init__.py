@@ -1,0 +1,1 @@
+"""What a program or a run will cost, reckoned without running it. No torch here."""
