@@ -45,14 +45,23 @@ class Testbed:
     """Namespaces that are up.
 
     Args:
+        hub: process that holds the namespace of the bridge.
         holders: process that holds each node's namespace.
     """
 
+    hub: int
     holders: tuple[int, ...]
 
     def inside(self, node: int) -> list[str]:
         """What to put before a command so that it runs on a node."""
         return _inside(self.holders[node])
+
+    def limit(self, rate_mbit: int) -> None:
+        """Give every link this rate each way, in 10^6 bit/s, while nothing is under way."""
+        limit = _limit(rate_mbit, len(self.holders))
+        for node, holder in enumerate(self.holders):
+            _run([*_inside(holder), *_qdisc(INTERFACE), *limit])
+            _run([*_inside(self.hub), *_qdisc(f"p{node}"), *limit])
 
 
 def require_tools() -> None:
@@ -64,12 +73,12 @@ def require_tools() -> None:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
-            f"bench comm: links need the commands {', '.join(missing)} (iproute2, util-linux, procps); "
+            f"bench: links need the commands {', '.join(missing)} (iproute2, util-linux, procps); "
             "install them, or measure on loopback with --links none"
         )
     if os.geteuid() != 0:
         raise ConfigError(
-            "bench comm: links need root, to make network namespaces; run as root, or measure on loopback "
+            "bench: links need root, to make network namespaces; run as root, or measure on loopback "
             "with --links none"
         )
 
@@ -93,10 +102,9 @@ def open_testbed(nodes: int, rate_mbit: int) -> Iterator[Testbed]:
         _run([*_inside(hub), "ip", "link", "set", "br0", "up"])
         for node, holder in enumerate(holders):
             _join(hub, holder, node)
-            limit = _limit(rate_mbit, nodes)
-            _run([*_inside(holder), *_qdisc(INTERFACE), *limit])
-            _run([*_inside(hub), *_qdisc(f"p{node}"), *limit])
-        yield Testbed(tuple(holders))
+        testbed = Testbed(hub, tuple(holders))
+        testbed.limit(rate_mbit)
+        yield testbed
 
 
 def _join(hub: int, holder: int, node: int) -> None:
@@ -113,7 +121,7 @@ def _join(hub: int, holder: int, node: int) -> None:
 
 
 def _qdisc(interface: str) -> list[str]:
-    return ["tc", "qdisc", "add", "dev", interface, "root"]
+    return ["tc", "qdisc", "replace", "dev", interface, "root"]
 
 
 def _limit(rate_mbit: int, nodes: int) -> list[str]:
@@ -144,7 +152,7 @@ def _namespace() -> Iterator[int]:
     except BrokenPipeError as error:
         reason = holder.stderr.read().decode().strip()
         raise ConfigError(
-            f"bench comm: cannot make a network namespace ({reason}); measure on loopback with --links none"
+            f"bench: cannot make a network namespace ({reason}); measure on loopback with --links none"
         ) from error
     finally:
         holder.stdin.close()
@@ -159,7 +167,7 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(
-            f"bench comm: cannot set up links: {' '.join(command[5:])}: {reason}; "
+            f"bench: cannot set up links: {' '.join(command[5:])}: {reason}; "
             "measure on loopback with --links none"
         )
 
@@ -195,4 +203,4 @@ def count_link(interface: str = INTERFACE) -> LinkCount:
             if name.strip() == interface:
                 numbers = [int(value) for value in values.split()]
                 return LinkCount(numbers[0], numbers[1], numbers[8], numbers[9])
-    raise ConfigError(f"bench comm: expected an interface {interface}, got none of that name")
+    raise ConfigError(f"bench: expected an interface {interface}, got none of that name")
