@@ -56,12 +56,14 @@ class Testbed:
         """What to put before a command so that it runs on a node."""
         return _inside(self.holders[node])
 
-    def limit(self, rate_mbit: int) -> None:
-        """Give every link this rate each way, in 10^6 bit/s, while nothing is under way."""
-        limit = _limit(rate_mbit, len(self.holders))
+    def limit(self, rate_mbit: int | None) -> None:
+        """Give every link this rate each way, in 10^6 bit/s, or no limit; nothing may be under way."""
         for node, holder in enumerate(self.holders):
-            _run([*_inside(holder), *_qdisc(INTERFACE), *limit])
-            _run([*_inside(self.hub), *_qdisc(f"p{node}"), *limit])
+            for place, interface in ((holder, INTERFACE), (self.hub, f"p{node}")):
+                shape = [] if rate_mbit is None else _limit(rate_mbit, len(self.holders))
+                kind = "pfifo" if rate_mbit is None else "tbf"
+                change = ["tc", "qdisc", "replace", "dev", interface, "root", kind, *shape]
+                _run([*_inside(place), *change])
 
 
 def require_tools() -> None:
@@ -84,12 +86,12 @@ def require_tools() -> None:
 
 
 @contextmanager
-def open_testbed(nodes: int, rate_mbit: int) -> Iterator[Testbed]:
+def open_testbed(nodes: int, rate_mbit: int | None) -> Iterator[Testbed]:
     """Nodes that reach each other over links of this rate each way; gone after the context.
 
     Args:
         nodes: how many.
-        rate_mbit: of each link, in 10^6 bit/s.
+        rate_mbit: of each link, in 10^6 bit/s; None: no limit, until `Testbed.limit` sets one.
 
     Raises:
         ConfigError: not root, a tool is missing, or the kernel refuses.
@@ -120,13 +122,9 @@ def _join(hub: int, holder: int, node: int) -> None:
     _run([*near, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno", *buffers])
 
 
-def _qdisc(interface: str) -> list[str]:
-    return ["tc", "qdisc", "replace", "dev", interface, "root"]
-
-
 def _limit(rate_mbit: int, nodes: int) -> list[str]:
     queue = _QUEUE_PER_NODE_BYTES * nodes
-    return ["tbf", "rate", f"{rate_mbit}mbit", "burst", str(_BURST_BYTES), "limit", str(queue)]
+    return ["rate", f"{rate_mbit}mbit", "burst", str(_BURST_BYTES), "limit", str(queue)]
 
 
 def _inside(holder: int) -> list[str]:
