@@ -1,4 +1,4 @@
-"""What a trace says: when each entry ran, what its exchanges cost, and how much of them was hidden.
+"""What a trace says: when each entry ran, and how long it exchanged and stood still for an exchange.
 
 The result is a `Timeline` like a simulated one, with a row for each global rank (the lanes of a pipeline
 rank one below the other) and seconds that begin with the first entry. For a span
@@ -12,48 +12,14 @@ so both count a second once, however many exchanges share it.
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.timeline import Span, Timeline
 from moe_runtime.planner.trace import Event, Trace
-from moe_runtime.schedule.action import Entry, Kind, Overlap, Program, actions_of
+from moe_runtime.schedule.action import Entry, Kind, Program, actions_of
 
 _TRANSFER = re.compile(r"\d+[SR][AG]\d+'*")
 _Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """A step in numbers; shares are of the time of all ranks together, unless said otherwise.
-
-    Args:
-        makespan: from the first entry's start to the last one's end.
-        bubble_fraction: ranks in no entry.
-        exposed_comm_fraction: ranks that stood still for an expert exchange.
-        hidden_comm_fraction: of the exchange, what no rank stood still for; None without any exchange.
-        hidden_in_pairs_fraction: the same, within overlapped pairs alone.
-    """
-
-    makespan: float
-    bubble_fraction: float
-    exposed_comm_fraction: float
-    hidden_comm_fraction: float | None
-    hidden_in_pairs_fraction: float | None
-
-
-def figures_of(timeline: Timeline) -> Figures:
-    """The figures of a timeline, simulated or measured."""
-    ranks = range(len(timeline.rows))
-    whole = timeline.makespan * len(ranks)
-    spans = [span for row in timeline.rows for span in row]
-    return Figures(
-        makespan=timeline.makespan,
-        bubble_fraction=sum(map(timeline.bubble, ranks)) / whole if whole else 0.0,
-        exposed_comm_fraction=sum(map(timeline.exposed, ranks)) / whole if whole else 0.0,
-        hidden_comm_fraction=_hidden(spans),
-        hidden_in_pairs_fraction=_hidden(span for span in spans if isinstance(span.entry, Overlap)),
-    )
 
 
 def timeline_of(trace: Trace) -> Timeline:
@@ -148,9 +114,3 @@ def _union(intervals: Iterable[_Interval]) -> float:
         covered += max(0.0, end - max(start, until))
         until = max(until, end)
     return covered
-
-
-def _hidden(spans: Iterable[Span]) -> float | None:
-    spans = list(spans)
-    comm = sum(span.comm for span in spans)
-    return 1 - sum(span.exposed for span in spans) / comm if comm else None
