@@ -70,10 +70,8 @@ def _row(
         if _TRANSFER.fullmatch(event.name):
             continue
         if event.name not in entries or left.pop(event.name, None) is None:
-            what = (
-                f"{event.name} twice" if event.name in entries else f"{event.name}, which is not in its row"
-            )
-            raise ConfigError(f"trace: {label}: expected each entry of the program once, got {what}")
+            got = f"{event.name} twice" if event.name in entries else f"{event.name}, not in its row"
+            raise ConfigError(f"trace: {label}: expected each entry of the program once, got {got}")
         spans.append(_span(entries[event.name], event, lanes, begin))
     if left:
         got = f"no {next(iter(left))}; the trace is of a step that did not end"
