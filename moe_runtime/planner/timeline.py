@@ -39,15 +39,17 @@ class Timeline:
 
     Args:
         title: what a drawing says above it.
-        rows: the spans of each pipeline rank, in order.
+        rows: the spans of each pipeline rank, in order; measured, of each global rank.
         memory: per rank, (time, live memory from then on) at every change, in the units of `Costs.live`.
         unit: of the clock: "s", or "" for the costs' own.
+        labels: what a drawing calls each row; left out: "rank 0", "rank 1" and so on.
     """
 
     title: str
     rows: tuple[tuple[Span, ...], ...]
     memory: tuple[tuple[tuple[float, float], ...], ...] = ()
     unit: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def makespan(self) -> float:

@@ -1,4 +1,4 @@
-"""Which numbers of ranks and microbatches a schedule admits, as data.
+"""Which numbers of ranks, microbatches and stages a rank a schedule admits, as data.
 
 Kept apart from the builders so that a layout search can ask without building anything, and so that
 every refusal has the same form: what was got, what is needed, the nearest choices that work.
@@ -16,12 +16,16 @@ class Limits:
         max_ranks: largest num_ranks; None for no bound.
         microbatch_multiple: num_microbatches is a multiple of it.
         min_microbatches_per_rank: num_microbatches is at least this times num_ranks.
+        num_chunks: stages a rank and direction; where they may be chosen, the number taken unless asked.
+        min_chunks: smallest number to choose; None where there is no choice.
     """
 
     rank_multiple: int = 1
     max_ranks: int | None = None
     microbatch_multiple: int = 1
     min_microbatches_per_rank: int = 0
+    num_chunks: int = 1
+    min_chunks: int | None = None
 
     def ranks_problem(self, num_ranks: int) -> str | None:
         """Why `num_ranks` is refused, with the nearest choices; None if it is admitted."""
@@ -40,6 +44,17 @@ class Limits:
         need = f"{_multiple(self.microbatch_multiple)}at least {self._min_microbatches(num_ranks)}"
         got = f"{num_microbatches} microbatches a step on {num_ranks} pipeline ranks"
         return f"{got}; expected {need}; nearest: {_either(nearest)}"
+
+    def chunks_problem(self, num_chunks: int | None) -> str | None:
+        """Why `num_chunks` is refused, with the nearest choice; None if it is admitted, as None is."""
+        if num_chunks is None or num_chunks == self.num_chunks:
+            return None
+        if self.min_chunks is None:
+            return f"{num_chunks} stages a rank and direction; expected {self.num_chunks}, and no other"
+        if num_chunks < self.min_chunks:
+            need = f"at least {self.min_chunks}; nearest: {self.min_chunks}"
+            return f"{num_chunks} stages a rank and direction; expected {need}"
+        return None
 
     def nearest_microbatches(self, num_ranks: int, num_microbatches: int) -> int:
         """The admissible number of microbatches nearest to the one asked for; a tie goes up.

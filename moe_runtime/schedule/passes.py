@@ -125,3 +125,14 @@ def _split(row: tuple[Entry, ...]) -> Iterator[Entry]:
             yield replace(entry, kind=Kind.WEIGHT_GRAD)
         else:
             yield entry
+
+
+def unpair(program: Program) -> Program:
+    """Undo overlapping: every overlap becomes its F and, right after it, its B.
+
+    The same work in the same order with nothing hidden: what overlapping is measured against. A lowered
+    program keeps its transfers, so both sends of a pair still follow its backward; run it before
+    `add_transfers` to send the activation as soon as it is made.
+    """
+    rows = (tuple(action for entry in row for action in actions_of(entry)) for row in program.rows)
+    return replace(program, rows=tuple(rows))

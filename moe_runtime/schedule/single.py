@@ -1,7 +1,6 @@
 """One pipeline rank: no pipeline at all, each microbatch forwards and at once backwards.
 
-        time ->
-rank 0  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3
+    rank 0  F0 B0--- F1 B1--- F2 B2--- F3 B3---
 
 One microbatch's activations are alive at a time, so M costs no memory: this is plain gradient
 accumulation written as a program.

@@ -99,8 +99,7 @@ class TrainStep:
         return self._record(plan, scalars, total, result, time.perf_counter() - begun)
 
     def _start_clocks(self) -> None:
-        clock = self.runtime.clock
-        clock.exchange_wait_s = clock.transfer_wait_s = 0.0
+        self.runtime.clock.restart()
         self.runtime.dispatcher.traffic.snapshot(reset=True)
 
     def _forward_backward(self, plan: StepPlan) -> StepScalars:

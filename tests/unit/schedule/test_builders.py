@@ -1,5 +1,6 @@
 """The builders write the programs of their papers, and refuse sizes for which there is none."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from moe_runtime import schedule
 from moe_runtime.errors import ScheduleError
 from moe_runtime.schedule import Entry, Overlap, Program
+from moe_runtime.schedule.builders import BUILDERS
+from tests.unit.schedule.figure import figure
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden" / "schedules").glob("*.txt"))
 DUALPIPE_SIZES = [(ranks, micros) for ranks in range(2, 17, 2) for micros in range(2 * ranks, 65, 2)]
@@ -15,27 +18,45 @@ DUALPIPE_SIZES = [(ranks, micros) for ranks in range(2, 17, 2) for micros in ran
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_programs_equal_the_golden_files(path: Path) -> None:
-    name, ranks, microbatches, *lowered = path.stem.split("_")
-    program = schedule.build(name, int(ranks[1:]), int(microbatches[1:]))
-    assert (schedule.lower(program) if lowered else program).to_text() == path.read_text()
+    name, ranks, microbatches, *rest = path.stem.split("_")
+    chunks = next((int(part[1:]) for part in rest if part[0] == "v"), None)
+    program = schedule.build(name, int(ranks[1:]), int(microbatches[1:]), chunks)
+    assert (schedule.lower(program) if "lowered" in rest else program).to_text() == path.read_text()
 
 
 def test_there_are_golden_files_of_every_builder() -> None:
     assert {path.stem.split("_")[0] for path in GOLDEN} == set(schedule.BUILDERS)
 
 
+SIZES_OF_FIGURES = {
+    "gpipe": (4, 4),
+    "1f1b": (4, 6),
+    "interleaved": (4, 8),
+    "zb1p": (4, 6),
+    "zbv": (4, 8),
+    "dualpipe": (4, 8),
+    "dualpipev": (4, 8),
+    "single": (1, 4),
+}
+
+
+@pytest.mark.parametrize("name", schedule.BUILDERS)
+def test_the_figure_in_each_builders_file_is_its_program_on_the_clock(name: str) -> None:
+    text = sys.modules[BUILDERS[name].make.__module__].__doc__
+    program = schedule.build(name, *SIZES_OF_FIGURES[name])
+    assert text is not None and any(figure(program, parts) in text for parts in (1, 2))
+
+
 def shape_of(program: Program, rank: int, entry: Entry) -> str:
-    """An entry as seen from its rank: kinds, with n for the near and f for the far direction."""
-    near = 0 if rank < program.num_ranks // 2 else 1
+    """An entry as seen from its rank: kinds, with n for its near stage and f for its far one."""
     parts = [entry.forward, entry.backward] if isinstance(entry, Overlap) else [entry]
-    return "&".join(part.kind.value + ("n" if part.direction == near else "f") for part in parts)
+    middle = program.num_stages // 2
+    return "&".join(part.kind.value + ("n" if part.stage < middle else "f") for part in parts)
 
 
-def eight_steps(ranks: int, microbatches: int, rank: int) -> list[str]:
+def eight_steps(half: int, m: int, x: int) -> list[str]:
     """DualPipe's table of steps, written out; W without its lane, which the queue decides."""
-    half, m = ranks // 2, microbatches // 2
-    x = min(rank, ranks - 1 - rank)
-    main = ["Fn&Bf", "Ff&Bn"] * (m - ranks + x + 1)
+    main = ["Fn&Bf", "Ff&Bn"] * (m - 2 * half + x + 1)
     if x == half - 1:
         main = ["Fn", "Bf", *main[1:]]
     last = ["Bf", "Bn"] * (x + 1)
@@ -58,7 +79,18 @@ def test_dualpipe_rows_are_the_eight_steps_for_all_sizes() -> None:
         for rank, row in enumerate(program.rows):
             shapes = [shape_of(program, rank, entry) for entry in row]
             shapes = ["W" if shape[0] == "W" else shape for shape in shapes]
-            assert shapes == eight_steps(ranks, microbatches, rank), (ranks, microbatches, rank)
+            expected = eight_steps(ranks // 2, microbatches // 2, min(rank, ranks - 1 - rank))
+            assert shapes == expected, (ranks, microbatches, rank)
+
+
+def test_dualpipev_rows_are_the_eight_steps_for_all_sizes() -> None:
+    for ranks in range(1, 9):
+        for microbatches in range(2 * ranks, 2 * ranks + 9):
+            program = schedule.build("dualpipev", ranks, microbatches)
+            for rank, row in enumerate(program.rows):
+                shapes = [shape_of(program, rank, entry) for entry in row]
+                shapes = ["W" if shape[0] == "W" else shape for shape in shapes]
+                assert shapes == eight_steps(ranks, microbatches, rank), (ranks, microbatches, rank)
 
 
 def test_dualpipe_defers_as_many_weight_gradients_as_the_paper() -> None:
@@ -103,6 +135,11 @@ def test_each_rank_of_dualpipe_holds_a_stage_of_either_end() -> None:
         ("dualpipe", 4, 6, "nearest: 8"),
         ("dualpipe", 4, 9, "nearest: 8 or 10"),
         ("dualpipe", 2, 2, "nearest: 4"),
+        ("dualpipev", 3, 5, "nearest: 6"),
+        ("gpipe", 2, 0, "nearest: 1"),
+        ("interleaved", 0, 4, "nearest: 1"),
+        ("zb1p", 2, 0, "nearest: 1"),
+        ("zbv", -1, 4, "nearest: 1"),
     ],
 )
 def test_inadmissible_sizes_are_refused_with_the_nearest_choice(
@@ -111,6 +148,44 @@ def test_inadmissible_sizes_are_refused_with_the_nearest_choice(
     with pytest.raises(ScheduleError, match=f"^schedule {name}: .*; expected .*; {nearest}$") as caught:
         schedule.build(name, ranks, microbatches)
     assert schedule.admissible(name, ranks, microbatches) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks", "message"),
+    [
+        ("interleaved", 1, "1 stages a rank and direction; expected at least 2; nearest: 2"),
+        ("1f1b", 2, "2 stages a rank and direction; expected 1, and no other"),
+        ("dualpipe", 2, "2 stages a rank and direction; expected 1, and no other"),
+        ("zbv", 1, "1 stages a rank and direction; expected 2, and no other"),
+        ("dualpipev", 3, "3 stages a rank and direction; expected 2, and no other"),
+    ],
+)
+def test_chunks_that_a_schedule_has_not_are_refused(name: str, chunks: int, message: str) -> None:
+    assert schedule.admissible(name, 2, 8, chunks) == f"schedule {name}: {message}"
+    for refuse in (
+        lambda: schedule.build(name, 2, 8, chunks),
+        lambda: schedule.placement_of(name, 2, chunks),
+        lambda: schedule.nearest_microbatches(name, 2, 8, chunks),
+    ):
+        with pytest.raises(ScheduleError, match=f"^schedule {name}: {message}$"):
+            refuse()
+
+
+def test_the_chunks_that_a_schedule_has_may_be_asked_for() -> None:
+    for name, chunks in (("1f1b", 1), ("zbv", 2), ("dualpipe", 1), ("dualpipev", 2), ("interleaved", 2)):
+        assert schedule.build(name, 2, 4, chunks) == schedule.build(name, 2, 4)
+
+
+def test_placements_are_known_without_building() -> None:
+    assert schedule.placement_of("1f1b", 3) == ((0, 1, 2),)
+    assert schedule.placement_of("interleaved", 2, 3) == ((0, 1, 0, 1, 0, 1),)
+    assert schedule.placement_of("zbv", 3) == schedule.placement_of("dualpipev", 3) == ((0, 1, 2, 2, 1, 0),)
+    assert schedule.placement_of("dualpipe", 4) == ((0, 1, 2, 3), (3, 2, 1, 0))
+    for name in schedule.BUILDERS:
+        ranks = 1 if name == "single" else 4
+        assert schedule.build(name, ranks, 8).placement == schedule.placement_of(name, ranks)
+    with pytest.raises(ScheduleError, match="3 pipeline ranks"):
+        schedule.placement_of("dualpipe", 3)
 
 
 def test_an_unknown_schedule_is_refused_with_a_hint() -> None:
@@ -123,7 +198,7 @@ def test_the_nearest_number_of_microbatches_is_admissible() -> None:
     assert schedule.nearest_microbatches("dualpipe", 4, 9) == 10
     assert schedule.nearest_microbatches("dualpipe", 4, 12) == 12
     assert schedule.nearest_microbatches("1f1b", 4, 0) == 1
-    for name, ranks in (("single", 1), ("1f1b", 5), ("dualpipe", 6)):
+    for name, ranks in (("single", 1), ("1f1b", 5), ("dualpipe", 6), ("dualpipev", 5), ("interleaved", 3)):
         for asked in range(-3, 40):
             found = schedule.nearest_microbatches(name, ranks, asked)
             assert schedule.admissible(name, ranks, found) is None

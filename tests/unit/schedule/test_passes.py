@@ -23,6 +23,17 @@ SIZES = [
     ("dualpipe", 4, 10),
     ("dualpipe", 6, 18),
     ("dualpipe", 16, 32),
+    ("gpipe", 3, 4),
+    ("interleaved", 1, 2),
+    ("interleaved", 2, 4),
+    ("interleaved", 4, 7),
+    ("zb1p", 4, 6),
+    ("zbv", 1, 2),
+    ("zbv", 2, 1),
+    ("zbv", 4, 8),
+    ("dualpipev", 1, 2),
+    ("dualpipev", 2, 4),
+    ("dualpipev", 5, 11),
 ]
 
 
@@ -141,6 +152,26 @@ def test_splitting_defers_every_backward_that_stands_alone() -> None:
 def test_a_split_backward_sends_its_gradient_before_its_weight_gradient() -> None:
     split = schedule.lower(schedule.split_backward(schedule.build("1f1b", 2, 1)))
     assert [str(entry) for entry in split.rows[1]] == ["1RA0", "1F0", "1I0", "1SG0", "1W0"]
+
+
+def test_unpairing_puts_each_backward_right_after_its_forward() -> None:
+    program = Program.from_text("""pair microbatches=2 placement=0,1
+        0: 0F0 0F1+0B0 0B1
+        1: 1F0 1B0 1F1 1B1""")
+    assert [str(entry) for entry in schedule.unpair(program).rows[0]] == ["0F0", "0F1", "0B0", "0B1"]
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+def test_passes_keep_every_program_right(name: str, ranks: int, microbatches: int) -> None:
+    program = schedule.build(name, ranks, microbatches)
+    for change in (schedule.merge_weight_grads, schedule.split_backward, schedule.unpair):
+        changed = schedule.lower(change(program))
+        assert Mailboxes(changed).run(random.Random(0))
+    for change in (schedule.merge_weight_grads, schedule.unpair):
+        changed = change(schedule.lower(program))
+        changed.check()
+        assert Mailboxes(changed).run(random.Random(0))
+    assert "+" not in schedule.unpair(program).to_text()
 
 
 def test_peers_of_a_transfer_name_each_other() -> None:

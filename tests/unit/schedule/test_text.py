@@ -29,7 +29,17 @@ def test_any_program_survives_the_round_trip(program: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "microbatches"), [("single", 1, 2), ("1f1b", 3, 4), ("dualpipe", 4, 10)]
+    ("name", "ranks", "microbatches"),
+    [
+        ("single", 1, 2),
+        ("gpipe", 3, 4),
+        ("1f1b", 3, 4),
+        ("interleaved", 3, 4),
+        ("zb1p", 3, 4),
+        ("zbv", 3, 4),
+        ("dualpipe", 4, 10),
+        ("dualpipev", 3, 7),
+    ],
 )
 def test_built_and_lowered_programs_survive_the_round_trip(name: str, ranks: int, microbatches: int) -> None:
     program = schedule.build(name, ranks, microbatches)
