@@ -1,8 +1,9 @@
 """The rate of links at which exchanges of tokens take as long as computation: the report's 1:1.
 
-Measured with overlap off and under the same shares of the processor: how long a rank computes in a step
-is what is left of it without its waits, on links without a limit; how long it exchanges is its wait on
-limited ones. Bytes over computation is the first guess; then the rate follows the ratio measured.
+Found with overlap off, under the same shares of the processor. Computation is what is left of a step
+without its waits, on links without a limit. An exchange takes time there too: its rows are packed and
+copied, and a rank may come late to it. What links add to that is bytes over rate; so the rate follows,
+is tried, and is corrected by what was measured.
 Ref: DSV3 §3.2.1.
 """
 
@@ -15,23 +16,27 @@ Step = list[dict[str, Any]]  # what each rank said of it
 
 _CLOSE_ENOUGH = 0.1
 _TRIES = 4
+# Where exchanges take most of the time without any limit, links still get this part of the computation's.
+_LEAST_PART = 0.25
 
 
 @dataclass(frozen=True)
 class OneToOne:
-    """The rate found, and what it rests on.
+    """The rate found, and what it rests on: seconds of a step, mean over ranks.
 
     Args:
         rate_mbit: of links, in 10^6 bit/s.
         contender: it was found with.
-        compute_s: of a rank in a step, mean over ranks.
-        exchange_s: that a rank waited for exchanges at that rate, mean over ranks.
+        compute_s: a rank computed.
+        exchange_s: exchanges were under way.
+        link_s: bytes over rate, the part of that which links add at least.
     """
 
     rate_mbit: int
     contender: str
     compute_s: float
     exchange_s: float
+    link_s: float
 
     @property
     def ratio(self) -> float:
@@ -50,27 +55,20 @@ def calibrate(contender: str, run: Callable[[str], Step], limit: Callable[[int |
     limit(None)
     run(contender)
     free = run(contender)
-    compute_s = _mean(free, _computed)
-    rate = _mean(free, lambda rank: rank["exchange_bytes"]) * 8e-6 / compute_s
+    compute_s, beside_s = _mean(free, _computed), _mean(free, lambda rank: rank["exchange_s"])
+    megabits = _mean(free, lambda rank: rank["exchange_bytes"]) * 8e-6
+    found: OneToOne | None = None
     for _ in range(_TRIES):
-        found = _at(max(1, round(rate)), contender, compute_s, run, limit)
+        link_s = max(compute_s - beside_s, _LEAST_PART * compute_s)
+        rate = max(1, round(megabits / link_s))
+        limit(rate)
+        exchange_s = _mean(run(contender), lambda rank: rank["exchange_s"])
+        found = OneToOne(rate, contender, compute_s, exchange_s, megabits / rate)
         if abs(found.ratio - 1) <= _CLOSE_ENOUGH:
             break
-        rate = found.rate_mbit * found.ratio
+        beside_s = exchange_s - found.link_s
+    assert found is not None
     return found
-
-
-def _at(
-    rate_mbit: int,
-    contender: str,
-    compute_s: float,
-    run: Callable[[str], Step],
-    limit: Callable[[int | None], None],
-) -> OneToOne:
-    limit(rate_mbit)
-    return OneToOne(
-        rate_mbit, contender, compute_s, _mean(run(contender), lambda rank: rank["exchange_wait_s"])
-    )
 
 
 def _computed(rank: dict[str, Any]) -> float:

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from moe_runtime.cli.bench_pipeline.exchange import PlainExchange
 from moe_runtime.cli.bench_pipeline.settings import Contender, Settings
+from moe_runtime.parallel.clock import Span
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.weight_grad import WeightGradSink, ensure_accumulator
 
@@ -20,15 +22,19 @@ class Told:
 
     Args:
         loss: sum over the microbatches whose loss was computed here, over the number of microbatches.
+        exchange_s: seconds in which exchanges of tokens were under way.
         exchange_wait_s: seconds in which this rank stood still for an exchange of tokens.
         transfer_wait_s: the same for what goes from stage to stage; None: the peer does not say.
         exchange_bytes: sent to other ranks in exchanges.
+        spans: (lane, name, start, end) of all that was done, if that is wanted and known.
     """
 
     loss: float
+    exchange_s: float
     exchange_wait_s: float
     transfer_wait_s: float | None
     exchange_bytes: int
+    spans: list[Span] | None = None
 
 
 class Runner(Protocol):
@@ -84,9 +90,13 @@ class Bench:
             param.grad_accum = self._grads.setdefault(name, ensure_accumulator(param))  # type: ignore[attr-defined]
 
     def clear_gradients(self) -> None:
-        """Before a step."""
+        """Take the gradients of the last step away."""
         for grad in self._grads.values():
             grad.zero_()
+
+    def told(self, loss: float, exchange: PlainExchange) -> Told:
+        """What a peer says, whose exchanges are waited for from beginning to end."""
+        return Told(loss, exchange.wait_s, exchange.wait_s, None, exchange.sent_bytes)
 
 
 def add_sink(named: Iterable[tuple[str, Parameter]]) -> WeightGradSink:

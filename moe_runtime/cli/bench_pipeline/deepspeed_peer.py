@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_runtime.cli.bench_pipeline.contenders import Bench, Told, add_sink
 from moe_runtime.cli.bench_pipeline.exchange import PlainExchange
 from moe_runtime.cli.bench_pipeline.peer_stage import PeerStage
-from moe_runtime.cli.bench_pipeline.settings import Contender, Settings, run_config
+from moe_runtime.cli.bench_pipeline.settings import CONTENDERS, Contender, Settings, run_config
 from moe_runtime.parallel.zero_engine import join_process_group
 
 
@@ -32,10 +32,11 @@ class DeepSpeedPipeline:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's launcher would say it; it names a device
         join_process_group()
         settings = bench.settings
+        self._bench = bench
         self.mesh, self.groups = bench.mesh, bench.groups_of(bench.mesh)
         self._exchange = PlainExchange(settings.num_experts, self.groups.expert)
         count = settings.pp * contender.chunks
-        config = run_config(settings, "1f1b", overlap=True)
+        config = run_config(settings, CONTENDERS["1f1b"])
         make = DualPipeVModule if contender.chunks == 2 else PipelineModule
         module = make(
             layers=[
@@ -64,11 +65,11 @@ class DeepSpeedPipeline:
 
     def step(self) -> Told:
         """Train a batch."""
-        self._exchange.wait_s, self._exchange.sent_bytes = 0.0, 0
+        self._exchange.restart()
         loss = self._engine.train_batch(iter(self._batch))
         # The engine tells all ranks the mean of all lanes; one rank of each lane tells it on.
         told = float(loss) if self.mesh.pp_rank == 0 else 0.0
-        return Told(told, self._exchange.wait_s, None, self._exchange.sent_bytes)
+        return self._bench.told(told, self._exchange)
 
     def _loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return next(stage for stage in self._stages if stage.is_last).loss(hidden, tokens)

@@ -50,6 +50,10 @@ class PlainExchange:
     sent_bytes: int = field(default=0, init=False)
     wait_s: float = field(default=0.0, init=False)
 
+    def restart(self) -> None:
+        """Count from zero."""
+        self.sent_bytes, self.wait_s = 0, 0.0
+
     def dispatch(self, tokens: Tensor, expert_ids: Tensor) -> tuple[Tensor, Route]:
         """Rows [rows, hidden] by local expert, and the way back.
 

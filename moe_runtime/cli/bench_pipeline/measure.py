@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from moe_runtime.cli.bench_pipeline.calibrate import Step, calibrate
-from moe_runtime.cli.bench_pipeline.settings import CALIBRATED_WITH, Settings, why_not
+from moe_runtime.cli.bench_pipeline.settings import CALIBRATED_WITH, Settings
 from moe_runtime.cli.bench_pipeline.summary import summarise
 from moe_runtime.cli.testbed.crew import Crew, cpu_load, open_crew, working_folder
 from moe_runtime.cli.testbed.links import Testbed, open_testbed, require_tools
@@ -31,20 +31,18 @@ def measure(settings: Settings) -> dict[str, Any]:
     """
     if settings.has_links:
         require_tools()
-    skipped = {name: reason for name in settings.contenders if (reason := why_not(settings, name))}
-    runners = [name for name in settings.contenders if name not in skipped]
-    if not runners:
-        raise ConfigError(f"bench pipeline: no contender can run: {'; '.join(skipped.values())}")
-    measured_with = _calibrated_with(settings) if settings.has_links and settings.rate_mbit is None else None
-    held = runners if measured_with is None else list(dict.fromkeys([*runners, measured_with]))
-    result: dict[str, Any] = {"settings": settings.to_plain(), "skipped": skipped, "load": cpu_load()}
-    with _running(dataclasses.replace(settings, contenders=tuple(held))) as (crew, testbed):
+    is_calibrated = settings.has_links and settings.rate_mbit is None
+    held = dict.fromkeys([*settings.contenders, *(CALIBRATED_WITH if is_calibrated else ())])
+    result: dict[str, Any] = {"settings": settings.to_plain(), "load": cpu_load()}
+    with _running(dataclasses.replace(settings, contenders=tuple(held))) as (crew, testbed, refused):
+        runners = [name for name in settings.contenders if name not in refused]
+        if not runners:
+            raise ConfigError(f"bench pipeline: no contender can run: {_reasons(refused)}")
         checked = {name: _step(crew, name, compare=True) for name in runners}
         rate = settings.rate_mbit
-        if testbed is not None and measured_with is not None:
-            found = calibrate(measured_with, lambda name: _step(crew, name), testbed.limit)
-            result["one_to_one"] = dataclasses.asdict(found) | {"ratio": found.ratio}
-            rate = found.rate_mbit
+        if testbed is not None and rate is None:
+            result["one_to_one"] = found = _calibrate(crew, testbed, refused)
+            rate = found["rate_mbit"]
         elif testbed is not None:
             testbed.limit(rate)
         rounds = []
@@ -52,12 +50,25 @@ def measure(settings: Settings) -> dict[str, Any]:
             rounds.append({name: _step(crew, name) for name in runners})
             print(f"round {turn + 1} of {settings.rounds}", file=sys.stderr, flush=True)
     figures = summarise(checked, rounds, settings)
-    return result | {"rate_mbit": rate, "contenders": figures, "rounds": rounds}
+    skipped = {name: refused[name] for name in settings.contenders if name in refused}
+    return result | {"skipped": skipped, "rate_mbit": rate, "contenders": figures, "rounds": rounds}
+
+
+def _calibrate(crew: Crew, testbed: Testbed, refused: dict[str, str]) -> dict[str, Any]:
+    usable = [name for name in CALIBRATED_WITH if name not in refused]
+    if not usable:
+        raise ConfigError(f"bench pipeline: nobody to calibrate with: {_reasons(refused)}; give a --rate")
+    found = calibrate(usable[0], lambda name: _step(crew, name), testbed.limit)
+    return dataclasses.asdict(found) | {"ratio": found.ratio}
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in refused.items())
 
 
 @contextmanager
-def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None]]:
-    """All ranks, with their contenders set up; links have no limit yet."""
+def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None, dict[str, str]]]:
+    """All ranks, with contenders set up, and why some are not; links have no limit yet."""
     with ExitStack() as stack:
         testbed = None
         if settings.has_links:
@@ -67,15 +78,10 @@ def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None]]:
             shares = list(map(str, stack.enter_context(open_shares(settings.world_size, settings.cores))))
         folder = stack.enter_context(working_folder())
         crew = stack.enter_context(open_crew(_RANK, settings.world_size, folder, _SILENCE_S, testbed))
-        crew.ask({"settings": settings.to_plain(), "shares": shares})
-        yield crew, testbed
+        opened = crew.ask({"settings": settings.to_plain(), "shares": shares})
+        yield crew, testbed, opened[0]["refused"]
         crew.ask({"leave": True})
 
 
 def _step(crew: Crew, name: str, compare: bool = False) -> Step:
     return crew.ask({"run": name, "compare": compare})
-
-
-def _calibrated_with(settings: Settings) -> str:
-    """Without overlap; where pairs cannot be taken apart, a schedule that has none."""
-    return CALIBRATED_WITH if why_not(settings, CALIBRATED_WITH) is None else "1f1b"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_runtime.cli.bench_pipeline.exchange import PlainExchange
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError
 from moe_runtime.model.loss import head_loss
 from moe_runtime.model.phase import Combine, Compute, Dispatch
 from moe_runtime.model.transformer import Transformer
@@ -27,6 +28,8 @@ class PeerStage(nn.Module):
         self, config: RunConfig, stage: int, num_stages: int, ep_rank: int, exchange: PlainExchange
     ) -> None:
         super().__init__()
+        if config.model.num_layers % num_stages:
+            raise ConfigError(f"{num_stages} stages do not divide {config.model.num_layers} layers")
         layers = config.model.num_layers // num_stages
         local = config.model.num_experts // config.layout.ep
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1

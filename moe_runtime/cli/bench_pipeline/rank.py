@@ -20,6 +20,7 @@ from moe_runtime.cli.orphan import stop_with_parent
 from moe_runtime.cli.testbed.line import Line
 from moe_runtime.cli.testbed.links import count_link
 from moe_runtime.cli.testbed.quota import join_share
+from moe_runtime.errors import MoeRuntimeError
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -40,15 +41,27 @@ def main() -> None:
         timeout=_PATIENCE,
     )
     bench = Bench(settings, rank)
-    runners = {name: open_runner(CONTENDERS[name], bench) for name in settings.contenders}
+    runners, refused = _open_runners(bench)
     if first["shares"]:
         join_share(Path(first["shares"][rank]))  # only now: imports would take minutes of a small share
-    line.say({})
+    line.say({"refused": refused})
     while "run" in (word := line.hear()):
         line.say(_run(runners[word["run"]], bench, line, word["compare"]))
     line.say({})
     # At once: gloo threads that outlive the interpreter abort a good run now and then.
     os._exit(0)
+
+
+def _open_runners(bench: Bench) -> tuple[dict[str, Runner], dict[str, str]]:
+    """Contenders by name, and why others cannot run; all ranks find the same."""
+    runners: dict[str, Runner] = {}
+    refused: dict[str, str] = {}
+    for name in bench.settings.contenders:
+        try:
+            runners[name] = open_runner(CONTENDERS[name], bench)
+        except MoeRuntimeError as error:
+            refused[name] = str(error)
+    return runners, refused
 
 
 def _run(runner: Runner, bench: Bench, line: Line, compare: bool) -> dict[str, Any]:

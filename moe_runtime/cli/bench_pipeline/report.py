@@ -12,7 +12,11 @@ def describe(result: dict[str, Any]) -> str:
     """The table of one measurement, what it stands on, and who is left out."""
     lines = [*_head(result), "", _columns(result)]
     lines += [_line(line) for line in result["contenders"]]
-    lines += ["", *(f"left out: {reason}" for reason in result["skipped"].values()), *_explain(result)]
+    lines += [
+        "",
+        *(f"left out: {name}: {reason}" for name, reason in result["skipped"].items()),
+        *_explain(result),
+    ]
     return "\n".join(lines)
 
 
@@ -28,8 +32,9 @@ def _head(result: dict[str, Any]) -> list[str]:
     found = result.get("one_to_one")
     if found is not None:
         lines.append(
-            f"calibrated with {found['contender']}: a rank computes {found['compute_s']:.2f} s of a step and "
-            f"waits {found['exchange_s']:.2f} s for exchanges: {found['ratio']:.2f} to 1"
+            f"calibrated with {found['contender']}: of a step a rank computes {found['compute_s']:.2f} s, "
+            f"exchanges take {found['exchange_s']:.2f} s ({found['link_s']:.2f} s of them bytes over rate): "
+            f"{found['ratio']:.2f} to 1"
         )
     return lines
 
@@ -43,8 +48,8 @@ def _where(result: dict[str, Any]) -> str:
 def _columns(result: dict[str, Any]) -> str:
     first = result["contenders"][0]["contender"]
     return (
-        f"{'':21}{'seconds':>9} {'(range)':15}{'x ' + first:>13} {'(range)':12}{'exchange':>9}{'transfer':>9}"
-        f"{'MiB':>8}{'link MiB':>9}{'CPU s':>8}{'loss':>10}{'equal':>9}"
+        f"{'':21}{'seconds':>9} {'(range)':15}{'x ' + first:>13} {'(range)':12}"
+        f"{'exchange':>9}{'wait':>7}{'hidden':>8}{'transfer':>9}{'MiB':>8}{'link MiB':>9}{'CPU s':>8}{'loss':>10}{'equal':>9}"
     )
 
 
@@ -55,8 +60,8 @@ def _line(line: dict[str, Any]) -> str:
     link = line["link_bytes"]
     return (
         f"{line['contender']:21}{line['s']:9.3f} {seconds:15}{line['ratio']:13.3f} {ratios:12}"
-        f"{_or_dash(line['exchange_wait_s'], 9, 2)}{_or_dash(line['transfer_wait_s'], 9, 2)}"
-        f"{line['exchange_bytes'] / _MIB:8.1f}{_or_dash(None if link is None else link / _MIB, 9, 1)}"
+        f"{line['exchange_s']:9.2f}{line['exchange_wait_s']:7.2f}{line['hidden']:8.0%}"
+        f"{_or_dash(line['transfer_wait_s'], 9, 2)}{line['exchange_bytes'] / _MIB:8.1f}{_or_dash(None if link is None else link / _MIB, 9, 1)}"
         f"{line['cpu_s']:8.2f}{line['loss']:10.6f}{equal:>9}"
     )
 
@@ -67,9 +72,10 @@ def _or_dash(value: float | None, width: int, digits: int) -> str:
 
 def _explain(result: dict[str, Any]) -> list[str]:
     return [
-        "seconds: forward and backward of all microbatches, from the first rank's begin to the last one's end;",
-        "no reduction over lanes, no optimizer. exchange, transfer: seconds in which a rank stood still for",
-        "tokens to and from experts, and between stages (peers do not say), mean over ranks. MiB: sent in",
+        "seconds: forward and backward of all microbatches, until the last rank is done; no reduction over",
+        "lanes, no optimizer. exchange: seconds in which tokens were under way to experts or back; wait: a",
+        "rank stood still for them; hidden: the part of exchange that is not wait. transfer: a rank stood",
+        "still for its neighbours (peers do not say). All of these are means over ranks. MiB: sent in",
         "exchanges, by all ranks. link MiB: sent by a rank over its link, transfers and headers included.",
         "CPU s: of all ranks. equal: largest relative difference of the loss and of each gradient's norm to",
         f"those of the first contender; NO beyond {TOLERANCE:g}.",

@@ -8,9 +8,7 @@ from pydantic import ValidationError
 
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.errors import ConfigError, MoeRuntimeError
-from moe_runtime.schedule.action import Overlap
-from moe_runtime.schedule.builders import build
+from moe_runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,8 @@ class Contender:
         name: as the user says it.
         family: "ours", "torch" or "deepspeed": who runs it.
         schedule: the family's word for it.
-        overlap: pairs of a forward and a backward run merged; only ours has them.
-        chunks: stages that each pipeline rank holds, in a V; only read for peers.
+        overlap: exchanges fly under computation; only ours can.
+        chunks: stages that each pipeline rank holds of one direction; two make a V.
     """
 
     name: str
@@ -37,14 +35,14 @@ CONTENDERS = {
     for contender in (
         Contender("dualpipe", "ours", "dualpipe", overlap=True),
         Contender("dualpipe-off", "ours", "dualpipe"),
-        Contender("dualpipev", "ours", "dualpipev", overlap=True),
-        Contender("dualpipev-off", "ours", "dualpipev"),
-        Contender("zbv", "ours", "zbv", overlap=True),
-        Contender("zbv-off", "ours", "zbv"),
+        Contender("dualpipev", "ours", "dualpipev", overlap=True, chunks=2),
+        Contender("dualpipev-off", "ours", "dualpipev", chunks=2),
+        Contender("zbv", "ours", "zbv", overlap=True, chunks=2),
+        Contender("zbv-off", "ours", "zbv", chunks=2),
         Contender("1f1b", "ours", "1f1b", overlap=True),
         Contender("1f1b-off", "ours", "1f1b"),
-        Contender("searched", "ours", "searched", overlap=True),
-        Contender("searched-off", "ours", "searched"),
+        Contender("searched", "ours", "searched", overlap=True, chunks=2),
+        Contender("searched-off", "ours", "searched", chunks=2),
         Contender("torch-1f1b", "torch", "1F1B"),
         Contender("torch-zbv", "torch", "ZBVZeroBubble", chunks=2),
         Contender("torch-dualpipev", "torch", "DualPipeV", chunks=2),
@@ -52,7 +50,7 @@ CONTENDERS = {
         Contender("deepspeed-dualpipev", "deepspeed", "DualPipeV", chunks=2),
     )
 }
-CALIBRATED_WITH = "dualpipe-off"
+CALIBRATED_WITH = ("dualpipe-off", "1f1b-off")  # the first that can run
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class Settings:
         layers, hidden, expert_width, num_experts, top_k, vocab: of the model, whose layers are all MoE.
         seq_len: tokens of a sequence; a microbatch is one sequence.
         seed: of weights and tokens.
+        trace: ours tell all spans of their steps too.
 
     Raises:
         ConfigError: an unknown contender, or too few microbatches.
@@ -93,6 +92,7 @@ class Settings:
     vocab: int = 512
     seq_len: int = 128
     seed: int = 1
+    trace: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.contenders if name not in CONTENDERS]
@@ -118,22 +118,52 @@ class Settings:
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "Settings":
         """The inverse of `to_plain`, lists made tuples again."""
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        fixed: dict[str, Any] = {**values, "contenders": tuple(values["contenders"])}
+        return cls(**fixed)
 
 
-def run_config(settings: Settings, schedule: str, overlap: bool) -> RunConfig:
-    """The config of a run with this model, layout and schedule of ours.
+def run_config(settings: Settings, contender: Contender) -> RunConfig:
+    """The config of a run with this model and layout, by a contender of ours.
 
     Raises:
-        ConfigError: this version of the runtime, or the layout, refuses it.
+        ConfigError: this version of the runtime refuses it, or layers cannot be split evenly.
     """
-    layout: dict[str, Any] = {"pp": settings.pp, "dp": settings.ep, "ep": settings.ep, "schedule": schedule}
-    if not overlap:
-        layout["overlap"] = False
+    stages = settings.pp * contender.chunks
+    if settings.layers % stages:
+        raise ConfigError(f"{stages} stages do not divide {settings.layers} layers")
+    layout = {
+        "pp": settings.pp,
+        "dp": settings.ep,
+        "ep": settings.ep,
+        "schedule": contender.schedule,
+        "overlap": contender.overlap,
+        "layers_per_stage": (settings.layers // stages,) * stages,
+        "dispatcher": "alltoall",
+    }
+    batch = {"seq_len": settings.seq_len, "global_batch_size": settings.ep * settings.microbatches}
+    try:
+        config = RunConfig.model_validate(
+            {
+                "model": _model(settings),
+                "layout": layout,
+                "batch": batch,
+                "recipe": {"balance_alpha": 0.0, "warmup_steps": 0},
+                "precision": "fp32",
+                "data": {"path": "none"},
+                "train": {"total_steps": 1},
+                "seed": settings.seed,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    check_layout(config, settings.world_size)
+    return config
+
+
+def _model(settings: Settings) -> dict[str, Any]:
     head = settings.hidden // 4
-    model = {
+    return {
         "vocab_size": settings.vocab,
         "hidden_size": settings.hidden,
         "num_layers": settings.layers,
@@ -150,43 +180,3 @@ def run_config(settings: Settings, schedule: str, overlap: bool) -> RunConfig:
         "mtp_depth": 0,
         "init_std": 0.02,
     }
-    try:
-        config = RunConfig.model_validate(
-            {
-                "model": model,
-                "layout": {**layout, "dispatcher": "alltoall"},
-                "batch": {
-                    "seq_len": settings.seq_len,
-                    "global_batch_size": settings.ep * settings.microbatches,
-                },
-                "recipe": {"balance_alpha": 0.0, "warmup_steps": 0},
-                "precision": "fp32",
-                "data": {"path": "none"},
-                "train": {"total_steps": 1},
-                "seed": settings.seed,
-            }
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    check_layout(config, settings.world_size)
-    return config
-
-
-def why_not(settings: Settings, name: str) -> str | None:
-    """Why a contender cannot run here; None if it can."""
-    contender = CONTENDERS[name]
-    if contender.family != "ours":
-        stages = settings.pp * contender.chunks
-        return (
-            None if settings.layers % stages == 0 else f"{name}: {settings.layers} layers on {stages} stages"
-        )
-    try:
-        run_config(settings, contender.schedule, contender.overlap)
-        program = build(contender.schedule, settings.pp, settings.microbatches)
-    except MoeRuntimeError as error:
-        return f"{name}: {error}"
-    has_pairs = any(isinstance(entry, Overlap) for row in program.rows for entry in row)
-    if not contender.overlap and not has_pairs:
-        return f"{name}: the schedule has no pairs to take apart"
-    return None

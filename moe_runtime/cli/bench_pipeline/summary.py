@@ -7,6 +7,7 @@ from moe_runtime.cli.bench_pipeline.calibrate import Step
 from moe_runtime.cli.bench_pipeline.settings import Settings
 
 TOLERANCE = 1e-4
+_MEANS = ("exchange_s", "exchange_wait_s", "transfer_wait_s", "link_bytes")
 
 
 def summarise(
@@ -44,7 +45,11 @@ def summarise(
             "cpu_s": statistics.median(sum(rank["cpu_s"] for rank in step) for step in steps),
         }
         line["is_equal"] = max(line["loss_apart"], worst) <= TOLERANCE
-        line |= {key: _mean(steps, key) for key in ("exchange_wait_s", "transfer_wait_s", "link_bytes")}
+        line |= {
+            key: _mean(steps, key)
+            for key in ("exchange_s", "exchange_wait_s", "transfer_wait_s", "link_bytes")
+        }
+        line["hidden"] = 1 - line["exchange_wait_s"] / line["exchange_s"]
         lines.append(line)
     return lines
 

@@ -16,7 +16,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from moe_runtime.cli.bench_pipeline.contenders import Bench, Told, add_sink
 from moe_runtime.cli.bench_pipeline.exchange import PlainExchange
 from moe_runtime.cli.bench_pipeline.peer_stage import PeerStage, held_stages
-from moe_runtime.cli.bench_pipeline.settings import Contender, run_config
+from moe_runtime.cli.bench_pipeline.settings import CONTENDERS, Contender, run_config
 from moe_runtime.parallel.weight_grad import WeightGrads, run_weight_grads
 
 
@@ -30,6 +30,7 @@ class TorchPipeline:
 
     def __init__(self, contender: Contender, bench: Bench) -> None:
         self._settings, self._tokens = bench.settings, bench.tokens
+        self._bench = bench
         self.mesh, self.groups = bench.mesh, bench.groups_of(bench.mesh)
         self._exchange = PlainExchange(bench.settings.num_experts, self.groups.expert)
         self._late: WeightGrads = []
@@ -50,7 +51,7 @@ class TorchPipeline:
 
     def step(self) -> Told:
         """Run the schedule."""
-        self._exchange.wait_s, self._exchange.sent_bytes = 0.0, 0
+        self._exchange.restart()
         losses: list[Tensor] = []
         first = [self._tokens] if any(stage.is_first for stage in self._stages) else []
         last = {"target": self._tokens, "losses": losses} if self._last() else {}
@@ -58,11 +59,11 @@ class TorchPipeline:
             self._schedule.step(*first, **last, return_outputs=False)
         assert not self._late, "a weight gradient was left over"
         loss = float(torch.stack(losses).sum()) if losses else 0.0
-        return Told(loss, self._exchange.wait_s, None, self._exchange.sent_bytes)
+        return self._bench.told(loss, self._exchange)
 
     def _open_stages(self, chunks: int) -> list[PeerStage]:
         settings = self._settings
-        config = run_config(settings, "1f1b", overlap=True)
+        config = run_config(settings, CONTENDERS["1f1b"])
         return [
             PeerStage(config, stage, settings.pp * chunks, self.mesh.ep_rank, self._exchange)
             for stage in held_stages(self.mesh.pp_rank, settings.pp, chunks)

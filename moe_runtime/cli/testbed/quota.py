@@ -18,7 +18,8 @@ import psutil
 from moe_runtime.errors import ConfigError
 
 _PREFIX = "moe-bench"
-_PERIOD_US = 10_000
+_PERIOD_US = 4_000
+_LEAST_US = 1_000  # the kernel refuses less
 _PATIENCE_S = 5.0
 
 
@@ -41,7 +42,7 @@ def open_shares(count: int, cores: float) -> Iterator[list[Path]]:
             folder = root / f"{_PREFIX}-{os.getpid()}-{number}"
             folder.mkdir()
             made.append(folder)
-            _limit(folder, round(cores * _PERIOD_US))
+            _limit(folder, max(_LEAST_US, round(cores * _PERIOD_US)))
         yield made
     except OSError as error:
         text = f"bench: cannot give out shares of the processor ({error.filename}: {error.strerror})"
