@@ -89,6 +89,7 @@ def pipeline(
         int | None, typer.Option(min=1, help="times each contender is measured, in turn")
     ] = None,
     contender: Annotated[list[str] | None, typer.Option(help="may be repeated; default: all")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="with --json: all spans of our steps")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
     """A training step by schedule, overlap on and off, against torch's and DeepSpeed's pipelines.
@@ -99,8 +100,9 @@ def pipeline(
     from moe_runtime.cli.bench_pipeline.plan import plan as plan_pipeline
     from moe_runtime.cli.bench_pipeline.report import describe as describe_pipeline
 
-    settings = plan_pipeline(
-        layout, links, rate, quota, microbatches=microbatches, rounds=rounds, contenders=contender
-    )
+    if trace and not json:
+        raise ConfigError("bench pipeline: --trace has no place in a table; add --json")
+    counts = {"microbatches": microbatches, "rounds": rounds}
+    settings = plan_pipeline(layout, links, rate, quota, contenders=contender, trace=trace, **counts)
     result = measure_pipeline(settings)
     typer.echo(json_text.dumps(result) if json else describe_pipeline(result))

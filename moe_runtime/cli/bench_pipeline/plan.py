@@ -17,9 +17,10 @@ def plan(
     rate: str,
     quota: bool,
     *,
-    microbatches: int | None,
-    rounds: int | None,
-    contenders: Sequence[str] | None,
+    microbatches: int | None = None,
+    rounds: int | None = None,
+    contenders: Sequence[str] | None = None,
+    trace: bool = False,
 ) -> Settings:
     """What to measure.
 
@@ -29,6 +30,7 @@ def plan(
         rate: of each link in 10^6 bit/s, or "calibrated".
         quota: confine ranks to equal shares of the processor.
         microbatches, rounds, contenders: None: the default of the layout; all contenders.
+        trace: keep the spans of our steps.
 
     Raises:
         ConfigError: options that are wrong or do not go together.
@@ -51,4 +53,5 @@ def plan(
         microbatches=microbatches or default_microbatches,
         rounds=rounds or default_rounds,
         contenders=tuple(dict.fromkeys(contenders or CONTENDERS)),
+        trace=trace,
     )

@@ -1,16 +1,18 @@
 """Figures as a table."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from moe_runtime.cli.bench_pipeline.summary import TOLERANCE
 
 _MIB = 2**20
+Text = Callable[[dict[str, Any]], str]  # what a column says of a line
 
 
 def describe(result: dict[str, Any]) -> str:
     """The table of one measurement, what it stands on, and who is left out."""
-    lines = [*_head(result), "", _columns(result)]
+    lines = [*_head(result), "", _titles(result)]
     lines += [_line(line) for line in result["contenders"]]
     lines += [
         "",
@@ -45,29 +47,45 @@ def _where(result: dict[str, Any]) -> str:
     return f"a namespace each, links of {result['rate_mbit']} Mbit/s each way"
 
 
-def _columns(result: dict[str, Any]) -> str:
+def _titles(result: dict[str, Any]) -> str:
     first = result["contenders"][0]["contender"]
-    return (
-        f"{'':21}{'seconds':>9} {'(range)':15}{'x ' + first:>13} {'(range)':12}"
-        f"{'exchange':>9}{'wait':>7}{'hidden':>8}{'transfer':>9}{'MiB':>8}{'link MiB':>9}{'CPU s':>8}{'loss':>10}{'equal':>9}"
-    )
+    titles = (title.format(first=first).rjust(width) for title, width, _ in _COLUMNS)
+    return f"{'':{_NAME}}{''.join(titles)}"
 
 
 def _line(line: dict[str, Any]) -> str:
-    seconds = f"({line['s_low']:.2f}-{line['s_high']:.2f})"
-    ratios = f"({line['ratio_low']:.2f}-{line['ratio_high']:.2f})"
-    equal = f"{max(line['loss_apart'], line['gradients_apart']):.0e}" if line["is_equal"] else "NO"
-    link = line["link_bytes"]
-    return (
-        f"{line['contender']:21}{line['s']:9.3f} {seconds:15}{line['ratio']:13.3f} {ratios:12}"
-        f"{line['exchange_s']:9.2f}{line['exchange_wait_s']:7.2f}{line['hidden']:8.0%}"
-        f"{_or_dash(line['transfer_wait_s'], 9, 2)}{line['exchange_bytes'] / _MIB:8.1f}{_or_dash(None if link is None else link / _MIB, 9, 1)}"
-        f"{line['cpu_s']:8.2f}{line['loss']:10.6f}{equal:>9}"
-    )
+    return f"{line['contender']:{_NAME}}" + "".join(text(line).rjust(width) for _, width, text in _COLUMNS)
 
 
-def _or_dash(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+def _number(key: str, digits: int, unit: float = 1) -> Text:
+    """A figure of a line; a dash where it is not known."""
+    return lambda line: "-" if line[key] is None else f"{line[key] / unit:.{digits}f}"
+
+
+def _range(key: str) -> Text:
+    return lambda line: f"({line[f'{key}_low']:.2f}-{line[f'{key}_high']:.2f})"
+
+
+def _equal(line: dict[str, Any]) -> str:
+    return f"{max(line['loss_apart'], line['gradients_apart']):.0e}" if line["is_equal"] else "NO"
+
+
+_NAME = 20
+_COLUMNS: tuple[tuple[str, int, Text], ...] = (
+    ("seconds", 9, _number("s", 3)),
+    ("(range)", 14, _range("s")),
+    ("x {first}", 14, _number("ratio", 3)),
+    ("(range)", 12, _range("ratio")),
+    ("exchange", 10, _number("exchange_s", 2)),
+    ("wait", 7, _number("exchange_wait_s", 2)),
+    ("hidden", 8, lambda line: f"{line['hidden']:.0%}"),
+    ("transfer", 10, _number("transfer_wait_s", 2)),
+    ("MiB", 8, _number("exchange_bytes", 1, _MIB)),
+    ("link MiB", 10, _number("link_bytes", 1, _MIB)),
+    ("CPU s", 8, _number("cpu_s", 2)),
+    ("loss", 10, _number("loss", 6)),
+    ("equal", 8, _equal),
+)
 
 
 def _explain(result: dict[str, Any]) -> list[str]:
