@@ -28,6 +28,7 @@ _CAN_LINK = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc"
 needs_links = pytest.mark.skipif(
     not _CAN_LINK, reason="network namespaces need root, iproute2 and util-linux"
 )
+_OPTIONS: dict[str, Any] = {"layout": "pp2", "links": "veth", "rate": "calibrated", "quota": True}
 _TINY: dict[str, Any] = {
     "layers": 4,
     "hidden": 32,
@@ -54,7 +55,7 @@ _TINY: dict[str, Any] = {
 )
 def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as refused:
-        plan(**{"layout": "pp2", "links": "veth", "rate": "calibrated", "quota": True} | options)
+        plan(**_OPTIONS | options)
     assert "\n" not in str(refused.value)
 
 

@@ -7,11 +7,8 @@ reduced over data-parallel ranks, and an optimizer whose step does nothing.
 import os
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_runtime.cli.bench_pipeline.contenders import Bench, Told, add_sink
 from moe_runtime.cli.bench_pipeline.exchange import PlainExchange
@@ -31,22 +28,12 @@ class DeepSpeedPipeline:
     def __init__(self, contender: Contender, bench: Bench) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's launcher would say it; it names a device
         join_process_group()
-        settings = bench.settings
-        self._bench = bench
+        import deepspeed  # slow
+
+        self._bench, settings = bench, bench.settings
         self.mesh, self.groups = bench.mesh, bench.groups_of(bench.mesh)
         self._exchange = PlainExchange(settings.num_experts, self.groups.expert)
-        count = settings.pp * contender.chunks
-        config = run_config(settings, CONTENDERS["1f1b"])
-        make = DualPipeVModule if contender.chunks == 2 else PipelineModule
-        module = make(
-            layers=[
-                LayerSpec(PeerStage, config, stage, count, self.mesh.ep_rank, self._exchange)
-                for stage in range(count)
-            ],
-            topology=PipeDataParallelTopology(num_pp=settings.pp, num_dp=settings.ep),
-            loss_fn=self._loss,
-            partition_method="uniform",
-        )
+        module = self._module(contender.chunks)
         self._stages = [part for part in module.modules() if isinstance(part, PeerStage)]
         self.named = [pair for stage in self._stages for pair in stage.chunk.named_parameters()]
         self._engine: Any = deepspeed.initialize(
@@ -70,6 +57,21 @@ class DeepSpeedPipeline:
         # The engine tells all ranks the mean of all lanes; one rank of each lane tells it on.
         told = float(loss) if self.mesh.pp_rank == 0 else 0.0
         return self._bench.told(told, self._exchange)
+
+    def _module(self, chunks: int) -> nn.Module:
+        """All stages for DeepSpeed to cut; it builds those that this rank holds."""
+        from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+        settings = self._bench.settings
+        config, count = run_config(settings, CONTENDERS["1f1b"]), settings.pp * chunks
+        shape = (count, self.mesh.ep_rank, self._exchange)
+        return (DualPipeVModule if chunks == 2 else PipelineModule)(
+            layers=[LayerSpec(PeerStage, config, stage, *shape) for stage in range(count)],
+            topology=PipeDataParallelTopology(num_pp=settings.pp, num_dp=settings.ep),
+            loss_fn=self._loss,
+            partition_method="uniform",
+        )
 
     def _loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return next(stage for stage in self._stages if stage.is_last).loss(hidden, tokens)
