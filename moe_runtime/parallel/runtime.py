@@ -15,7 +15,7 @@ from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.builders import build
-from moe_runtime.schedule.passes import lower
+from moe_runtime.schedule.passes import lower, unpair
 
 
 @dataclass
@@ -46,4 +46,6 @@ class Runtime:
 
     def program(self, num_microbatches: int) -> Program:
         """This run's schedule for a number of microbatches a lane, checked, with transfers."""
-        return lower(build(self.layout.schedule, self.mesh.pp, num_microbatches))
+        layout = self.config.layout
+        program = build(self.layout.schedule, self.mesh.pp, num_microbatches, layout.chunks)
+        return lower(program if layout.overlap else unpair(program))
