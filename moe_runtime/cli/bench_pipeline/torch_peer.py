@@ -58,7 +58,7 @@ class TorchPipeline:
         with self._sink.collect(self._late):
             self._schedule.step(*first, **last, return_outputs=False)
         assert not self._late, "a weight gradient was left over"
-        loss = float(torch.stack(losses).sum()) if losses else 0.0
+        loss = float(torch.stack(losses).detach().sum()) if losses else 0.0
         return self._bench.told(loss, self._exchange)
 
     def _open_stages(self, chunks: int) -> list[PeerStage]:
