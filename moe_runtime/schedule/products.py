@@ -5,13 +5,12 @@ input that it took in. Both are named by the stage that *makes* them, so the sen
 receiver's word for the same message (`2SA5` and `3RA5`) come down to one value.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_runtime.schedule.action import Action, Entry, Kind, Program, actions_of
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):
     """A tensor that one stage makes and its neighbour needs.
 
     Args:
