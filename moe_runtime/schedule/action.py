@@ -154,15 +154,19 @@ class Program:
 
     # The two readers below stand above this file, so they are imported where they are called.
 
-    def check(self) -> "Report":
+    def check(self, max_unmatched: int | None = None) -> "Report":
         """Prove the program complete, ordered and free of deadlock; see `schedule.check`.
+
+        Args:
+            max_unmatched: sends of one pair of ranks that may be without their receive before the next
+                one blocks its rank; None for no limit.
 
         Raises:
             ScheduleError: it is not; names rank, entry and action.
         """
         from moe_runtime.schedule.check import check
 
-        return check(self)
+        return check(self, max_unmatched)
 
     def to_text(self) -> str:
         """The program in the notation of this file, one row a rank; see `schedule.text`."""

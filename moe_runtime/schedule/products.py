@@ -66,13 +66,6 @@ def user_of(program: Program, product: Product) -> int | None:
     return program.placement[product.direction][stage] if 0 <= stage < program.num_stages else None
 
 
-def receive_of(product: Product) -> Action:
-    """The receive that takes a product in."""
-    if product.is_gradient:
-        return Action(Kind.RECV_GRAD, product.stage - 1, product.microbatch, product.direction)
-    return Action(Kind.RECV_ACT, product.stage + 1, product.microbatch, product.direction)
-
-
 def remote_needs(program: Program, rank: int, entry: Entry) -> tuple[Product, ...]:
     """What an entry of `rank` needs from stages on other ranks, the forward's need first."""
     needs = (needed_by(action, program.num_stages) for action in actions_of(entry))

@@ -135,6 +135,6 @@ class _DryRun:
         entry, missing = self.program.rows[rank][position], self.missing(rank)
         if is_transfer(entry):  # a send that finds no room
             rows = self.program.rows
-            return [f"room, until {where(source, at, rows[source][at])}" for source, at in missing]
+            return [f"the room that {where(source, at, rows[source][at])} makes" for source, at in missing]
         needs = zip(remote_needs(self.program, rank, entry), self.waits[rank][position], strict=True)
         return [f"{need} from rank {cause[0]}" for need, cause in needs if cause in missing]
