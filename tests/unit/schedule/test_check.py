@@ -208,7 +208,16 @@ def test_an_overlap_may_not_wait_for_itself_through_another_rank() -> None:
 # The oracle runs the program; the checker only looks at it. They must agree on what random damage does.
 SMALL = [
     schedule.lower(schedule.build(name, ranks, microbatches), prefetch)
-    for name, ranks, microbatches in (("1f1b", 2, 3), ("1f1b", 3, 3), ("dualpipe", 2, 4), ("dualpipe", 4, 8))
+    for name, ranks, microbatches in (
+        ("1f1b", 2, 3),
+        ("1f1b", 3, 3),
+        ("interleaved", 2, 3),
+        ("zb1p", 3, 3),
+        ("zbv", 2, 3),
+        ("dualpipe", 2, 4),
+        ("dualpipe", 4, 8),
+        ("dualpipev", 2, 4),
+    )
     for prefetch in (0, 2)
 ]
 
