@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moe_runtime.errors import ConfigError
 from moe_runtime.planner.costs import Costs
 from moe_runtime.planner.figures import figures_of
 from moe_runtime.planner.outcome import Outcome
@@ -94,7 +95,7 @@ def describe_trace(measured: Timeline, simulated: Timeline, costs: Costs) -> str
     lines = [
         measured.title,
         _table(rows),
-        f"measured / simulated: {ours.makespan / theirs.makespan:.3f}",
+        f"measured / simulated: {_ratio(measured, simulated):.3f}",
         "",
         _table(ranks),
         "",
@@ -134,7 +135,7 @@ def trace_fields(trace: Trace, measured: Timeline, simulated: Timeline, costs: C
         "rows": list(measured.labels),
         "measured": _timeline_fields(measured),
         "simulated": _timeline_fields(simulated),
-        "measured_over_simulated": measured.makespan / simulated.makespan,
+        "measured_over_simulated": _ratio(measured, simulated),
         "costs": {
             "stages": [asdict(stage) for stage in costs.stages],
             "transfer": costs.transfer,
@@ -161,6 +162,12 @@ def _idle(timeline: Timeline, rank: int) -> tuple[str, str]:
     time, whole = _time(timeline), timeline.makespan or 1.0
     bubble, exposed = timeline.bubble(rank), timeline.exposed(rank)
     return f"{time(bubble)} ({bubble / whole:.1%})", f"{time(exposed)} ({exposed / whole:.1%})"
+
+
+def _ratio(measured: Timeline, simulated: Timeline) -> float:
+    if not simulated.makespan:
+        raise ConfigError(f"{measured.title}: expected entries that take time, got none; trace another step")
+    return measured.makespan / simulated.makespan
 
 
 def _time(timeline: Timeline) -> Callable[[float], str]:

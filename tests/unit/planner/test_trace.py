@@ -157,6 +157,11 @@ def test_chrome_form_names_processes_and_tracks() -> None:
             "pp_ranks [0, 0] for a program of 2 rows",
         ),
         (lambda chrome: chrome["otherData"].update(program="x"), "otherData.program: schedule text"),
+        (
+            lambda chrome: chrome["otherData"].update(program="x microbatches=1 placement=5,0\n0: 0F0\n1:"),
+            "fit",
+        ),
+        (lambda chrome: chrome["otherData"].update(program="x microbatches=1 placement=0,1\n0:\n1:"), "fit"),
         (lambda chrome: chrome["traceEvents"][-1].update(ts="x"), "ValueError"),
         (lambda chrome: chrome["traceEvents"][-1].update(dur=float("nan")), "event {"),
         (lambda chrome: chrome["traceEvents"][-1].update(pid=9), "event {"),
