@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.timeline import Span, Timeline
@@ -20,6 +21,7 @@ from moe_runtime.planner.trace import Event, Trace
 from moe_runtime.schedule.action import Entry, Kind, Program, actions_of, is_transfer
 
 _TRANSFER = re.compile(r"\d+[SR][AG]\d+'*")
+_TICK = 1e-6  # seconds by which rounding may let entries overlap
 _Interval = tuple[float, float]
 
 
@@ -27,7 +29,7 @@ def timeline_of(trace: Trace) -> Timeline:
     """The timeline of a measured step.
 
     Raises:
-        ConfigError: an entry of the program is missing, twice there, or unknown.
+        ConfigError: an entry of the program is missing, twice there, or unknown; or two ran at once.
     """
     order = trace.by_pipeline_rank()
     events: dict[int, list[Event]] = {rank: [] for rank, _ in order}
@@ -67,6 +69,7 @@ def _row(program: Program, pp_rank: int, label: str, events: list[Event], begin:
     entries = {str(entry): entry for entry in program.rows[pp_rank] if not is_transfer(entry)}
     ran = sorted((event for event in events if event.lane == "action"), key=lambda event: event.start)
     _check_complete(label, entries, Counter(event.name for event in ran))
+    _check_apart(label, ran)
     parts = _parts(ran, [event for event in events if event.lane != "action"])
     return tuple(_span(entries[event.name], event, own, begin) for event, own in zip(ran, parts, strict=True))
 
@@ -77,6 +80,13 @@ def _check_complete(label: str, entries: Mapping[str, Entry], ran: Counter[str])
     wrong += [f"{name} twice" for name, count in ran.items() if count > 1]
     if wrong:
         raise ConfigError(f"trace: {label}: expected each entry of the program once, got {wrong[0]}")
+
+
+def _check_apart(label: str, ran: Sequence[Event]) -> None:
+    for before, after in pairwise(ran):
+        if after.start < before.end - _TICK:
+            got = f"{after.name} begun before {before.name} had ended"
+            raise ConfigError(f"trace: {label}: expected one entry after the other, got {got}")
 
 
 def _parts(ran: Sequence[Event], events: Iterable[Event]) -> list[list[Event]]:

@@ -185,6 +185,7 @@ def test_a_damaged_trace_is_refused_in_one_line(change, says: str, tmp_path: Pat
         (HAND_MADE.events[1:], "pp 0: expected each entry of the program once, got no 0F0"),
         ((*HAND_MADE.events, HAND_MADE.events[0]), "got 0F0 twice"),
         ((*HAND_MADE.events, Event(0, "action", "1F1", 20.0, 21.0)), "got 1F1, not in its row"),
+        ((*HAND_MADE.events[1:], Event(0, "action", "0F0", 10.0, 11.5)), "0F1 begun before 0F0 had ended"),
     ],
 )
 def test_a_trace_that_is_not_of_its_program_is_refused(events: tuple[Event, ...], says: str) -> None:
