@@ -9,13 +9,13 @@ from torch.nn import Parameter
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.model.transformer import Transformer
+from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh
-from moe_runtime.parallel.stage import Clock
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.builders import build
-from moe_runtime.schedule.passes import lower
+from moe_runtime.schedule.passes import lower, unpair
 
 
 @dataclass
@@ -44,12 +44,8 @@ class Runtime:
     executor: Executor
     sampler: Executor
 
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        """`placement[direction][stage]` is the pipeline rank that holds the stage."""
-        stages = tuple(range(self.mesh.pp))
-        return (stages, stages[::-1]) if self.mesh.is_mirrored else (stages,)
-
     def program(self, num_microbatches: int) -> Program:
         """This run's schedule for a number of microbatches a lane, checked, with transfers."""
-        return lower(build(self.layout.schedule, self.mesh.pp, num_microbatches))
+        layout = self.config.layout
+        program = build(self.layout.schedule, self.mesh.pp, num_microbatches, layout.chunks)
+        return lower(program if layout.overlap else unpair(program))
