@@ -41,7 +41,11 @@ def lower_bound(instance: Instance, cap: float | None = None) -> float:
     Args:
         cap: most live memory on a rank; None for any.
     """
-    paths = [path for start in range(0, instance.num_lanes, instance.num_stages) for path in _paths(instance, start)]
+    paths = [
+        path
+        for start in range(0, instance.num_lanes, instance.num_stages)
+        for path in _paths(instance, start)
+    ]
     filled = min(path.filled for path in paths)
     bounds = [max(path.whole for path in paths)]
     for lanes in instance.lanes_of:
