@@ -17,6 +17,7 @@ from moe_runtime.planner.draw_text import draw_text
 from moe_runtime.planner.measured import timeline_of
 from moe_runtime.planner.measured_costs import measured_costs, whole_model
 from moe_runtime.planner.outcome import Outcome, assess
+from moe_runtime.planner.search import search
 from moe_runtime.planner.simulate import simulate
 from moe_runtime.planner.timeline import Timeline
 from moe_runtime.planner.trace import read_trace
@@ -107,8 +108,6 @@ def _outcome(
 
 
 def _searched(num_ranks: int, num_microbatches: int, given: ModelCosts, cap: float | None) -> Outcome:
-    from moe_runtime.planner.search import search
-
     found = search(
         num_ranks, num_microbatches, given.model, cap=cap, transfer=given.transfer, hidden=given.hidden
     )
@@ -129,6 +128,8 @@ def _compare(
             continue
         outcomes.append(assess(program, given.of(ranks, program.num_stages), cap=cap, unit=given.unit))
     outcomes.append(_searched(ranks, microbatches, given, cap))
+    least = min(outcome.bound for outcome in outcomes)  # each is a bound of its own placement alone
+    outcomes = [replace(outcome, bound=least) for outcome in outcomes]
     outcomes.sort(key=lambda outcome: outcome.timeline.makespan)
     if as_json:
         fields = [schedule_text.as_fields(outcome, outcome.program) for outcome in outcomes]
