@@ -34,7 +34,8 @@ class Outcome:
     @property
     def gap(self) -> float:
         """How much longer the step is than the bound, as a share of the bound."""
-        return self.timeline.makespan / self.bound - 1 if self.bound else 0.0
+        gap = self.timeline.makespan / self.bound - 1 if self.bound else 0.0
+        return gap if abs(gap) > 1e-9 else 0.0
 
     @property
     def peak_memory(self) -> float:
