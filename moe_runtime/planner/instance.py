@@ -16,7 +16,7 @@ import math
 from moe_runtime.planner.costs import Costs
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
 
-F, I, W, B = range(4)
+F, I, W, B = range(4)  # noqa: E741
 _KINDS = (Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.BACKWARD)
 Rows = list[list[int]]
 Placement = tuple[tuple[int, ...], ...]

@@ -72,6 +72,13 @@ class Found:
         """By how much of the bound the makespan exceeds it; the best program may be that much shorter."""
         return self.makespan / self.bound - 1
 
+    @property
+    def shape(self) -> str:
+        """The key of `SHAPES` that the program's placement has; "other" for any other."""
+        placement = self.program.placement
+        shapes = (name for name, make in SHAPES.items() if make(self.program.num_ranks) == placement)
+        return next(shapes, "other")
+
 
 def search(
     num_ranks: int,
