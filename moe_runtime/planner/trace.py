@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.errors import ConfigError, ScheduleError
-from moe_runtime.schedule.action import Program
+from moe_runtime.schedule.action import Program, actions_of
 
 LANES = ("action", "phase", "exchange", "transfer", "wait")
 _TITLES = ("actions", "phases", "exchange in flight", "transfers", "stood still")
@@ -156,11 +156,23 @@ def _tracks(events: tuple[Event, ...]) -> list[tuple[Event, int]]:
 def _from_chrome(chrome: dict[str, Any]) -> Trace:
     other = chrome["otherData"]
     program = Program.from_text(other["program"])
+    _check_sizes(program)
     pp_ranks = tuple(int(rank) for rank in other["pp_ranks"])
     if set(pp_ranks) != set(range(program.num_ranks)):
         raise ValueError(f"pp_ranks {list(pp_ranks)} for a program of {program.num_ranks} rows")
     events = tuple(_event(each, len(pp_ranks)) for each in chrome["traceEvents"] if each["ph"] == "X")
     return Trace(events, program, pp_ranks, int(other["step"]))
+
+
+def _check_sizes(program: Program) -> None:
+    """Raise ValueError if the program, which `check` may refuse for lacking backwards, names what is not."""
+    good = all(0 <= rank < program.num_ranks for ranks in program.placement for rank in ranks)
+    good &= len({len(ranks) for ranks in program.placement}) == 1
+    actions = [action for row in program.rows for entry in row for action in actions_of(entry)]
+    for action in actions:
+        good &= action.stage < program.num_stages and action.direction < program.num_directions
+    if not (good and actions):
+        raise ValueError("a program that does not fit its placement")
 
 
 def _event(fields: dict[str, Any], num_ranks: int) -> Event:
