@@ -146,10 +146,10 @@ def single_row(entries: str) -> Program:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("0B0", "0F0 is missing on every rank"),
-        ("0F0", "0B0, or 0I0 and 0W0, is missing on every rank"),
+        ("0B0", "rank 0: 0F0 is missing"),
+        ("0F0", "rank 0: 0B0, or 0I0 and 0W0, is missing"),
         ("0F0 0I0", r"rank 0, entry 1 \(0I0\): its 0W0 is missing"),
-        ("0F0 0W0", "0B0, or 0I0 and 0W0, is missing on every rank"),
+        ("0F0 0W0", "rank 0: 0B0, or 0I0 and 0W0, is missing"),
         ("0F0 0B0 0W0", r"rank 0, entry 1 \(0B0\): part of it is done again, at rank 0, entry 2 \(0W0\)"),
         ("0F0 0I0 0B0 0W0", r"rank 0, entry 2 \(0B0\): part of it is done again"),
         ("0F0+0B0", r"rank 0, entry 0 \(0F0\+0B0\): 0B0 comes before its F"),
