@@ -5,6 +5,7 @@ rank one below the other) and seconds that begin with the first entry. For a spa
 
     comm      the time in which at least one of its exchanges was in flight
     exposed   the time in which the rank stood still for one
+    memory    microbatches alive, as the rank counted them; from the order of entries if it did not
 
 so both count a second once, however many exchanges share it.
 """
@@ -17,7 +18,7 @@ from itertools import pairwise
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.timeline import Span, Timeline
-from moe_runtime.planner.trace import Event, Trace
+from moe_runtime.planner.trace import COUNTER, Event, Trace
 from moe_runtime.schedule.action import Entry, Kind, Program, actions_of, is_transfer
 
 _TRANSFER = re.compile(r"\d+[SR][AG]\d+'*")
@@ -41,10 +42,20 @@ def timeline_of(trace: Trace) -> Timeline:
     return Timeline(
         title=f"{trace.program.name}, step {trace.step}, measured",
         rows=tuple(rows),
-        memory=tuple(live_memory(row, trace.program) for row in rows),
+        memory=tuple(
+            counted_memory(events[rank], trace.program, begin) or live_memory(row, trace.program)
+            for (rank, _), row in zip(order, rows, strict=True)
+        ),
         unit="s",
         labels=tuple(label for _, label in order),
     )
+
+
+def counted_memory(events: Iterable[Event], program: Program, begin: float) -> tuple[_Interval, ...]:
+    """(time, live memory from then on) of one rank as it was counted; nothing if it was not."""
+    unit = program.num_ranks / program.num_stages
+    counts = sorted((event.start - begin, int(event.name)) for event in events if event.lane == COUNTER)
+    return tuple((time, count * unit) for time, count in counts)
 
 
 def live_memory(row: Iterable[Span], program: Program) -> tuple[_Interval, ...]:
@@ -70,7 +81,7 @@ def _row(program: Program, pp_rank: int, label: str, events: list[Event], begin:
     ran = sorted((event for event in events if event.lane == "action"), key=lambda event: event.start)
     _check_complete(label, entries, Counter(event.name for event in ran))
     _check_apart(label, ran)
-    parts = _parts(ran, [event for event in events if event.lane != "action"])
+    parts = _parts(ran, [event for event in events if event.lane not in ("action", COUNTER)])
     return tuple(_span(entries[event.name], event, own, begin) for event, own in zip(ran, parts, strict=True))
 
 

@@ -192,3 +192,15 @@ def test_a_trace_that_is_not_of_its_program_is_refused(events: tuple[Event, ...]
     with pytest.raises(ConfigError) as caught:
         timeline_of(replace(HAND_MADE, events=events))
     assert says in str(caught.value)
+
+
+def test_lives_that_a_rank_counted_go_before_those_of_its_program(tmp_path: Path) -> None:
+    events = [*HAND_MADE.events]
+    begin = min(event.start for event in events)
+    counted = [Event(0, "live", str(n), begin + n / 10, begin + n / 10) for n in (1, 2, 7)]
+    trace = replace(HAND_MADE, events=(*events, *counted))
+    write_trace(trace, tmp_path / "trace.json")
+    again = timeline_of(read_trace(tmp_path / "trace.json"))
+    unit = trace.program.num_ranks / trace.program.num_stages
+    assert again.peak_memory(0) == 7 * unit
+    assert again.peak_memory(1) == timeline_of(HAND_MADE).peak_memory(1)
