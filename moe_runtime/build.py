@@ -13,6 +13,7 @@ import torch
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
+from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 from torch.nn import Parameter
 
@@ -31,13 +32,14 @@ from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.groups import parameter_groups
+from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.p2p import TorchTransport, Transport
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
-from moe_runtime.parallel.stage import Clock, StageRunner
+from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -52,7 +54,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 def build_mesh(layout: ResolvedLayout, rank: int) -> Mesh:
     """The coordinates of one rank."""
-    return Mesh(layout.pp, layout.dp, layout.ep, layout.schedule == "dualpipe", rank)
+    first_direction = layout.placement[0]
+    return Mesh(
+        layout.pp,
+        layout.dp,
+        layout.ep,
+        is_mirrored=len(layout.placement) == 2,
+        rank=rank,
+        is_folded=layout.pp > 1 and first_direction[0] == first_direction[-1],
+    )
 
 
 def build_runtime(
@@ -74,14 +84,14 @@ def build_runtime(
         transport: between pipeline ranks; None takes torch.distributed.
     """
     dispatcher = _build_dispatcher(config, layout, mesh, groups, ranks_per_node)
-    places = _placement(layout, mesh)
+    places = _places(layout, mesh.pp_rank)
     chunks = {
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
     tied = _tie_embedding(config, layout, chunks)
     named = _unique_parameters(chunks)
-    sink, clock = WeightGradSink(), Clock()
+    sink, clock = WeightGradSink(), Clock(arrivals=_arrivals(mesh, device))
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -95,6 +105,7 @@ def build_runtime(
         clock=clock,
         needs_tokens=document_separator is not None,
         extra_tokens=1 + config.model.mtp_depth,
+        overlap=config.layout.overlap,
     )
 
     runner = partial(StageRunner, rounds=config.layout.overflow == "rounds")
@@ -131,7 +142,7 @@ def build_chunk(
         config.model,
         layers=layout.layers[stage],
         has_embedding=stage == 0,
-        has_head=stage == layout.pp - 1,
+        has_head=stage == layout.num_stages - 1,
         num_local_experts=local_experts,
         first_expert=mesh.ep_rank * local_experts,
         recompute=config.recompute,
@@ -191,17 +202,21 @@ def _build_dispatcher(
         raise ConfigError(f"layout.dispatcher: {error}") from error
 
 
-def _placement(layout: ResolvedLayout, mesh: Mesh) -> list[tuple[int, int]]:
-    """(direction, stage) pairs held by this pipeline rank."""
-    pairs = [(0, mesh.pp_rank)]
-    return [*pairs, (1, layout.pp - 1 - mesh.pp_rank)] if mesh.is_mirrored else pairs
+def _places(layout: ResolvedLayout, pp_rank: int) -> list[tuple[int, int]]:
+    """(direction, stage) pairs held by a pipeline rank."""
+    return [
+        (direction, stage)
+        for direction, ranks in enumerate(layout.placement)
+        for stage, holder in enumerate(ranks)
+        if holder == pp_rank
+    ]
 
 
 def _tie_embedding(
     config: RunConfig, layout: ResolvedLayout, chunks: dict[int, Transformer]
 ) -> Parameter | None:
     """Share the embedding of MTP with the first stage's where both are here; else give the copy."""
-    first, last = 0, layout.pp - 1
+    first, last = 0, layout.num_stages - 1
     if config.model.mtp_depth == 0 or first == last:
         return None
     if first in chunks and last in chunks:
@@ -242,6 +257,11 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     """The phases up to the final norm; all of them in a chunk without a head."""
     ends = [i for i, phase in enumerate(phases) if isinstance(phase, Compute) and "hidden" in phase.outputs]
     return phases[: ends[0] + 1] if ends else phases
+
+
+def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
+    """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
+    return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
 
 
 def _torch_transport(mesh: Mesh, groups: Groups) -> TorchTransport | None:

@@ -70,3 +70,39 @@ def comm(
         typer.echo(json_text.dumps({"results": results}))
     else:
         typer.echo("\n\n".join(describe_comm(result) for result in results))
+
+
+@app.command("pipeline")
+def pipeline(
+    layout: Annotated[str, typer.Option(help="pp2 or pp4: pipeline ranks; times two expert ranks")] = "pp2",
+    links: Annotated[
+        str, typer.Option(help="veth: limited links between network namespaces (root); none: loopback")
+    ] = "veth",
+    rate: Annotated[
+        str, typer.Option(help="Mbit/s of each link, or calibrated: exchange takes as long as computation")
+    ] = "calibrated",
+    quota: Annotated[
+        bool, typer.Option("--quota/--no-quota", help="confine each rank to an equal share of the processor")
+    ] = True,
+    microbatches: Annotated[int | None, typer.Option(min=1, help="of each lane in a step")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="times each contender is measured, in turn")
+    ] = None,
+    contender: Annotated[list[str] | None, typer.Option(help="may be repeated; default: all")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="with --json: all spans of our steps")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """A training step by schedule, overlap on and off, against torch's and DeepSpeed's pipelines.
+
+    The same model, batch and weights for all. Defaults: 16 microbatches, 5 rounds (pp2); 20 and 3 (pp4).
+    """
+    from moe_runtime.cli.bench_pipeline.measure import measure as measure_pipeline  # brings pydantic, psutil
+    from moe_runtime.cli.bench_pipeline.plan import plan as plan_pipeline
+    from moe_runtime.cli.bench_pipeline.report import describe as describe_pipeline
+
+    if trace and not json:
+        raise ConfigError("bench pipeline: --trace has no place in a table; add --json")
+    counts = {"microbatches": microbatches, "rounds": rounds}
+    settings = plan_pipeline(layout, links, rate, quota, contenders=contender, trace=trace, **counts)
+    result = measure_pipeline(settings)
+    typer.echo(json_text.dumps(result) if json else describe_pipeline(result))

@@ -2,26 +2,33 @@
 
 A schedule asks this of M, the microbatches of one lane in a step:
 
-    single     M >= 1                  one pipeline rank
-    1f1b       M >= 1                  fewer than pp only makes the bubble larger
-    dualpipe   M even, M >= 2 pp       half of them run each way, and each way must fill the pipeline
+    dualpipe    M even, M >= 2 pp      half of them run each way, and each way must fill the pipeline
+    dualpipev   M >= 2 pp
+    the others  M >= 1                 fewer than pp only makes the bubble larger
 """
 
 from typing import Literal
 
 from moe_runtime.config.schema import BatchConfig, LayoutConfig
 
-Schedule = Literal["single", "1f1b", "dualpipe"]
+Schedule = Literal[
+    "auto",
+    "single",
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "zb1p",
+    "zbv",
+    "dualpipe",
+    "dualpipev",
+    "searched",
+]
 Dispatcher = Literal["auto", "local", "alltoall", "two_hop"]
 
 
 def resolve_schedule(layout: LayoutConfig) -> Schedule:
-    """What `auto` means: single for pp 1, dualpipe for even pp, else 1f1b."""
-    if layout.schedule != "auto":
-        return layout.schedule
-    if layout.pp == 1:
-        return "single"
-    return "1f1b" if layout.pp % 2 else "dualpipe"
+    """What `auto` means, as far as a config can tell: single for pp 1; the rest depends on costs."""
+    return "single" if layout.schedule == "auto" and layout.pp == 1 else layout.schedule
 
 
 def resolve_dispatcher(layout: LayoutConfig) -> Dispatcher:
@@ -32,8 +39,11 @@ def resolve_dispatcher(layout: LayoutConfig) -> Dispatcher:
 def batch_grid(layout: LayoutConfig, batch: BatchConfig) -> tuple[int, int]:
     """Admissible batch sizes: multiples of the first number, not smaller than the second."""
     lane = layout.dp * batch.micro_batch_size
-    if resolve_schedule(layout) == "dualpipe":
-        return 2 * lane, 2 * layout.pp * lane
+    match resolve_schedule(layout):
+        case "dualpipe":
+            return 2 * lane, 2 * layout.pp * lane
+        case "dualpipev":
+            return lane, 2 * layout.pp * lane
     return lane, lane
 
 

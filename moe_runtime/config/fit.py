@@ -15,6 +15,7 @@ from moe_runtime.config.axes import batch_grid, resolve_dispatcher, resolve_sche
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.schema import BatchConfig, LayoutConfig, ModelConfig
 from moe_runtime.config.split import split_layers
+from moe_runtime.config.stages import num_stages
 
 
 def layout_findings(
@@ -47,6 +48,7 @@ class _Trial:
         size = changes.get("global_batch_size", self.batch.global_batch_size)
         schedule, counts = resolve_schedule(layout), layout.layers_per_stage
         quantum, smallest = batch_grid(layout, self.batch)
+        stages = num_stages(layout, self.model.num_layers)
         return (
             not (schedule == "dualpipe" and layout.pp % 2)
             and not (schedule == "single" and layout.pp > 1)
@@ -57,8 +59,8 @@ class _Trial:
             and not _why_not_two_hop(layout, self.model)
             and size % quantum == 0
             and size >= smallest
-            and layout.pp <= self.model.num_layers
-            and (counts is None or _counts_do(counts, layout.pp, self.model.num_layers))
+            and stages <= self.model.num_layers
+            and (counts is None or _counts_do(counts, stages, self.model.num_layers))
         )
 
     def near(self, key: str, valid: Iterable[int]) -> str:
@@ -74,8 +76,8 @@ class _Trial:
         return ", or ".join(f"{key} {value}" for key, value in fitting or changes)
 
 
-def _counts_do(counts: Sequence[int], pp: int, num_layers: int) -> bool:
-    return len(counts) == pp and sum(counts) == num_layers and all(counts[1:-1])
+def _counts_do(counts: Sequence[int], stages: int, num_layers: int) -> bool:
+    return len(counts) == stages and sum(counts) == num_layers and all(counts[1:-1])
 
 
 def _world_findings(trial: _Trial, world_size: int | None) -> list[Finding]:
@@ -167,40 +169,52 @@ def _batch_findings(trial: _Trial) -> list[Finding]:
     below = max(size // quantum * quantum, least)
     near = trial.near("global_batch_size", sorted({below, max(below + quantum * (below < size), least)}))
     lanes = f"dp {layout.dp} x micro_batch_size {batch.micro_batch_size}"
-    if resolve_schedule(layout) == "dualpipe":
-        wanted = f"a multiple of 2 x {lanes} and at least 2 x pp {layout.pp} x {lanes}"
-        text = f"dualpipe runs an even number of microbatches, at least 2 x pp: expected {wanted}"
-    else:
-        text = f"expected a multiple of {lanes}"
+    least_text = f"at least 2 x pp {layout.pp} x {lanes}"
+    match resolve_schedule(layout):
+        case "dualpipe":
+            wanted = f"a multiple of 2 x {lanes} and {least_text}"
+            text = f"dualpipe runs an even number of microbatches, at least 2 x pp: expected {wanted}"
+        case "dualpipev":
+            wanted = f"a multiple of {lanes} and {least_text}"
+            text = f"dualpipev runs at least 2 x pp microbatches: expected {wanted}"
+        case _:
+            text = f"expected a multiple of {lanes}"
     return [Finding("batch.global_batch_size", f"{text}, got {size}; nearest: {near}")]
 
 
 def _stage_findings(trial: _Trial) -> list[Finding]:
     layout, num_layers, found = trial.layout, trial.model.num_layers, []
-    if layout.pp > num_layers:
-        near = trial.near("pp", range(1, num_layers + 1))
-        text = f"{layout.pp} stages for {num_layers} layers; at most pp {num_layers}; nearest: {near}"
+    stages = num_stages(layout, num_layers)
+    if stages > num_layers:
+        each = stages // layout.pp
+        most = max(1, num_layers // each)
+        near = trial.near("pp", range(1, most + 1))
+        made = f"{layout.pp} stages" if each == 1 else f"{stages} stages ({each} on each of pp {layout.pp})"
+        text = f"{made} for {num_layers} layers; at most pp {most}; nearest: {near}"
         found.append(Finding("layout.pp", text))
     counts = layout.layers_per_stage
-    if counts is None or _counts_do(counts, layout.pp, num_layers):
+    if counts is None or _counts_do(counts, stages, num_layers):
         return found
     return [*found, *_count_findings(trial, counts)]
 
 
 def _count_findings(trial: _Trial, counts: Sequence[int]) -> list[Finding]:
-    pp, num_layers, found = trial.layout.pp, trial.model.num_layers, []
+    num_layers, found = trial.model.num_layers, []
+    stages = num_stages(trial.layout, num_layers)
     remedy = ""
-    if pp <= num_layers:
-        remedy = f"; such as {list(split_layers(trial.model, pp))}, or null for that"
+    if stages <= num_layers:
+        remedy = f"; such as {list(split_layers(trial.model, stages))}, or null for that"
     key = "layout.layers_per_stage"
-    if len(counts) != pp:
-        wanted = f"one number for each of the pp {pp} stages"
+    if len(counts) != stages:
+        pp = trial.layout.pp
+        what = f"pp {pp} stages" if stages == pp else f"{stages} stages of pp {pp}"
+        wanted = f"one number for each of the {what}"
         found.append(Finding.expected(key, wanted, f"{len(counts)}: {list(counts)}{remedy}"))
     if sum(counts) != num_layers:
         got = f"{' + '.join(map(str, counts))} = {sum(counts)}"
         found.append(Finding.expected(key, f"a sum of num_layers {num_layers}", f"{got}{remedy}"))
     empty = [str(stage) for stage in range(1, len(counts) - 1) if counts[stage] == 0]
-    if empty and len(counts) == pp:
+    if empty and len(counts) == stages:
         # The first stage has the embedding at least and the last one the head; the others nothing.
         wanted = "a layer at least on every stage but the first and the last"
         found.append(Finding.expected(key, wanted, f"none on stage {', '.join(empty)}{remedy}"))

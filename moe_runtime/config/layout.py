@@ -16,6 +16,7 @@ from moe_runtime.config.axes import (
 from moe_runtime.config.fit import layout_findings
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.split import split_layers
+from moe_runtime.config.stages import Placement, num_stages, stage_ranks
 from moe_runtime.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ class ResolvedLayout:
     """A layout that has been checked, with everything that `auto` and `null` stood for.
 
     Args:
+        schedule: `auto` and `searched` name the program that is chosen when costs are known.
+        placement: `placement[direction][stage]` is the pipeline rank that holds the stage.
         batch_quantum: admissible batch sizes are multiples of this many sequences ...
         smallest_batch: ... and not smaller than this.
         start_batch_size: sequences of the first step; the ramp's start, made admissible.
@@ -43,7 +46,13 @@ class ResolvedLayout:
     start_batch_size: int
     num_microbatches: int
     num_microbatches_start: int
+    placement: Placement
     layers: tuple[range, ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of one direction."""
+        return len(self.layers)
 
 
 def check_layout(config: RunConfig, world_size: int | None = None) -> ResolvedLayout:
@@ -64,7 +73,8 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> ResolvedLa
     quantum, smallest = batch_grid(layout, batch)
     start = admissible_size(batch, quantum, smallest, tokens=0)
     lane = layout.dp * batch.micro_batch_size
-    counts = layout.layers_per_stage or split_layers(model, layout.pp)
+    stages = num_stages(layout, model.num_layers)
+    counts = layout.layers_per_stage or split_layers(model, stages)
     return ResolvedLayout(
         pp=layout.pp,
         dp=layout.dp,
@@ -77,5 +87,6 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> ResolvedLa
         start_batch_size=start,
         num_microbatches=batch.global_batch_size // lane,
         num_microbatches_start=start // lane,
-        layers=tuple(range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(layout.pp)),
+        placement=stage_ranks(layout, model.num_layers),
+        layers=tuple(range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)),
     )

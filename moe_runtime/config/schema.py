@@ -135,11 +135,36 @@ class LayoutConfig(Section):
     pp: PositiveInt = Field(1, description="pipeline ranks")
     dp: PositiveInt = Field(1, description="data-parallel lanes")
     ep: PositiveInt = Field(1, description="ranks that share one set of experts; divides dp")
-    schedule: Literal["auto", "single", "1f1b", "dualpipe"] = Field(
-        "auto", description="auto: single for pp 1, dualpipe for even pp, else 1f1b"
+    schedule: Literal[
+        "auto",
+        "single",
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb1p",
+        "zbv",
+        "dualpipe",
+        "dualpipev",
+        "searched",
+    ] = Field(
+        "auto",
+        description="searched: found for this run's costs; auto: the shortest of it and those made by hand",
+    )
+    chunks: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="stages of each rank under interleaved; null: 2"
     )
     layers_per_stage: tuple[Count, ...] | None = Field(
         None, description="layers of each stage; null: spread evenly, head and MTP counted as load"
+    )
+    overlap: bool = Field(
+        True, description="interleave F and B of a pair, so that exchanges fly under computation"
+    )
+    max_live: PositiveFloat | None = Field(
+        None, description="most live microbatches of a rank, in 1/pp of the model; bounds searched and auto"
+    )
+    costs: str | None = Field(
+        None,
+        description="of searched and auto: F=1,I=1,W=1,C=1 or a trace.json; null: reckoned from the model",
     )
     dispatcher: Literal["auto", "local", "alltoall", "two_hop"] = Field(
         "auto", description="auto: local for ep 1, two_hop over nodes of whole routing groups, else alltoall"
@@ -159,10 +184,20 @@ class LayoutConfig(Section):
     zero_stage: Literal[1, 2] = Field(1, description="2 needs pp 1")
 
     def findings(self) -> list[Finding]:
-        """Rounds need a bound."""
+        """Rounds need a bound; some keys mean something to some schedules alone."""
+        found = []
         if self.overflow == "rounds" and self.max_rows is None:
-            return [Finding("overflow", "rounds needs max_rows too: how many rows a rank may hold")]
-        return []
+            found.append(Finding("overflow", "rounds needs max_rows too: how many rows a rank may hold"))
+        if self.chunks is not None and self.schedule != "interleaved":
+            text = f"interleaved alone has chunks, got schedule {self.schedule}; leave it null"
+            found.append(Finding("chunks", text))
+        for key in ("max_live", "costs"):
+            if getattr(self, key) is not None and self.schedule not in ("auto", "searched"):
+                text = (
+                    f"means something to schedule auto and searched alone, got {self.schedule}; leave it null"
+                )
+                found.append(Finding(key, text))
+        return found
 
 
 class BatchConfig(Section):
@@ -263,6 +298,9 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = Field(2, description="older ones are removed")
     log_every: PositiveInt = Field(10, description="steps between console lines")
     peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
+    watchdog_s: PositiveFloat = Field(
+        60.0, description="a rank so long in one phase of a program: every rank's action is printed"
+    )
 
 
 class MetricsConfig(Section):
@@ -270,6 +308,7 @@ class MetricsConfig(Section):
 
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_project: str = "moe_runtime"
+    trace_step: PositiveInt | None = Field(3, description="the step whose spans go to trace.json; null: none")
 
     @field_validator("wandb", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ KEYS = {
     "step_s": "wall time of the step, seconds",
     "bubble_fraction": "share of the step that ranks wait for their pipeline neighbours, mean over ranks",
     "exposed_comm_fraction": "share of the step that ranks wait for dispatch and combine, mean over ranks",
+    "hidden_comm_fraction": "of the time that exchanges fly, the share in which no rank waits for them",
     "comm_bytes_inter": "expert-parallel bytes sent between nodes, all ranks together, metadata too",
     "comm_bytes_intra": "expert-parallel bytes sent between ranks of a node, likewise",
     "comm_meta_bytes_inter": "of comm_bytes_inter: expert ids, gate weights and padding beside the rows",

@@ -1,9 +1,10 @@
 """Walks one pipeline rank's row of a program and does what it says.
 
 A table maps each kind of action to a method; an overlap runs the merged steps of its two halves.
-Receives are posted where the program says and waited for by the action that reads them; sends are
-posted and waited for at the end of the step. A failure names rank, position and action: with data
-from other ranks in flight that is the only way to find it again.
+Receives are posted where the program says and waited for by the action that reads them; what is sent
+is let go as soon as it has left. Between two stages on the same rank (the turn of a V) a tensor is handed
+over. A failure names rank, position, action and phase: with data from other ranks in flight that is the
+only way to find it again.
 """
 
 import time
@@ -13,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_runtime.parallel.clock import Clock
+from moe_runtime.parallel.flight import Flight
 from moe_runtime.parallel.overlap import interleave
-from moe_runtime.parallel.p2p import Transfer, Transport
-from moe_runtime.parallel.stage import BOUNDARY, Clock, Flight, ObjectiveWeights, StageRunner, Step
+from moe_runtime.parallel.p2p import Departures, Transfer, Transport
+from moe_runtime.parallel.stage import BOUNDARY, ObjectiveWeights, StageRunner, Step
 from moe_runtime.parallel.weight_grad import run_weight_grads
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
 
@@ -51,9 +54,10 @@ class Executor:
         boundary_dtype: dtype of the residual stream between stages.
         hidden_size: width of the residual stream.
         device: where boundary tensors live.
-        clock: where waiting times are added.
+        clock: told what is done and waited for.
         extra_tokens: tokens of a sequence beyond seq_len (1 + mtp_depth).
         needs_tokens: every stage reads the tokens (a document mask), not only first and last.
+        overlap: let exchanges fly under computation, of a pair and of a backward's own weight gradients.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Executor:
         clock: Clock,
         extra_tokens: int,
         needs_tokens: bool = False,
+        overlap: bool = True,
     ) -> None:
         self._pp_rank = pp_rank
         self._stages = stages
@@ -76,8 +81,10 @@ class Executor:
         self._hidden_size = hidden_size
         self._device = device
         self._clock = clock
+        self._departures = Departures(lambda name, posted: clock.ran("transfer", name, posted))
         self._needs_tokens = needs_tokens
         self._extra_tokens = extra_tokens
+        self._overlaps = overlap
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -119,29 +126,31 @@ class Executor:
         self._outputs: dict[Key, Tensor] = {}
         self._input_grads: dict[Key, Tensor] = {}
         self._arriving: dict[tuple[Kind, Key], tuple[Transfer, Tensor]] = {}
-        self._leaving: list[tuple[Transfer, Tensor]] = []
         self._recorded: list[tuple[tuple[int, int], str, Tensor]] = []
         for position, entry in enumerate(program.rows[self._pp_rank]):
             try:
                 self._enter(entry)
             except Exception as error:
                 where = f"pipeline rank {self._pp_rank}, position {position}, {entry}"
+                where += f", {self._clock.phase}" * bool(self._clock.phase)
                 raise ActionFailed(f"{where}: {type(error).__name__}: {error}") from error
         self._drain()
         return _sum_up(self._recorded, self._kept)
 
     def _enter(self, entry: Entry) -> None:
+        self._clock.enters(str(entry))
         if isinstance(entry, Overlap):
-            self._overlap(entry.forward, entry.backward)
+            self._overlap(entry)
         else:
             self._do[entry.kind](entry)
 
     def _drain(self) -> None:
         """Wait for the sends; check that nothing is left over."""
+        self._clock.enters("the end of the program, where sends are waited for")
         begun = time.perf_counter()
-        for transfer, _ in self._leaving:
-            transfer.wait()
-        self._clock.transfer_wait_s += time.perf_counter() - begun
+        self._departures.wait()
+        self._clock.waited("transfer", begun)
+        self._clock.enters("")
         left = [*self._arriving, *self._outputs, *self._input_grads]
         assert not left, f"left over at the end of the step: {left}"
 
@@ -149,28 +158,39 @@ class Executor:
 
     def _forward(self, action: Action) -> None:
         flight, steps = self._begin_forward(action)
-        _run(steps)
+        self._run(action, steps)
         self._end_forward(action, flight)
 
     def _backward(self, action: Action) -> None:
-        flight, steps = self._begin_backward(action, "now")
-        _run(steps)
+        flight, steps = self._begin_backward(action, "spread" if self._overlaps else "now")
+        self._run(action, interleave((), steps) if self._overlaps else steps)
         self._end_backward(action, flight)
 
     def _input_grad(self, action: Action) -> None:
         flight, steps = self._begin_backward(action, "later")
-        _run(steps)
+        self._run(action, steps)
         self._end_backward(action, flight, keep=True)
 
     def _weight_grad(self, action: Action) -> None:
+        begun = time.perf_counter()
         run_weight_grads(self._flights.pop(_key(action)).weight_grads)
+        self._clock.ran("action", str(action), begun)
 
-    def _overlap(self, forward: Action, backward: Action) -> None:
-        ahead, forward_steps = self._begin_forward(forward)
-        back, backward_steps = self._begin_backward(backward, "spread")
-        _run(interleave(forward_steps, backward_steps))
-        self._end_forward(forward, ahead)
-        self._end_backward(backward, back)
+    def _overlap(self, pair: Overlap) -> None:
+        ahead, forward_steps = self._begin_forward(pair.forward)
+        back, backward_steps = self._begin_backward(pair.backward, "spread")
+        self._run(pair, interleave(forward_steps, backward_steps))
+        self._end_forward(pair.forward, ahead)
+        self._end_backward(pair.backward, back)
+
+    def _run(self, entry: Entry, steps: Sequence[Step]) -> None:
+        clock, begun = self._clock, time.perf_counter()
+        for step in steps:
+            name = f"{step.label} {step.layer}"
+            start = clock.begins(name)
+            step.run()
+            clock.ran("phase", name, start)
+        clock.ran("action", str(entry), begun)
 
     def _begin_forward(self, action: Action) -> tuple[Flight, list[Step]]:
         tokens = self._tokens[action.direction][action.microbatch]
@@ -179,8 +199,9 @@ class Executor:
         if is_first or is_last or self._needs_tokens:
             state["tokens"] = tokens
         if not is_first:
-            state[BOUNDARY] = self._arrived(Kind.RECV_ACT, _key(action))
+            state[BOUNDARY] = self._take_in(Kind.RECV_ACT, action, self._outputs)
         flight = Flight(state)
+        self._clock.count_life(flight)
         runner = self._stages[action.direction, action.stage]
         return flight, runner.forward_steps(flight, training=self._weights is not None)
 
@@ -200,7 +221,7 @@ class Executor:
         assert self._weights is not None, "a backward in a program that is only evaluated"
         flight = self._flights[_key(action)]
         if action.stage < self._program.num_stages - 1:
-            flight.grads[BOUNDARY] = self._arrived(Kind.RECV_GRAD, _key(action))
+            flight.grads[BOUNDARY] = self._take_in(Kind.RECV_GRAD, action, self._input_grads)
         runner = self._stages[action.direction, action.stage]
         return flight, runner.backward_steps(flight, self._weights, weight_grads=weight_grads)
 
@@ -218,14 +239,15 @@ class Executor:
     # -- transfers -------------------------------------------------------------------------------
 
     def _send_activation(self, action: Action) -> None:
-        self._send(self._outputs.pop(_key(action)), self._program.peer_of(action))
+        self._send(action, self._outputs.pop(_key(action)))
 
     def _send_gradient(self, action: Action) -> None:
-        self._send(self._input_grads.pop(_key(action)), self._program.peer_of(action))
+        self._send(action, self._input_grads.pop(_key(action)))
 
-    def _send(self, tensor: Tensor, peer: int) -> None:
+    def _send(self, action: Action, tensor: Tensor) -> None:
         assert self._transport is not None, "a transfer in a pipeline of one rank"
-        self._leaving.append((self._transport.send(tensor, peer), tensor))
+        transfer = self._transport.send(tensor, self._program.peer_of(action))
+        self._departures.add(str(action), transfer, tensor)
 
     def _receive(self, action: Action) -> None:
         assert self._transport is not None, "a transfer in a pipeline of one rank"
@@ -235,11 +257,15 @@ class Executor:
         buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
         self._arriving[action.kind, _key(action)] = (self._transport.receive(buffer, peer), buffer)
 
-    def _arrived(self, kind: Kind, key: Key) -> Tensor:
-        transfer, buffer = self._arriving.pop((kind, key))
-        begun = time.perf_counter()
+    def _take_in(self, kind: Kind, action: Action, made_here: dict[Key, Tensor]) -> Tensor:
+        """What the neighbour stage made: handed over if it is on this rank, else waited for."""
+        neighbour = action.stage + (1 if kind is Kind.RECV_GRAD else -1)
+        if self._program.placement[action.direction][neighbour] == self._pp_rank:
+            return made_here.pop((action.direction, neighbour, action.microbatch))
+        transfer, buffer = self._arriving.pop((kind, _key(action)))
+        begun = self._clock.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
         transfer.wait()
-        self._clock.transfer_wait_s += time.perf_counter() - begun
+        self._clock.waited("transfer", begun)
         return buffer
 
 
@@ -254,11 +280,6 @@ def _sum_up(
         own[slot] = own.get(slot, 0.0) + number
         scalars.totals[slot] = scalars.totals.get(slot, 0.0) + number
     return scalars
-
-
-def _run(steps: Sequence[Step]) -> None:
-    for step in steps:
-        step.run()
 
 
 def _key(action: Action) -> Key:

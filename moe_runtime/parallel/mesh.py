@@ -29,6 +29,7 @@ class Mesh:
         ep: ranks that share one set of experts.
         is_mirrored: the schedule is bidirectional.
         rank: this global rank.
+        is_folded: first and last stage are on one rank (a V), so that they share an embedding.
     """
 
     pp: int
@@ -36,6 +37,7 @@ class Mesh:
     ep: int
     is_mirrored: bool
     rank: int
+    is_folded: bool = False
 
     @property
     def world_size(self) -> int:
@@ -57,6 +59,11 @@ class Mesh:
     def replicas(self) -> int:
         """Ranks that hold the same stage and average its dense gradients."""
         return self.dp * (2 if self.is_mirrored else 1)
+
+    @property
+    def has_tied_copies(self) -> bool:
+        """True if first and last stage are on different ranks, each with a copy of the embedding."""
+        return self.pp > 1 and not self.is_mirrored and not self.is_folded
 
     @property
     def is_stage_owner(self) -> bool:
@@ -159,6 +166,6 @@ def open_groups(mesh: Mesh, timeout_s: float = 600.0) -> Groups:
         norm=mine(mesh.norm_groups),
         pipe_up=mine(mesh.pipe_groups) if has_pipe else None,
         pipe_down=mine(mesh.pipe_groups) if has_pipe else None,
-        tied=mine(mesh.tied_groups) if has_pipe and not mesh.is_mirrored else None,
+        tied=mine(mesh.tied_groups) if mesh.has_tied_copies else None,
         control=dist.new_group(list(range(mesh.world_size)), timeout=timeout, backend="gloo"),
     )

@@ -4,79 +4,96 @@ The merge is a table, not threads: for a MoE block of the forward and a MoE bloc
 says in which order their phases run on the one compute stream. A communication phase only starts its
 transfer; whoever needs the data waits. Between a start and its wait stand phases of the other half:
 
-    combine(B) ........ shared(B), attend(F) .......... experts(B)
-    dispatch(F) ....... experts(W), shared(F) ......... experts(F)
-    dispatch(B) ....... experts(W), experts(F) ........ attend(B)
-    combine(F) ........ the next pair: shared(B) ...... the next attend(F)
+    combine(B) ........ attend(W) of the block before, shared(B), attend(F) ......... experts(B)
+    dispatch(F) ....... experts(B), shared(F), experts(W) ........................... experts(F)
+    dispatch(B) ....... shared(F), experts(W), experts(F) ........................... attend(B)
+    combine(F) ........ attend(B), then attend(W), shared(B) of the next pair ....... the next attend(F)
 
-The order is the one that DeepSeek's own trace shows; its expert weight gradients are the filler.
+So each of the four exchanges has computation of its own to fly under, at both ends of an entry too: the
+last combine(F) flies under attend(B) and attend(W). DeepSeek's trace starts combine(F) after these, and
+then has the next block's attention to wait for it; weight gradients as the filler are its idea.
+
 Blocks are paired as they come: the forward's first MoE block with the backward's first (its last
-layer). What has no partner (dense blocks, embedding, head, MTP glue, surplus blocks) runs alone, in
-its own half's order. Ranks of an expert-parallel group run the same rows over the same layers, so the
-merged order of their collectives is the same too.
+layer). A block without a partner goes through the same table alone: a backward then still hides its
+dispatch(B) under experts(W), and its combine(B) under attend(W). What is no MoE block (dense blocks,
+embedding, head, MTP glue) runs where its own half has it, a forward's after combine(B) has started. Ranks of
+an expert-parallel group run the same rows over the same layers, so the merged order of their collectives
+is the same too.
 
 Ref: DSV3 §3.2.1, Fig. 4.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from moe_runtime.parallel.stage import Step
 
 # Phases of a pair of MoE blocks in order. `_b`: backward, `_w`: weight gradient, bare: forward.
+# LATE: the weight gradient of the attention before; ALONE: the forward's phases outside of MoE blocks.
+LATE, ALONE = "late", "alone"
 PAIR_ORDER = (
     "combine_b",
+    LATE,
     "shared_b",
+    ALONE,
     "attend",
-    "experts_b",
     "dispatch",
+    "experts_b",
     "dispatch_b",
-    "shared_w",
-    "experts_w",
     "shared",
+    "experts_w",
+    "shared_w",
     "experts",
-    "attend_b",
-    "attend_w",
     "combine",
+    "attend_b",
 )
+_PLACE = {label: place for place, label in enumerate(PAIR_ORDER)}
+_OF_MOE = {*PAIR_ORDER, "attend_w"}
+
+_Block = list[Step]
 
 
 def interleave(forward: Sequence[Step], backward: Sequence[Step]) -> list[Step]:
-    """One list that holds both, each in its own order, MoE blocks merged pair by pair."""
-    forward_blocks, backward_blocks = _blocks(forward), _blocks(backward)
-    pairs = min(sum(map(_is_moe, forward_blocks)), sum(map(_is_moe, backward_blocks)))
+    """One list that holds both, each in its own order (weight gradients aside), MoE blocks pair by pair."""
+    ahead, back = _blocks(forward), _blocks(backward)
     merged: list[Step] = []
-    while pairs:
-        merged += _take_until_moe(forward_blocks) + _take_until_moe(backward_blocks)
-        merged += _merge_pair(forward_blocks.pop(0), backward_blocks.pop(0))
-        pairs -= 1
-    rest = [step for block in forward_blocks + backward_blocks for step in block]
-    return merged + rest
+    late: list[Step] = []
+    while ahead or back:
+        merged += _take_alone(back)
+        alone = _take_alone(ahead)
+        ahead_block, back_block = _take(ahead), _take(back)
+        next_late = [step for step in back_block if step.label == "attend_w"]
+        placed = [(_PLACE[LATE], step) for step in late] + [(_PLACE[ALONE], step) for step in alone]
+        placed += [(_PLACE[step.label], step) for step in ahead_block + back_block if step not in next_late]
+        merged += [step for _, step in sorted(placed, key=lambda each: each[0])]
+        late = next_late
+    return merged + late
 
 
-def _merge_pair(forward: list[Step], backward: list[Step]) -> list[Step]:
-    place = {label: position for position, label in enumerate(PAIR_ORDER)}
-    return sorted(forward + backward, key=lambda step: place[step.label])
-
-
-def _blocks(steps: Sequence[Step]) -> list[list[Step]]:
+def _blocks(steps: Sequence[Step]) -> list[_Block]:
     """Consecutive steps of the same MoE layer together, every other step alone."""
     moe_layers = {step.layer for step in steps if step.label.startswith("dispatch")}
-    blocks: list[list[Step]] = []
+    blocks: list[_Block] = []
     for step in steps:
-        joins = step.layer in moe_layers and step.label in PAIR_ORDER
-        if joins and blocks and blocks[-1][-1].layer == step.layer and blocks[-1][-1].label in PAIR_ORDER:
+        joins = step.layer in moe_layers and step.label in _OF_MOE
+        if joins and blocks and blocks[-1][-1].layer == step.layer and blocks[-1][-1].label in _OF_MOE:
             blocks[-1].append(step)
         else:
             blocks.append([step])
     return blocks
 
 
-def _is_moe(block: list[Step]) -> bool:
+def _is_moe(block: _Block) -> bool:
     return any(step.label.startswith("dispatch") for step in block)
 
 
-def _take_until_moe(blocks: list[list[Step]]) -> list[Step]:
-    alone: list[Step] = []
-    while not _is_moe(blocks[0]):
-        alone += blocks.pop(0)
-    return alone
+def _take_alone(blocks: list[_Block]) -> list[Step]:
+    """Take the steps before the next MoE block off a list of blocks."""
+    alone = list(takewhile(lambda block: not _is_moe(block), blocks))
+    del blocks[: len(alone)]
+    return [step for block in alone for step in block]
+
+
+def _take(blocks: list[_Block]) -> _Block:
+    """Take the MoE block at the head of a list of blocks; nothing if the list is at its end."""
+    return blocks.pop(0) if blocks else []

@@ -3,11 +3,17 @@
 Matching never relies on tags: for each ordered pair of ranks the sequence of sends is the sequence of
 receives (the schedule's checker proves it), and each ordered pair has a channel of its own, so a
 transfer in one direction never waits behind one in the other.
+
+A tensor that leaves is held until it has left, and no longer: where waiting blocks a thread (gloo), one
+beside the rank's own waits for the sends in their order and lets each tensor go.
 """
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.distributed as dist
+from moe_comm.lane import Job, Lane
 from torch import Tensor
 
 
@@ -60,3 +66,40 @@ class TorchTransport:
         work = dist.irecv(buffer, self._global_ranks[peer], group=group)
         assert work is not None, "irecv gives None only to a rank outside its group"
         return work
+
+
+class Departures:
+    """Holds what is being sent until it has left.
+
+    Args:
+        left: told (name, time of the posting) when a tensor has left.
+    """
+
+    def __init__(self, left: Callable[[str, float], None]) -> None:
+        self._left = left
+        self._lane = Lane("departures")
+        self._jobs: list[Job[None]] = []
+        self._held: list[tuple[Transfer, Tensor]] = []  # on CUDA, where waiting blocks no thread
+
+    def add(self, name: str, transfer: Transfer, tensor: Tensor) -> None:
+        """Hold a tensor whose send has been started."""
+        if tensor.is_cuda:
+            self._held.append((transfer, tensor))
+            return
+        posted, held = time.perf_counter(), [tensor]
+
+        def wait() -> None:
+            transfer.wait()
+            held.clear()
+            self._left(name, posted)
+
+        self._jobs.append(self._lane.submit(wait, tensor.device))
+
+    def wait(self) -> None:
+        """Block until everything has left; raises what a send raised."""
+        for job in self._jobs:
+            job.wait()
+        for transfer, _ in self._held:
+            transfer.wait()
+        self._jobs.clear()
+        self._held.clear()

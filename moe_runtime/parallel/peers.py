@@ -6,12 +6,13 @@ others wait for ever in the next collective.
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Peers:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        payload = _as_bytes(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self.group)
         longest = max(int(size) for size in sizes)
@@ -64,11 +65,40 @@ class Peers:
         rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(rows, padded, group=self.group)
         pairs = zip(rows, sizes, strict=True)
-        return [json.loads(bytes(row[: int(size)].numpy()).decode()) for row, size in pairs]
+        return [_of_bytes(row[: int(size)]) for row, size in pairs]
 
     def first_says(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        return self.gather_json(value if self.is_first else None)[0]
+        payload = _as_bytes(value if self.is_first else None)
+        if self.world_size > 1:
+            size = torch.tensor([payload.numel()])
+            dist.broadcast(size, 0, group=self.group)
+            payload = payload if self.is_first else torch.zeros(int(size), dtype=torch.uint8)
+            dist.broadcast(payload, 0, group=self.group)
+        return _of_bytes(payload)
+
+    def first_hears(self, value: Any, speakers: Sequence[int]) -> dict[int, Any]:
+        """What some ranks say, by rank, on rank 0; empty elsewhere. A collective call of all ranks.
+
+        Args:
+            value: of this rank, if it is one of the speakers.
+            speakers: ranks, alike everywhere; one after another, so that rank 0 holds one message a time.
+        """
+        heard = {}
+        for rank in speakers:
+            if rank == self.rank == 0:
+                heard[rank] = _of_bytes(_as_bytes(value))
+            elif rank == self.rank:
+                payload = _as_bytes(value)
+                dist.send(torch.tensor([payload.numel()]), 0, group=self.group)
+                dist.send(payload, 0, group=self.group)
+            elif self.is_first:
+                size = torch.zeros(1, dtype=torch.int64)
+                dist.recv(size, rank, group=self.group)
+                payload = torch.zeros(int(size), dtype=torch.uint8)
+                dist.recv(payload, rank, group=self.group)
+                heard[rank] = _of_bytes(payload)
+        return heard
 
     def first_does(self, action: Callable[[], object], errors: tuple[type[BaseException], ...]) -> None:
         """Rank 0 runs `action`, however long; the others wait, and learn it at once if rank 0 dies.
@@ -117,3 +147,11 @@ class Peers:
         if failure is not None and self.world_size == 1:
             raise failure
         raise errors[0](first) from failure
+
+
+def _as_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _of_bytes(payload: Tensor) -> Any:
+    return json.loads(bytes(payload.numpy()).decode())

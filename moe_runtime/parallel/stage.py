@@ -1,12 +1,12 @@
 """Runs one stage of the model, forwards and backwards, phase by phase, with a tape of its own.
 
 Why not let autograd run the whole backward: a pipeline stage must be able to stop between phases, so
-that another microbatch's phase runs while this one's tokens travel. So the graph is cut at every
-phase. Forward of a phase: its floating inputs are detached and require grad, the function runs, and
-(inputs, outputs) go on the tape. Backward of a phase: its outputs are given their gradients with
-`torch.autograd.backward`, the gradients of its inputs are read off, the tape entry is dropped.
-Dispatch and combine are not autograd at all: each starts, and is waited for by the first phase that
-reads what it brings; their backwards are each other.
+that another microbatch's phase runs while this one's tokens travel. So the graph is cut at every phase
+(`flight.py`). Dispatch and combine are not autograd at all: each starts, and is waited for by the first
+phase that reads what it brings; their backwards are each other.
+
+What a phase writes is dropped after the last phase that reads it, so that between forward and backward
+nothing is alive but what a backward needs.
 
 Rejected: one coroutine or thread per half of an overlapped pair (needs a barrier that can hang, and
 an exception in a thread is lost); hooks inside one autograd graph (the engine's order is not ours).
@@ -15,17 +15,18 @@ A forward or backward is handed out as a list of `Step`s, which the caller runs 
 merged with another list (`parallel.overlap`). Values live in a `Flight`, one per microbatch.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_comm.dispatcher import Dispatcher, Received
+from moe_comm.dispatcher import Dispatcher, Pending, Received
 from moe_comm.errors import ReceiveOverflow
 from torch import Tensor
 
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP, SCALARS, Combine, Compute, Dispatch, Phase
+from moe_runtime.parallel.clock import Clock
+from moe_runtime.parallel.flight import Exit, Flight, Landed, Started, Taped, let_in
 from moe_runtime.parallel.rounds import BlockInRounds
 from moe_runtime.parallel.weight_grad import WeightGrads, WeightGradSink, run_weight_grads
 
@@ -59,63 +60,6 @@ class ObjectiveWeights:
         return {LOSS: self.loss, LOSS_MTP: self.loss_mtp, BALANCE: self.balance}[slot]
 
 
-@dataclass
-class _Taped:
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    received: Received | None = None
-
-
-class _Started:
-    """A communication under way; what it brings is stored when first needed."""
-
-    def __init__(self, pending: Any, store: Callable[[Any], None]) -> None:
-        self._pending = pending
-        self._store = store
-
-    def finish(self) -> None:
-        """Wait and store; further calls do nothing."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._store(pending.wait())
-
-
-@dataclass
-class Flight:
-    """Values of one microbatch in one stage.
-
-    Args:
-        state: slot -> value of the forward.
-        grads: slot -> gradient, on the way back.
-        token_shape: shape of the residual stream, [sequences, seq_len, hidden].
-        scalars: (slot, layer, value) of every scalar put out.
-        in_rounds: blocks, by layer, whose rows did not fit.
-    """
-
-    state: dict[str, Tensor]
-    grads: dict[str, Tensor] = field(default_factory=dict)
-    token_shape: torch.Size = field(default_factory=torch.Size)
-    scalars: list[tuple[str, str, Tensor]] = field(default_factory=list)
-    tape: dict[Phase, _Taped] = field(default_factory=dict)
-    weight_grads: WeightGrads = field(default_factory=list)
-    started: dict[str, list[_Started]] = field(default_factory=dict)
-    handles: dict[str, Any] = field(default_factory=dict)
-    in_rounds: dict[str, BlockInRounds] = field(default_factory=dict)
-
-    def add_grad(self, slot: str, grad: Tensor) -> None:
-        """Add to the gradient of a slot; the first one is kept as it is."""
-        known = self.grads.get(slot)
-        self.grads[slot] = grad if known is None else known + grad
-
-
-@dataclass
-class Clock:
-    """Seconds that this rank stood still, by cause."""
-
-    exchange_wait_s: float = 0.0
-    transfer_wait_s: float = 0.0
-
-
 class StageRunner:
     """Runs the phases of one chunk.
 
@@ -138,6 +82,7 @@ class StageRunner:
         rounds: bool = False,
     ) -> None:
         self.phases = tuple(phases)
+        self._dies_after = _last_readers(self.phases, rounds)
         self._dispatcher = dispatcher
         self._sink = sink
         self._count_experts = count_experts
@@ -154,25 +99,31 @@ class StageRunner:
         ]
 
     def _forward_step(self, phase: Phase, flight: Flight, training: bool) -> Callable[[], None]:
-        if isinstance(phase, Dispatch):
-            return lambda: self._dispatch(phase, flight, training)
-        if isinstance(phase, Combine):
-            return lambda: self._combine(phase, flight, training)
-        return lambda: self._compute(phase, flight, training)
+        def run() -> None:
+            if isinstance(phase, Dispatch):
+                self._dispatch(phase, flight, training)
+            elif isinstance(phase, Combine):
+                self._combine(phase, flight)
+            else:
+                self._compute(phase, flight, training)
+            for slot in self._dies_after[phase]:
+                flight.state.pop(slot, None)
+
+        return run
 
     def _compute(self, phase: Compute, flight: Flight, training: bool) -> None:
         values = self._inputs(phase, flight)
         if values is None:
             return
-        taped = _Taped()
+        taped = Taped()
         if training:
-            taped.inputs = values = {slot: _cut(value) for slot, value in values.items()}
+            values = let_in(values, taped)
             flight.tape[phase] = taped
         with torch.set_grad_enabled(training):
             results = phase.fn(*values.values())
         for slot, result in zip(phase.outputs, results, strict=True):
             if training and result.requires_grad:
-                taped.outputs[slot] = result
+                taped.exits[slot] = Exit.of(result)
             if slot in SCALARS:
                 flight.scalars.append((slot, phase.layer, result.detach()))
             else:
@@ -208,42 +159,54 @@ class StageRunner:
 
     def _dispatch(self, phase: Dispatch, flight: Flight, training: bool) -> None:
         tokens, weights, expert_ids = (self._read(flight, slot) for slot in phase.inputs)
-        taped = _Taped()
         if training:
             self._count_experts(phase.layer, expert_ids)
-            flight.tape[phase] = taped
         flight.token_shape = tokens.shape
         pending = self._dispatcher.dispatch(tokens.reshape(-1, tokens.shape[-1]), weights, expert_ids)
 
         def store(received: Received) -> None:
-            taped.received = received
-            values = (received.rows, received.row_weights, received.row_counts)
-            flight.state.update(zip(phase.outputs, values, strict=True))
-            flight.handles[phase.layer] = received.handle
+            rows, weights = received.rows, received.row_weights
+            flight.state.update(zip(phase.outputs, (rows, weights, received.row_counts), strict=True))
+            flight.landed[phase.layer] = Landed(
+                received.handle, rows.shape, rows.dtype, weights.dtype, rows.device
+            )
 
-        _start(flight, phase.outputs, _Started(pending, store))
+        self._start(flight, phase, phase.outputs, pending, store)
 
-    def _combine(self, phase: Combine, flight: Flight, training: bool) -> None:
+    def _combine(self, phase: Combine, flight: Flight) -> None:
         if phase.layer in flight.in_rounds:
             return
         rows = self._read(flight, "expert_out")
         shape = flight.token_shape
-        pending = self._dispatcher.combine(rows, flight.handles[phase.layer])
+        pending = self._dispatcher.combine(rows, flight.landed[phase.layer].handle)
 
         def store(tokens: Tensor) -> None:
             flight.state["routed"] = tokens.reshape(shape)
 
-        _start(flight, phase.outputs, _Started(pending, store))
+        self._start(flight, phase, phase.outputs, pending, store)
+
+    def _start(
+        self,
+        flight: Flight,
+        phase: Phase,
+        slots: Sequence[str],
+        pending: Pending[Any],
+        store: Callable[[Any], None],
+        suffix: str = "",
+    ) -> None:
+        """Note a communication under way; whoever first needs one of `slots` waits for it."""
+        wait = self._clock.watch(f"{phase.name}{suffix} {phase.layer}", pending.wait)
+        started = Started(wait, store)
+        for slot in slots:
+            flight.started.setdefault(slot, []).append(started)
 
     def _read(self, flight: Flight, slot: str) -> Tensor:
         self._finish(flight, slot)
         return flight.state[slot]
 
     def _finish(self, flight: Flight, slot: str) -> None:
-        begun = time.perf_counter()
         for started in flight.started.pop(slot, ()):
             started.finish()
-        self._clock.exchange_wait_s += time.perf_counter() - begun
 
     # -- backward --------------------------------------------------------------------------------
 
@@ -284,18 +247,23 @@ class StageRunner:
             self._backward_in_rounds(flight, flight.in_rounds[phase.layer])
             return
         taped = flight.tape.pop(phase)
-        outputs, grads = [], []
-        for slot, output in taped.outputs.items():
-            grad = output.new_tensor(weights.of(slot)) if slot in SCALARS else self._take_grad(flight, slot)
+        edges, grads = [], []
+        for slot, exit in taped.exits.items():
+            grad = self._grad_of(flight, slot, exit, weights)
             if grad is not None:
-                outputs.append(output)
-                grads.append(grad.reshape(output.shape))
-        if outputs:
+                edges.append(exit.edge)
+                grads.append(grad)
+        if edges:
             with self._sink.collect(into):
-                torch.autograd.backward(outputs, grads)
-        for slot, value in taped.inputs.items():
-            if value.grad is not None:
-                flight.add_grad(slot, value.grad)
+                torch.autograd.backward(edges, grads)
+        for slot, grad in taped.grads.items():
+            flight.add_grad(slot, grad)
+
+    def _grad_of(self, flight: Flight, slot: str, exit: Exit, weights: ObjectiveWeights) -> Tensor | None:
+        if slot in SCALARS:
+            return torch.tensor(weights.of(slot), dtype=exit.dtype, device=exit.device)
+        grad = self._take_grad(flight, slot)
+        return None if grad is None else grad.reshape(exit.shape)
 
     def _backward_in_rounds(self, flight: Flight, block: BlockInRounds) -> None:
         with self._sink.collect(None):
@@ -311,35 +279,50 @@ class StageRunner:
             flight.in_rounds[phase.layer].keep_gradient(grad)
             return
         grad = grad.reshape(-1, grad.shape[-1])
-        pending = self._dispatcher.combine_backward(grad, flight.handles[phase.layer])
-        _start(flight, ("expert_out",), _Started(pending, lambda rows: flight.add_grad("expert_out", rows)))
+        pending = self._dispatcher.combine_backward(grad, flight.landed[phase.layer].handle)
+
+        def store(rows: Tensor) -> None:
+            flight.add_grad("expert_out", rows)
+
+        self._start(flight, phase, ("expert_out",), pending, store, "_b")
 
     def _dispatch_backward(self, phase: Dispatch, flight: Flight) -> None:
-        received = flight.tape.pop(phase).received
         if flight.in_rounds.pop(phase.layer, None) is not None:
             return
-        assert received is not None, f"{phase.layer}: backward before its forward ended"
+        landed = flight.landed.pop(phase.layer)
         d_rows, d_weights = self._take_grad(flight, "rows"), self._take_grad(flight, "row_weights")
-        pending = self._dispatcher.dispatch_backward(
-            torch.zeros_like(received.rows) if d_rows is None else d_rows,
-            torch.zeros_like(received.row_weights) if d_weights is None else d_weights,
-            received.handle,
-        )
+        if d_rows is None:
+            d_rows = torch.zeros(landed.rows_shape, dtype=landed.rows_dtype, device=landed.device)
+        if d_weights is None:
+            d_weights = torch.zeros(landed.rows_shape[0], dtype=landed.weights_dtype, device=landed.device)
+        pending = self._dispatcher.dispatch_backward(d_rows, d_weights, landed.handle)
 
         def store(grads: tuple[Tensor, Tensor]) -> None:
             flight.add_grad("ffn_in", grads[0].reshape(flight.token_shape))
             flight.add_grad("gate_weights", grads[1])
 
-        _start(flight, ("ffn_in", "gate_weights"), _Started(pending, store))
+        self._start(flight, phase, ("ffn_in", "gate_weights"), pending, store, "_b")
 
     def _take_grad(self, flight: Flight, slot: str) -> Tensor | None:
         self._finish(flight, slot)
         return flight.grads.pop(slot, None)
 
 
-def _start(flight: Flight, slots: Sequence[str], started: _Started) -> None:
-    for slot in slots:
-        flight.started.setdefault(slot, []).append(started)
+def _last_readers(phases: Sequence[Phase], rounds: bool) -> dict[Phase, tuple[str, ...]]:
+    """Which slots nobody reads after each phase; what the last phase writes is the caller's.
+
+    Args:
+        rounds: experts may have to read the inputs of their dispatch again.
+    """
+    dies: dict[Phase, tuple[str, ...]] = {}
+    needed = set(phases[-1].outputs)
+    for phase in reversed(phases):
+        reads = set(phase.inputs)
+        if rounds and phase.name == "experts":
+            reads |= set(Dispatch.inputs)
+        dies[phase] = tuple(sorted((reads | set(phase.outputs)) - needed))
+        needed = (needed - set(phase.outputs)) | reads
+    return dies
 
 
 def _backward_order(phases: Sequence[Phase]) -> list[Phase]:
@@ -349,9 +332,3 @@ def _backward_order(phases: Sequence[Phase]) -> list[Phase]:
         follows_experts = phase.name == "shared" and order and order[-1].name == "experts"
         order.insert(len(order) - 1 if follows_experts else len(order), phase)
     return order
-
-
-def _cut(value: Tensor) -> Tensor:
-    """A leaf with the same values; floating ones collect a gradient."""
-    value = value.detach()
-    return value.requires_grad_() if value.is_floating_point() else value

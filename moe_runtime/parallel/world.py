@@ -89,3 +89,8 @@ def join_world(world: World, timeout_s: float) -> Iterator[None]:
     yield
     # Not in a `finally`: after a failure the peers may be gone, and destroying would wait for them.
     dist.destroy_process_group()
+
+
+def shared_store() -> dist.Store:
+    """The store over which the ranks of the default process group met."""
+    return dist.distributed_c10d._get_default_store()

@@ -39,15 +39,17 @@ class Timeline:
 
     Args:
         title: what a drawing says above it.
-        rows: the spans of each pipeline rank, in order.
+        rows: the spans of each pipeline rank, in order; measured, of each global rank.
         memory: per rank, (time, live memory from then on) at every change, in the units of `Costs.live`.
         unit: of the clock: "s", or "" for the costs' own.
+        labels: what a drawing calls each row; left out: "rank 0", "rank 1" and so on.
     """
 
     title: str
     rows: tuple[tuple[Span, ...], ...]
     memory: tuple[tuple[tuple[float, float], ...], ...] = ()
     unit: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def makespan(self) -> float:
@@ -73,3 +75,8 @@ class Timeline:
     def peak_memory(self, rank: int) -> float:
         """Most memory of live microbatches at once."""
         return max((live for _, live in self.memory[rank]), default=0.0) if self.memory else 0.0
+
+    @property
+    def display_unit(self) -> tuple[float, str]:
+        """What to multiply times by for a reader, and the unit that they are then in."""
+        return (1000.0, "ms") if self.unit == "s" and self.makespan < 1 else (1.0, self.unit)

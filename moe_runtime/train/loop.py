@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from moe_runtime.checkpoint.store import CheckpointStore, SaveFailed
@@ -14,10 +15,14 @@ from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError, DataError
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.runtime import Runtime
+from moe_runtime.parallel.watchdog import Watchdog
+from moe_runtime.parallel.world import shared_store
+from moe_runtime.planner.trace import write_trace
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState, save_state
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
+from moe_runtime.train.tracing import TRACE_FILE, collect_trace
 from moe_runtime.train.validate import Validation, validate
 
 
@@ -57,7 +62,7 @@ def train(run: Run) -> None:
     Raises:
         CheckpointError: the last checkpoint could not be written.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, _watchdog(run):
         steps_done = _loop(run, stop)
     if steps_done == run.end:
         _finish(run)
@@ -70,12 +75,21 @@ def train(run: Run) -> None:
         raise CheckpointError(f"{run.unsaved}; make room and run the same command: it continues")
 
 
+def _watchdog(run: Run) -> Watchdog:
+    mesh, limit_s = run.runtime.mesh, run.config.train.watchdog_s
+    place = f"pp {mesh.pp_rank}, dp {mesh.dp_rank}"
+    return Watchdog(shared_store(), run.runtime.clock, mesh.rank, mesh.world_size, place, limit_s)
+
+
 def _loop(run: Run, stop: StopRequest) -> int:
     """Step until the end or the wish to stop; gives the steps done."""
     every, step = run.config.train, run.start
     while step < run.end:
         record = run.step(step)
         step += 1
+        _tell_choice(run)
+        if step == run.config.metrics.trace_step:
+            _trace(run, step)
         stopping = run.state.peers.any_true(stop.wanted)
         is_last = step == run.end
         if is_last or (every.eval_every and step % every.eval_every == 0):
@@ -93,6 +107,30 @@ def _loop(run: Run, stop: StopRequest) -> int:
         if stopping:
             break
     return step
+
+
+def _tell_choice(run: Run) -> None:
+    """How the program of the step was chosen, once for each program that a search chose."""
+    said, run.runtime.chosen = run.runtime.chosen, None
+    if said is not None:
+        run.recorder.event("schedule", message=said)
+        run.recorder.say(said)
+
+
+def _trace(run: Run, step: int) -> None:
+    """Write the spans of the step just done; the file is for people, so its loss is told and no more."""
+    num_microbatches = run.step.plan(step - 1).num_microbatches
+    trace = collect_trace(run.runtime, run.state.peers, run.step.program(num_microbatches), step)
+    run.runtime.clock.restart()
+    if trace is None:
+        return
+    path = Path(run.config.out_dir) / run.config.name / TRACE_FILE
+    try:
+        write_trace(trace, path)
+    except OSError as error:
+        run.recorder.say(f"step {step}: no trace: {path} cannot be written ({error.strerror})")
+    else:
+        run.recorder.event("trace", step=step, path=str(path))
 
 
 def _save(run: Run, step: int) -> None:

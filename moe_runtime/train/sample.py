@@ -24,8 +24,9 @@ def sample_tokens(runtime: Runtime, prompt: list[int], count: int, seed: int) ->
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = 2 if runtime.mesh.is_mirrored else 1
-    program = forward_only(runtime.placement, directions)
+    placement = runtime.layout.placement
+    directions = len(placement)
+    program = forward_only(placement, directions)
     window, tokens = runtime.config.batch.seq_len, list(prompt)
     for _ in range(count):
         inputs = _as_input(runtime, tokens[-window:])
@@ -42,10 +43,11 @@ def _as_input(runtime: Runtime, tokens: list[int]) -> Tensor:
 
 def _draw(runtime: Runtime, hidden: Tensor | None, generator: torch.Generator) -> int:
     drawn = torch.zeros(1, dtype=torch.int64)
-    first_lane_last_stage = runtime.mesh.dp * (runtime.mesh.pp - 1)
+    last = runtime.layout.num_stages - 1
+    first_lane_last_stage = runtime.mesh.dp * runtime.layout.placement[0][last]
     if runtime.mesh.rank == first_lane_last_stage:
         assert hidden is not None, "the last stage of direction 0 kept nothing"
-        head = runtime.chunks[runtime.mesh.pp - 1].head.weight
+        head = runtime.chunks[last].head.weight
         with torch.no_grad():
             logits = torch.nn.functional.linear(hidden[0, -1], head)
         drawn[0] = sample_token(logits.cpu(), TEMPERATURE, TOP_P, generator)

@@ -89,7 +89,7 @@ class TrainStep:
         """
         begun = time.perf_counter()
         plan, runtime = self.plan(step), self.runtime
-        self._start_clocks()
+        self._start_clocks(keep_spans=step + 1 == self.runtime.config.metrics.trace_step)
         scalars = self._forward_backward(plan)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
@@ -98,20 +98,22 @@ class TrainStep:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
         return self._record(plan, scalars, total, result, time.perf_counter() - begun)
 
-    def _start_clocks(self) -> None:
-        clock = self.runtime.clock
-        clock.exchange_wait_s = clock.transfer_wait_s = 0.0
+    def _start_clocks(self, keep_spans: bool) -> None:
+        self.runtime.clock.restart(keep_spans)
         self.runtime.dispatcher.traffic.snapshot(reset=True)
 
     def _forward_backward(self, plan: StepPlan) -> StepScalars:
-        runtime = self.runtime
-        program = self._programs.get(plan.num_microbatches)
-        if program is None:
-            program = self._programs[plan.num_microbatches] = runtime.program(plan.num_microbatches)
+        runtime, program = self.runtime, self.program(plan.num_microbatches)
         self.optimizer.zero_grad()
         weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
         tokens = self._tokens(plan, program)
         return runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
+
+    def program(self, num_microbatches: int) -> Program:
+        """What a step of so many microbatches a lane runs; a collective call when it is the first."""
+        if num_microbatches not in self._programs:
+            self._programs[num_microbatches] = self.runtime.program(num_microbatches)
+        return self._programs[num_microbatches]
 
     def _tokens(self, plan: StepPlan, program: Program) -> list[list[Tensor]]:
         mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size

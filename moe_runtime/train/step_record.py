@@ -29,7 +29,7 @@ TRAFFIC = {  # metric: attribute of the dispatcher's counters
     "comm_rows_intra": "rows_intra",
     "comm_rows_self": "rows_self",
 }
-HEAD = ("loss", "loss_mtp", "loss_balance", "exchange_s", "transfer_s", *TRAFFIC)
+HEAD = ("loss", "loss_mtp", "loss_balance", "exchange_s", "transfer_s", "flight_s", *TRAFFIC)
 PER_LAYER = tuple(LAYER_KEYS)
 
 
@@ -84,7 +84,7 @@ def _head(runtime: Runtime, facts: StepFacts, scalars: StepScalars) -> list[floa
         scalars.totals.get(BALANCE, 0.0) / facts.microbatches,
     )
     sent = [getattr(traffic, name) for name in TRAFFIC.values()]
-    return [*means, clock.exchange_wait_s, clock.transfer_wait_s, *sent]
+    return [*means, clock.exchange_wait_s, clock.transfer_wait_s, clock.exchange_s, *sent]
 
 
 def _held_layers(runtime: Runtime, total: Tensor) -> dict[str, list[float]]:
@@ -109,6 +109,7 @@ def _as_record(
     rank_seconds = facts.seconds * runtime.mesh.world_size
     # On a GPU the host's waits say nothing of the device's, so these are left out there.
     is_timed = runtime.device.type == "cpu"
+    is_exchanging = is_timed and runtime.mesh.ep > 1 and head["flight_s"] > 0
     layers = {layer: dict(zip(PER_LAYER, row, strict=True)) for layer, row in rows.items()}
     violations = [values["violation"] for values in layers.values()]
     return {
@@ -125,6 +126,7 @@ def _as_record(
         "step_s": facts.seconds,
         "bubble_fraction": head["transfer_s"] / rank_seconds if is_timed else None,
         "exposed_comm_fraction": head["exchange_s"] / rank_seconds if is_timed else None,
+        "hidden_comm_fraction": 1 - head["exchange_s"] / head["flight_s"] if is_exchanging else None,
         **{name: int(head[name]) for name in TRAFFIC},
         "max_violation": sum(violations) / len(violations) if violations else None,
         "layers": layers,

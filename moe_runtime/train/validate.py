@@ -43,7 +43,7 @@ def validate(runtime: Runtime, loader: BatchLoader, counter: ByteCounter, wanted
     total = mesh.dp * count
     rows = loader.sequences(mesh.dp_rank * count, count)
     microbatches = split_microbatches(rows.to(runtime.device), size, directions)
-    scalars = runtime.executor.run(forward_only(runtime.placement, per_lane), microbatches, None)
+    scalars = runtime.executor.run(forward_only(runtime.layout.placement, per_lane), microbatches, None)
     targets = rows[:, 1 : runtime.config.batch.seq_len + 1]
     # The loss comes from the last stage only; every row of the pipeline read the same bytes.
     own = [scalars.totals.get(LOSS, 0.0) * size, counter.bytes_of(targets) / mesh.pp]

@@ -29,7 +29,8 @@ _LAZY = {
 # Where deepspeed may be imported at all.
 _DEEPSPEED = (
     "moe_runtime/parallel/zero",
-    "moe_runtime/cli/bench_comm/deepspeed_peer",  # a contender to measure against
+    "moe_runtime/cli/bench_comm/deepspeed_peer",  # contenders to measure against
+    "moe_runtime/cli/bench_pipeline/deepspeed_peer",
     "tests/",
     "benchmarks/",
 )

@@ -17,13 +17,14 @@ from moe_comm.control import HEADER_SIZE
 from moe_comm.two_hop import DEFAULT_CHUNKS
 
 from moe_runtime.cli.bench_comm import analytic
-from moe_runtime.cli.bench_comm.crew import RankFailed, run_crew
+from moe_runtime.cli.bench_comm.crew import run_crew
 from moe_runtime.cli.bench_comm.measure import describe, measure
-from moe_runtime.cli.bench_comm.network import require_tools
 from moe_runtime.cli.bench_comm.plans import plan
 from moe_runtime.cli.bench_comm.routing import Routing, make_routing, max_over_mean
 from moe_runtime.cli.bench_comm.settings import CONTENDERS, Settings
 from moe_runtime.cli.bench_comm.summary import summarise_exchange
+from moe_runtime.cli.testbed.crew import RankFailed
+from moe_runtime.cli.testbed.links import require_tools
 from moe_runtime.errors import ConfigError
 
 _CAN_LINK = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc", "unshare", "nsenter"))

@@ -23,7 +23,11 @@ from tests.unit.comm.routings import draw
 OPENINGS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
     "kind": ({"kind": "alltoall"}, {}, "the same kind on all ranks"),
     "wire": ({"wire": "fp8"}, {}, "the same wire on all ranks"),
-    "chunks": ({"chunks": 5}, {}, "the same chunks on all ranks, got 4 on expert-parallel rank 0 and 5 on rank"),
+    "chunks": (
+        {"chunks": 5},
+        {},
+        "the same chunks on all ranks, got 4 on expert-parallel rank 0 and 5 on rank",
+    ),
     "max_rows": ({"max_rows": 7}, {}, "the same max_rows on all ranks"),
     "num_experts": ({}, {}, "the same number of experts on all ranks, got"),
     "num_groups": ({}, {"num_groups": 3}, "the same num_groups on all ranks, got none on"),

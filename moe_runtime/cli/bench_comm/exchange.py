@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_runtime.cli.bench_comm.contenders import Contender, Raw, open_contender
-from moe_runtime.cli.bench_comm.network import LinkCount, count_link
 from moe_runtime.cli.bench_comm.peers import probe_links
-from moe_runtime.cli.bench_comm.rank import Line
 from moe_runtime.cli.bench_comm.settings import Settings
+from moe_runtime.cli.testbed.line import Line
+from moe_runtime.cli.testbed.links import LinkCount, count_link
 
 # |result - expected| / |expected|: BF16 rounds rows and sums (2^-8), FP8 rounds rows (2^-4), at random.
 _TOLERANCE = {"bf16": 0.02, "fp8": 0.06}

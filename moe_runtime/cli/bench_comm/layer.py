@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from moe_runtime.cli.bench_comm.deepspeed_peer import open_deepspeed_layer
 from moe_runtime.cli.bench_comm.exchange import processor_s
-from moe_runtime.cli.bench_comm.rank import Line
 from moe_runtime.cli.bench_comm.routing import max_over_mean
 from moe_runtime.cli.bench_comm.settings import NATURAL_MAX_OVER_MEAN, Settings
+from moe_runtime.cli.testbed.line import Line
 from moe_runtime.model.experts import Experts
 
 _TOLERANCE = 1e-4  # FP32, sums in another order

@@ -3,11 +3,12 @@
 import os
 from typing import Any
 
-from moe_runtime.cli.bench_comm.crew import cpu_load, run_crew, working_folder
-from moe_runtime.cli.bench_comm.network import require_tools
+from moe_runtime.cli.bench_comm.crew import run_crew
 from moe_runtime.cli.bench_comm.races import summarise_layer, summarise_overlap
 from moe_runtime.cli.bench_comm.report import describe_exchange, describe_layer, describe_overlap
 from moe_runtime.cli.bench_comm.settings import Settings
+from moe_runtime.cli.testbed.crew import cpu_load, working_folder
+from moe_runtime.cli.testbed.links import require_tools
 
 _SILENCE_S = 600.0
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from moe_comm import Placement, open_dispatcher
 from torch import Tensor
 
-from moe_runtime.cli.bench_comm.rank import Line
 from moe_runtime.cli.bench_comm.settings import Settings
+from moe_runtime.cli.testbed.line import Line
 
 _SIDE = 512
 

@@ -1,8 +1,6 @@
 """One rank process: `python -m moe_runtime.cli.bench_comm.rank SOCKET RANK FOLDER`; started by `crew`."""
 
-import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,34 +12,9 @@ import torch.distributed as dist
 
 from moe_runtime.cli.bench_comm.settings import Settings
 from moe_runtime.cli.orphan import stop_with_parent
+from moe_runtime.cli.testbed.line import Line
 
 _PATIENCE = timedelta(minutes=10)
-
-
-class Line:
-    """The way to the process that started this one.
-
-    Args:
-        number: file descriptor of this rank's end of the socket pair.
-    """
-
-    def __init__(self, number: int) -> None:
-        self._socket = socket.socket(fileno=number)
-        self._words = self._socket.makefile("r", encoding="utf-8")
-
-    def settings(self) -> Settings:
-        """What to measure; said first."""
-        return Settings.from_plain(json.loads(self._words.readline()))
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here; no byte of this crosses a link."""
-        self.say(None)
-        if not self._words.readline():
-            sys.exit("the benchmark has ended")
-
-    def say(self, word: dict[str, Any] | None) -> None:
-        """Say a result; None asks for a barrier."""
-        self._socket.sendall(json.dumps(word).encode() + b"\n")
 
 
 def part_of(name: str) -> Callable[[Settings, Path, Line], dict[str, Any]]:
@@ -65,7 +38,7 @@ def main() -> None:
     number, rank, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     line = Line(number)
-    settings = line.settings()
+    settings = Settings.from_plain(line.hear())
     run = part_of(settings.part)
     dist.init_process_group(
         "gloo",

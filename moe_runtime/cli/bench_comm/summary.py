@@ -9,9 +9,9 @@ from moe_comm.rebalance import describe_rebalance
 from torch import Tensor
 
 from moe_runtime.cli.bench_comm import analytic
-from moe_runtime.cli.bench_comm.network import HEADER_BYTES
 from moe_runtime.cli.bench_comm.routing import Routing, make_routing, max_over_mean
 from moe_runtime.cli.bench_comm.settings import Settings
+from moe_runtime.cli.testbed.links import HEADER_BYTES
 
 PHASES = ("dispatch", "combine")
 # Nodes, ranks of a node, spare slots: as many ranks as make an expert's load felt. Ref: DSV3 §3.4.1

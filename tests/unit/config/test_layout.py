@@ -2,13 +2,14 @@
 
 import itertools
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime.config.axes import Schedule
 from moe_runtime.config.counts import stage_loads
 from moe_runtime.config.fit import _Trial, layout_findings
 from moe_runtime.config.layout import check_layout
@@ -98,6 +99,18 @@ _ONE_MISTAKE = {
         1,
     ),
     "more stages than layers": ({"layout": {"pp": 6}, "batch": {"global_batch_size": 48}}, 2),
+    "more stages than layers in a V": (
+        {"layout": {"pp": 4, "schedule": "zbv"}, "batch": {"global_batch_size": 48}},
+        1,
+    ),
+    "too few microbatches for a V": (
+        {"layout": {"pp": 2, "schedule": "dualpipev"}, "batch": {"global_batch_size": 3}},
+        1,
+    ),
+    "counts of layers for ranks, not stages": (
+        {"layout": {"pp": 2, "schedule": "zbv", "layers_per_stage": [2, 2]}},
+        2,
+    ),
     "more stages than an odd number of layers": (
         {"model": {"num_layers": 3}, "layout": {"pp": 4, "schedule": "dualpipe"}},
         1,
@@ -175,7 +188,7 @@ _LAYOUTS = st.fixed_dictionaries(
         "pp": st.integers(1, 6),
         "dp": st.integers(1, 6),
         "ep": st.integers(1, 4),
-        "schedule": st.sampled_from(["auto", "single", "1f1b", "dualpipe"]),
+        "schedule": st.sampled_from(get_args(Schedule)),
         "dispatcher": st.sampled_from(["auto", "local", "alltoall"]),
         "zero_stage": st.sampled_from([1, 2]),
         "layers_per_stage": st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=6),
@@ -203,10 +216,21 @@ def test_auto_means_what_the_schema_says() -> None:
         return checked.schedule, checked.dispatcher
 
     assert resolved() == ("single", "local")
-    assert resolved(pp=2) == ("dualpipe", "local")
-    assert resolved(pp=3) == ("1f1b", "local")
+    assert resolved(pp=2) == ("auto", "local")  # costs decide
     assert resolved(dp=2, ep=2) == ("single", "auto")  # the machines decide
     assert resolved(pp=2, schedule="1f1b", dp=2, dispatcher="alltoall") == ("1f1b", "alltoall")
+
+
+def test_what_is_free_to_choose_lies_as_a_v_where_layers_are_enough() -> None:
+    def placed(num_layers: int, **layout: Any) -> tuple:
+        return check_layout(build(model={"num_layers": num_layers}, layout={"pp": 2, **layout})).placement
+
+    for schedule in ("auto", "searched"):
+        assert placed(4, schedule=schedule) == ((0, 1, 1, 0),)
+        assert placed(3, schedule=schedule) == ((0, 1),)
+        assert placed(4, schedule=schedule, layers_per_stage=[2, 2]) == ((0, 1),)
+        assert placed(6, schedule=schedule, layers_per_stage=[1, 2, 2, 1]) == ((0, 1, 1, 0),)
+    assert placed(4, schedule="dualpipe") == ((0, 1), (1, 0))
 
 
 def _costs(run: RunConfig, num_stages: int) -> dict[tuple[int, ...], tuple[int, int]]:

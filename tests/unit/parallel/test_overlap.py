@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_runtime.parallel.overlap import PAIR_ORDER, interleave
+from moe_runtime.parallel.overlap import interleave
 from moe_runtime.parallel.stage import Step
 
 FORWARD = ("attend", "dispatch", "shared", "experts", "combine")
@@ -82,15 +82,35 @@ def test_a_backward_keeps_its_order_up_to_weight_gradients(forward: str, backwar
             assert merged.index(source) < merged.index(step)
 
 
+def _flies_under(merged: Sequence[Step], start: tuple[str, str], wait: tuple[str, str]) -> list[str]:
+    """Labels of the computation between a start and what waits for it, each a (label, layer)."""
+    names = [(step.label, step.layer) for step in merged]
+    between = names[names.index(start) + 1 : names.index(wait)]
+    return [label for label, _ in between if not label.startswith(("dispatch", "combine"))]
+
+
 def test_each_exchange_of_a_pair_flies_under_computation_of_the_other_half() -> None:
-    order = list(PAIR_ORDER)
-    between = lambda start, wait: set(order[order.index(start) + 1 : order.index(wait)])  # noqa: E731
-    assert "attend" in between("combine_b", "experts_b")
-    assert "experts_w" in between("dispatch", "experts")
-    assert "experts" in between("dispatch_b", "attend_b")
-    assert order[-1] == "combine", "combine of the forward flies under the next pair"
+    merged = interleave(FORWARDS["two MoE"], BACKWARDS["two MoE"])
+    under = lambda *ends: _flies_under(merged, *ends)  # noqa: E731
+    assert "attend" in under(("combine_b", "layers.2"), ("experts_b", "layers.2"))
+    assert "experts_b" in under(("dispatch", "layers.1"), ("experts", "layers.1"))
+    assert {"experts_w", "experts"} <= set(under(("dispatch_b", "layers.2"), ("attend_b", "layers.2")))
+    assert {"attend_b", "attend_w"} <= set(under(("combine", "layers.1"), ("attend", "layers.2")))
+    assert "attend_w" in under(("combine_b", "layers.1"), ("experts_b", "layers.1"))
+
+
+def test_the_last_combine_of_a_forward_flies_under_the_rest_of_the_backward() -> None:
+    merged = interleave(FORWARDS["embed, dense, MoE, merge"], BACKWARDS["merge, MoE, dense, embed"])
+    under = _flies_under(merged, ("combine", "layers.1"), ("merge", "layers.1"))
+    assert {"attend_b", "attend_w", "dense_b", "embed_b"} <= set(under)
+
+
+def test_a_backward_without_a_partner_hides_exchanges_under_its_weight_gradients() -> None:
+    merged = interleave((), BACKWARDS["two MoE"])
+    assert "experts_w" in _flies_under(merged, ("dispatch_b", "layers.2"), ("attend_b", "layers.2"))
+    assert "attend_w" in _flies_under(merged, ("combine_b", "layers.1"), ("experts_b", "layers.1"))
 
 
 def test_surplus_and_unequal_blocks_run_alone() -> None:
     merged = [step.label for step in interleave(FORWARDS["head and MTP"], BACKWARDS["dense"])]
-    assert merged == [s.label for s in FORWARDS["head and MTP"] + BACKWARDS["dense"]]
+    assert merged == [s.label for s in BACKWARDS["dense"] + FORWARDS["head and MTP"]]

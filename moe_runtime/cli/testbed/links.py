@@ -45,14 +45,25 @@ class Testbed:
     """Namespaces that are up.
 
     Args:
+        hub: process that holds the namespace of the bridge.
         holders: process that holds each node's namespace.
     """
 
+    hub: int
     holders: tuple[int, ...]
 
     def inside(self, node: int) -> list[str]:
         """What to put before a command so that it runs on a node."""
         return _inside(self.holders[node])
+
+    def limit(self, rate_mbit: int | None) -> None:
+        """Give every link this rate each way, in 10^6 bit/s, or no limit; nothing may be under way."""
+        for node, holder in enumerate(self.holders):
+            for place, interface in ((holder, INTERFACE), (self.hub, f"p{node}")):
+                shape = [] if rate_mbit is None else _limit(rate_mbit, len(self.holders))
+                kind = "pfifo" if rate_mbit is None else "tbf"
+                change = ["tc", "qdisc", "replace", "dev", interface, "root", kind, *shape]
+                _run([*_inside(place), *change])
 
 
 def require_tools() -> None:
@@ -64,23 +75,23 @@ def require_tools() -> None:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
-            f"bench comm: links need the commands {', '.join(missing)} (iproute2, util-linux, procps); "
+            f"bench: links need the commands {', '.join(missing)} (iproute2, util-linux, procps); "
             "install them, or measure on loopback with --links none"
         )
     if os.geteuid() != 0:
         raise ConfigError(
-            "bench comm: links need root, to make network namespaces; run as root, or measure on loopback "
+            "bench: links need root, to make network namespaces; run as root, or measure on loopback "
             "with --links none"
         )
 
 
 @contextmanager
-def open_testbed(nodes: int, rate_mbit: int) -> Iterator[Testbed]:
+def open_testbed(nodes: int, rate_mbit: int | None) -> Iterator[Testbed]:
     """Nodes that reach each other over links of this rate each way; gone after the context.
 
     Args:
         nodes: how many.
-        rate_mbit: of each link, in 10^6 bit/s.
+        rate_mbit: of each link, in 10^6 bit/s; None: no limit, until `Testbed.limit` sets one.
 
     Raises:
         ConfigError: not root, a tool is missing, or the kernel refuses.
@@ -93,10 +104,9 @@ def open_testbed(nodes: int, rate_mbit: int) -> Iterator[Testbed]:
         _run([*_inside(hub), "ip", "link", "set", "br0", "up"])
         for node, holder in enumerate(holders):
             _join(hub, holder, node)
-            limit = _limit(rate_mbit, nodes)
-            _run([*_inside(holder), *_qdisc(INTERFACE), *limit])
-            _run([*_inside(hub), *_qdisc(f"p{node}"), *limit])
-        yield Testbed(tuple(holders))
+        testbed = Testbed(hub, tuple(holders))
+        testbed.limit(rate_mbit)
+        yield testbed
 
 
 def _join(hub: int, holder: int, node: int) -> None:
@@ -112,13 +122,9 @@ def _join(hub: int, holder: int, node: int) -> None:
     _run([*near, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno", *buffers])
 
 
-def _qdisc(interface: str) -> list[str]:
-    return ["tc", "qdisc", "add", "dev", interface, "root"]
-
-
 def _limit(rate_mbit: int, nodes: int) -> list[str]:
     queue = _QUEUE_PER_NODE_BYTES * nodes
-    return ["tbf", "rate", f"{rate_mbit}mbit", "burst", str(_BURST_BYTES), "limit", str(queue)]
+    return ["rate", f"{rate_mbit}mbit", "burst", str(_BURST_BYTES), "limit", str(queue)]
 
 
 def _inside(holder: int) -> list[str]:
@@ -144,7 +150,7 @@ def _namespace() -> Iterator[int]:
     except BrokenPipeError as error:
         reason = holder.stderr.read().decode().strip()
         raise ConfigError(
-            f"bench comm: cannot make a network namespace ({reason}); measure on loopback with --links none"
+            f"bench: cannot make a network namespace ({reason}); measure on loopback with --links none"
         ) from error
     finally:
         holder.stdin.close()
@@ -159,7 +165,7 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(
-            f"bench comm: cannot set up links: {' '.join(command[5:])}: {reason}; "
+            f"bench: cannot set up links: {' '.join(command[5:])}: {reason}; "
             "measure on loopback with --links none"
         )
 
@@ -195,4 +201,4 @@ def count_link(interface: str = INTERFACE) -> LinkCount:
             if name.strip() == interface:
                 numbers = [int(value) for value in values.split()]
                 return LinkCount(numbers[0], numbers[1], numbers[8], numbers[9])
-    raise ConfigError(f"bench comm: expected an interface {interface}, got none of that name")
+    raise ConfigError(f"bench: expected an interface {interface}, got none of that name")

@@ -1,0 +1,1 @@
+"""What benchmarks measure on: namespaces joined by limited links, rank processes, shares of the processor."""

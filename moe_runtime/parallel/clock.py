@@ -1,0 +1,125 @@
+"""Where a rank's time goes: sums for every step's record, and all spans where a trace is wanted.
+
+Lanes of a trace, each a list of spans (name, start, end) on this process's monotonic clock:
+
+    action     one entry of the program's row, from where its data is there (`3F5+4B1'`)
+    phase      one step of an entry (`attend layers.3`, `experts_w layers.4`)
+    exchange   an expert exchange, from its call until its rows are there
+    wait       the rank stood still, for an `exchange` or a `transfer`
+    transfer   a boundary tensor, from the posting of its send until it has left
+    live       how many microbatches are alive in this rank's stages, from this moment on
+
+A microbatch counts as alive until the last of its tensors' holders is gone: the object itself tells, by a
+finaliser, so a forgotten reference shows as a life that does not end.
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from moe_comm.lane import Lane
+
+T = TypeVar("T")
+Span = tuple[str, str, float, float]  # lane, name, start, end
+
+
+@dataclass
+class Clock:
+    """Seconds that this rank stood still, by cause, and what it is doing now.
+
+    Args:
+        exchange_wait_s: waited for expert exchanges.
+        transfer_wait_s: waited for pipeline neighbours.
+        exchange_s: expert exchanges were under way, those at the same time counted once.
+        peak_live: most microbatches alive at once.
+        spans: of the step, if they are kept; else None.
+        entry, phase: under way now, for messages; empty outside of a program.
+        since: when that began.
+        arrivals: waits for exchanges beside the rank's own thread, so that the moment of arrival is known
+            also where the rank comes later; None: an exchange seems to fly until the rank comes.
+    """
+
+    exchange_wait_s: float = 0.0
+    transfer_wait_s: float = 0.0
+    exchange_s: float = 0.0
+    peak_live: int = 0
+    spans: list[Span] | None = None
+    entry: str = ""
+    phase: str = ""
+    since: float = field(default_factory=time.perf_counter)
+    arrivals: Lane | None = None
+    _live: int = 0
+    _flown_until: float = 0.0
+
+    def restart(self, keep_spans: bool = False) -> None:
+        """Begin a step: all sums from zero."""
+        self.exchange_wait_s = self.transfer_wait_s = self.exchange_s = 0.0
+        self.peak_live = self._live
+        self.spans = [] if keep_spans else None
+
+    def enters(self, entry: str) -> None:
+        """An entry of the program begins; empty: the program has ended."""
+        self.entry, self.phase, self.since = entry, "", time.perf_counter()
+
+    def begins(self, phase: str) -> float:
+        """A phase begins; gives the time."""
+        self.phase, self.since = phase, time.perf_counter()
+        return self.since
+
+    def ran(self, lane: str, name: str, start: float) -> None:
+        """A span ends now."""
+        if self.spans is not None:
+            self.spans.append((lane, name, start, time.perf_counter()))
+
+    def waited(self, cause: str, start: float) -> None:
+        """The rank stood still from `start` to now for an `exchange` or a `transfer`."""
+        seconds = time.perf_counter() - start
+        if cause == "exchange":
+            self.exchange_wait_s += seconds
+        else:
+            self.transfer_wait_s += seconds
+        self.ran("wait", cause, start)
+
+    def watch(self, name: str, wait: Callable[[], T]) -> Callable[[], T]:
+        """An expert exchange has been started; gives what waits for it in place of `wait`, once."""
+        start = time.perf_counter()
+        arrived: Callable[[], tuple[T, float]]
+        if self.arrivals is None:
+            arrived = partial(_and_time, wait)
+        else:
+            arrived = self.arrivals.submit(partial(_and_time, wait), torch.device("cpu")).wait
+
+        def finish() -> T:
+            begun = time.perf_counter()
+            value, end = arrived()
+            self.waited("exchange", begun)
+            self.flew(name, start, end)
+            return value
+
+        return finish
+
+    def flew(self, name: str, start: float, end: float) -> None:
+        """An expert exchange was under way; of two at the same time the later told counts what is new."""
+        self.exchange_s += max(0.0, end - max(start, self._flown_until))
+        self._flown_until = max(self._flown_until, end)
+        if self.spans is not None:
+            self.spans.append(("exchange", name, start, end))
+
+    def count_life(self, flight: object) -> None:
+        """Count an object as alive until nothing refers to it any more."""
+        self._change_live(1)
+        weakref.finalize(flight, self._change_live, -1)
+
+    def _change_live(self, change: int) -> None:
+        self._live += change
+        self.peak_live = max(self.peak_live, self._live)
+        self.ran("live", str(self._live), time.perf_counter())
+
+
+def _and_time(wait: Callable[[], T]) -> tuple[T, float]:
+    value = wait()
+    return value, time.perf_counter()
