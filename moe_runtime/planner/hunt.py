@@ -6,6 +6,7 @@ a run that searches finds the same program.
 
 import math
 from random import Random
+from typing import TypeVar
 
 from moe_runtime.planner.bound import lower_bound
 from moe_runtime.planner.improve import improve, peak_live
@@ -14,6 +15,8 @@ from moe_runtime.planner.list_schedule import Policy
 from moe_runtime.planner.recipes import Recipe, draw, follow, vary
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.passes import split_backward
+
+_Any = TypeVar("_Any")
 
 _SLACK = 1e-9
 _KEPT = 3  # rows that are polished
@@ -62,8 +65,7 @@ class Hunt:
                 recipe = vary(self.rng, self.instance, base, self.cap)
             self.drawn += 1
             makespan = self._keep(follow(self.instance, recipe, self.cap))
-            if makespan < math.inf:
-                self.recipes = sorted([*self.recipes, (makespan, recipe)], key=lambda each: each[0])[:_KEPT]
+            self.recipes = _kept(self.recipes, makespan, recipe)
             steps -= self.size * (_EVALUATED + (_LISTED if isinstance(recipe, Policy) else _REPEATED))
 
     def polish(self, steps: float) -> None:
@@ -82,9 +84,16 @@ class Hunt:
         if any(peak_live(self.instance, row) > self.cap + _SLACK for row in rows):
             return math.inf
         makespan = self.instance.evaluate(rows)
-        if makespan < math.inf and all(rows != kept for _, kept in self.kept):
-            self.kept = sorted([*self.kept, (makespan, rows)], key=lambda each: each[0])[:_KEPT]
+        self.kept = _kept(self.kept, makespan, rows)
         return makespan
+
+
+def _kept(kept: list[tuple[float, _Any]], makespan: float, one: _Any) -> list[tuple[float, _Any]]:
+    """The best of what was kept and one more; of equals, which are mostly twins, the last."""
+    if makespan == math.inf:
+        return kept
+    others = [each for each in kept if abs(makespan - each[0]) > _SLACK]
+    return sorted([*others, (makespan, one)], key=lambda each: each[0])[:_KEPT]
 
 
 def _join_backward(instance: Instance, rows: Rows) -> Rows:

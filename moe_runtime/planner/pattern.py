@@ -34,12 +34,14 @@ class Way:
     Args:
         period: between one microbatch of a direction and the next.
         delays: per lane of its forward, then per lane of its gradient: time to let pass.
-        joining: whether gradients join forwards.
+        hosts: per lane, whether its forward leaves room for a gradient to join it.
+        patience: how much later a gradient may end for joining a forward.
     """
 
     period: float
     delays: tuple[float, ...]
-    joining: bool
+    hosts: tuple[bool, ...]
+    patience: float = 0.0
 
 
 def repeat(instance: Instance, way: Way) -> Rows:
@@ -124,9 +126,10 @@ def _lay(instance: Instance, way: Way, circles: Sequence[_Circle]) -> dict[tuple
         for lane in range(first, first + stages):
             circle = circles[instance.rank_of[lane]]
             alone = time[number(lane, 0, F)]
-            length = max(alone, instance.pair_time[lane][lane]) if way.joining else alone
+            length = max(alone, instance.pair_time[lane][lane]) if way.hosts[lane] else alone
             starts[lane, F] = start = circle.place(ready + way.delays[lane], length)
-            circle.hosts[lane] = start
+            if way.hosts[lane]:
+                circle.hosts[lane] = start
             ready = start + length + instance.costs.transfer * instance.sent[number(lane, 0, F)]
         for lane in reversed(range(first, first + stages)):
             circle = circles[instance.rank_of[lane]]
@@ -144,11 +147,14 @@ def _lay(instance: Instance, way: Way, circles: Sequence[_Circle]) -> dict[tuple
 def _lay_gradient(
     instance: Instance, way: Way, circle: _Circle, lane: int, ready: float
 ) -> tuple[float, float]:
-    """Lay a gradient down, alone or with a forward; its start and length."""
-    start, host = circle.first_host(ready)
-    if way.joining and host is not None:
-        del circle.hosts[host]
-        circle.joined[host] = lane
-        return start, instance.pair_time[host][lane]
+    """Lay a gradient down, with a forward if that is soon enough; its start and length."""
     length = instance.time[instance.number(lane, 0, I)]
+    alone = circle.free_from(ready, length)
+    start, host = circle.first_host(ready)
+    if host is not None:
+        together = instance.pair_time[host][lane]
+        if start + together <= alone + length + way.patience:
+            del circle.hosts[host]
+            circle.joined[host] = lane
+            return start, together
     return circle.place(ready, length), length

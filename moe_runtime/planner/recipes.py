@@ -40,7 +40,8 @@ def vary(rng: Random, instance: Instance, recipe: Recipe, cap: float) -> Recipe:
         for _ in range(rng.choice((1, 1, 2, 4))):
             delays[rng.randrange(len(delays))] = _delay(rng, instance)
         period = recipe.period * rng.choice((1.0, 1.0, 1.0, 0.9, 0.95, 0.98, 1.05))
-        return replace(recipe, period=period, delays=tuple(delays))
+        way = replace(recipe, period=period, delays=tuple(delays))
+        return _vary_joining(rng, instance, way) if _gains(instance) and rng.random() < 0.5 else way
     fresh = _policy(rng, instance, cap)
     names = rng.sample(Policy.__slots__, rng.choice((1, 1, 2)))
     varied = replace(recipe, **{name: getattr(fresh, name) for name in names if name != "depth"})
@@ -84,8 +85,25 @@ def _way(rng: Random, instance: Instance) -> Way:
         _delay(rng, instance) if is_delayed and rng.random() < 0.3 else 0.0
         for _ in range(2 * instance.num_lanes)
     ]
-    gains = any(gain > 0 for row in instance.gain for gain in row)
-    return Way(work * rng.choice(_PERIODS), tuple(delays), gains and rng.random() < 0.5)
+    share = rng.choice((0.0, 0.3, 0.6, 1.0)) if _gains(instance) else 0.0
+    hosts = tuple(rng.random() < share for _ in range(instance.num_lanes))
+    return Way(work * rng.choice(_PERIODS), tuple(delays), hosts, _patience(rng, instance))
+
+
+def _vary_joining(rng: Random, instance: Instance, way: Way) -> Way:
+    hosts = list(way.hosts)
+    hosts[rng.randrange(len(hosts))] ^= True
+    patience = way.patience if rng.random() < 0.5 else _patience(rng, instance)
+    return replace(way, hosts=tuple(hosts), patience=patience)
+
+
+def _patience(rng: Random, instance: Instance) -> float:
+    return rng.choice((0.0, 0.5, 1.0, 2.0, 4.0, 8.0)) * _mean(instance, I)
+
+
+def _gains(instance: Instance) -> bool:
+    """Whether overlapping saves time at all."""
+    return any(gain > 0 for row in instance.gain for gain in row)
 
 
 def _delay(rng: Random, instance: Instance) -> float:

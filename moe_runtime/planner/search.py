@@ -174,8 +174,8 @@ def _hunt(hunts: list[Hunt], steps: float) -> None:
         finalists = sorted(open_ones, key=lambda hunt: hunt.makespan)[:left]
         for hunt in finalists:
             share = steps * 2 / 3 / (_FINALISTS * len(finalists))
-            hunt.explore(0.3 * share)
-            hunt.polish(0.7 * share)
+            hunt.explore(0.5 * share)
+            hunt.polish(0.5 * share)
 
 
 def _found(hunt: Hunt, bound: float, rival: Rival | None) -> Found:
