@@ -18,6 +18,7 @@ from pathlib import Path
 from moe_runtime.config.counts import stage_loads
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import LayoutConfig, ModelConfig
+from moe_runtime.errors import ConfigError, ScheduleError
 from moe_runtime.planner.costs import Costs, StageCosts
 from moe_runtime.planner.costs_text import read_costs
 from moe_runtime.planner.measured_costs import measured_costs, whole_model
@@ -50,8 +51,7 @@ def choose(model: ModelConfig, wanted: LayoutConfig, layout: ResolvedLayout, num
         layout: what it resolves to.
 
     Raises:
-        ConfigError: `costs` cannot be read.
-        ScheduleError: no program keeps to `max_live`.
+        ConfigError: `costs` cannot be read, or no program keeps to `max_live`.
     """
     if layout.schedule not in ("auto", "searched"):
         return Choice(build(layout.schedule, layout.pp, num_microbatches, wanted.chunks))
@@ -59,7 +59,10 @@ def choose(model: ModelConfig, wanted: LayoutConfig, layout: ResolvedLayout, num
     cap = wanted.max_live
     fitting = _fitting(layout, num_microbatches, costs, cap)
     starts = [program for _, program in fitting]
-    found = search_placement(layout.placement, num_microbatches, costs, cap, starts=starts)
+    try:
+        found = search_placement(layout.placement, num_microbatches, costs, cap, starts=starts)
+    except ScheduleError as error:
+        raise ConfigError(f"layout.max_live: {error}; allow that, or more pipeline ranks") from error
     return _pick(found, fitting, may_be_named=layout.schedule == "auto")
 
 
