@@ -65,8 +65,7 @@ def check(program: Program, max_unmatched: int | None = None) -> Report:
     _check_shape(program)
     check_completeness(program)
     if max_unmatched is not None and max_unmatched < 0:
-        got = f"got {max_unmatched}"
-        raise ScheduleError(f"schedule {program.name}: max_unmatched must be 0 or more, {got}")
+        raise ScheduleError(f"schedule {program.name}: max_unmatched must be 0 or more, got {max_unmatched}")
     lowered, neighbours = program.has_transfers, neighbours_of(program)
     peaks = [walk_row(program, rank, lowered, neighbours) for rank in range(program.num_ranks)]
     channels = check_matching(program)

@@ -5,7 +5,8 @@ never block their rank; a send completes when its receive is posted; a computati
 receives it needs have completed. So a rank only ever waits in a computation, for a product that
 another rank has yet to make (and, once transfers are in, to send). A transport with room for only N
 unmatched sends between a pair of ranks is weaker still: there a send beyond the N-th blocks its rank
-until a receive makes room, and N = 0 is a rendezvous, where a send waits for its own receive.
+until a receive makes room, and N = 0 is a rendezvous, where a send waits for its own receive. Whatever
+a builder makes, lowered as it is by default, runs with N = 1; gpipe, 1f1b and zb1p run with N = 0.
 
 Whether a program of this kind deadlocks does not depend on speeds: what a rank waits for is fixed by
 the program, never by who came first (`waits.py`). One dry run, in any order, therefore stands for all.
