@@ -1,7 +1,7 @@
 """Searched schedules against the built-in ones, on a published grid; a Markdown table.
 
-    python -m benchmarks.searched_schedules            # the whole grid, one core
-    python -m benchmarks.searched_schedules --quick    # a part of it
+    python benchmarks/searched_schedules.py            # the whole grid, one core
+    python benchmarks/searched_schedules.py --quick    # a part of it
 
 The model costs the same in every line, cut into as many stages as each schedule has; costs are those of
 one P-th of it. Built-ins are all of `BUILDERS`, dualpipe with its second copy of the parameters too, and

@@ -32,7 +32,7 @@ from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.placement import folded, looped, mirrored
 
 _SLACK = 1e-9
-_STEPS = 12_000.0  # of search for each F, I and W of a program with one stage a rank, at effort 1
+_STEPS = 20_000.0  # of search for each F, I and W of a program with one stage a rank, at effort 1
 _FINALISTS = 3
 
 SHAPES: dict[str, Callable[[int], Placement]] = {
