@@ -1,7 +1,7 @@
 """Searched schedules against the built-in ones, on a published grid; a Markdown table.
 
-    python -m benchmarks.searched_schedules            # the whole grid, one core
-    python -m benchmarks.searched_schedules --quick    # a part of it
+    python benchmarks/searched_schedules.py            # the whole grid, one core
+    python benchmarks/searched_schedules.py --quick    # a part of it
 
 The model costs the same in every line, cut into as many stages as each schedule has; costs are those of
 one P-th of it. Built-ins are all of `BUILDERS`, dualpipe with its second copy of the parameters too, and
@@ -36,9 +36,10 @@ def main() -> None:
     """Search the grid and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 and 4 ranks, 2 microbatches a rank")
+    parser.add_argument("--ranks", type=int, nargs="+", help="instead of the grid's own")
     parser.add_argument("--effort", type=float, default=1.0, help="of each search")
     arguments = parser.parse_args()
-    all_ranks = QUICK_RANKS if arguments.quick else RANKS
+    all_ranks = arguments.ranks or (QUICK_RANKS if arguments.quick else RANKS)
     per_rank = QUICK_PER_RANK if arguments.quick else PER_RANK
     print("| P | M | F, I, W | cap | built-in | its step | searched | shape | ratio | bound | gap | s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")

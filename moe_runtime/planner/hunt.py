@@ -58,7 +58,9 @@ class Hunt:
     def explore(self, steps: float) -> None:
         """Follow recipes, new ones and variations of the best, for about so many steps."""
         while steps > 0 and not self.is_done:
-            if self.drawn < _FRESH or not self.recipes or self.rng.random() < 0.4:
+            if self.drawn == 0:
+                recipe: Recipe = Policy((math.inf,) * self.instance.num_ranks)  # has rows under any cap
+            elif self.drawn < _FRESH or not self.recipes or self.rng.random() < 0.4:
                 recipe = draw(self.rng, self.instance, self.cap)
             else:
                 base = self.recipes[self.rng.randrange(len(self.recipes))][1]

@@ -32,7 +32,7 @@ from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.placement import folded, looped, mirrored
 
 _SLACK = 1e-9
-_STEPS = 12_000.0  # of search for each F, I and W of a program with one stage a rank, at effort 1
+_STEPS = 20_000.0  # of search for each F, I and W of a program with one stage a rank, at effort 1
 _FINALISTS = 3
 
 SHAPES: dict[str, Callable[[int], Placement]] = {
@@ -54,7 +54,8 @@ class Found:
         costs: of its stages.
         timeline: of its simulation.
         bound: no program of any placement that was searched can be shorter, within the cap.
-        rival: the shortest built-in that fits the cap; None if none does, or none was asked for.
+        rival: the shortest built-in of the shapes searched that fits the cap; None if there is none, or if
+            one placement was searched.
     """
 
     program: Program
@@ -70,7 +71,7 @@ class Found:
     @property
     def gap(self) -> float:
         """By how much of the bound the makespan exceeds it; the best program may be that much shorter."""
-        return self.makespan / self.bound - 1
+        return max(0.0, self.makespan / self.bound - 1)
 
     @property
     def shape(self) -> str:
@@ -96,7 +97,8 @@ def search(
     Args:
         model: costs of one P-th of the model; see `Costs.split`.
         cap: most live memory on a rank, in units of `model.live`; None for any.
-        shapes: keys of `SHAPES`; those that the sizes or the cap do not admit are passed over.
+        shapes: keys of `SHAPES`; those that the sizes or the cap do not admit are passed over. All
+            together have the placements of all built-in schedules.
         transfer, hidden: as in `Costs`.
         effort: 1 for a second with 4 ranks and 16 microbatches, about a minute with 16 and 64.
 
@@ -105,10 +107,8 @@ def search(
     """
     limit = math.inf if cap is None else cap
     placements = _placements(num_ranks, num_microbatches, shapes)
-    best_first = rivals(num_ranks, num_microbatches, model, cap=cap, transfer=transfer, hidden=hidden)
-    if "mirrored" not in shapes:
-        best_first = [each for each in best_first if each.program.num_directions == 1]
-    placements |= {each.program.placement: None for each in best_first[:1]}
+    built_in = rivals(num_ranks, num_microbatches, model, cap=cap, transfer=transfer, hidden=hidden)
+    best_first = [rival for rival in built_in if rival.program.placement in placements]
     instances = [
         Instance(place, num_microbatches, Costs.split(model, num_ranks, len(place[0]), transfer, hidden))
         for place in placements
@@ -167,7 +167,7 @@ def _placements(num_ranks: int, num_microbatches: int, shapes: Sequence[str]) ->
 def _hunt(hunts: list[Hunt], steps: float) -> None:
     """Spend so many steps on the hunts: a third on all alike, the rest on the most promising."""
     for hunt in hunts:
-        hunt.explore(steps / (3 * len(hunts)))
+        hunt.explore(max(1.0, steps / (3 * len(hunts))))  # one recipe at least
     for left in range(_FINALISTS, 0, -1):
         best = min(hunt.makespan for hunt in hunts)
         open_ones = [hunt for hunt in hunts if hunt.bound < best - _SLACK and not hunt.is_done]

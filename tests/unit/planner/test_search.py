@@ -112,6 +112,12 @@ def test_the_same_question_has_the_same_answer() -> None:
     assert first.program == second.program
 
 
+def test_no_effort_still_finds_a_program() -> None:
+    check_found(search(3, 5, StageCosts(1.0, 1.0, 1.0), cap=1.0, effort=0.0), 1.0)
+    costs = Costs((StageCosts(1.0, 1.0, 1.0, 0.5, 0.5),) * 6)
+    check_found(search_placement(SHAPES["v"](3), 5, costs, 2.0, effort=0.0), 2.0)
+
+
 def test_a_given_program_is_never_made_worse() -> None:
     program = schedule.build("dualpipe", 4, 8)
     costs = Costs((StageCosts(1.0, 1.0, 1.0, 1.0, 1.0),) * 4)
