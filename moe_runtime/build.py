@@ -91,7 +91,7 @@ def build_runtime(
     }
     tied = _tie_embedding(config, layout, chunks)
     named = _unique_parameters(chunks)
-    sink, clock = WeightGradSink(), Clock(arrivals=_arrivals(mesh, device))
+    sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)

@@ -39,6 +39,7 @@ class Clock:
         spans: of the step, if they are kept; else None.
         entry, phase: under way now, for messages; empty outside of a program.
         since: when that began.
+        has_exchanges: expert exchanges go to other ranks; else they are computation like any other.
         arrivals: waits for exchanges beside the rank's own thread, so that the moment of arrival is known
             also where the rank comes later; None: an exchange seems to fly until the rank comes.
     """
@@ -51,6 +52,7 @@ class Clock:
     entry: str = ""
     phase: str = ""
     since: float = field(default_factory=time.perf_counter)
+    has_exchanges: bool = True
     arrivals: Lane | None = None
     _live: int = 0
     _flown_until: float = 0.0
@@ -86,6 +88,8 @@ class Clock:
 
     def watch(self, name: str, wait: Callable[[], T]) -> Callable[[], T]:
         """An expert exchange has been started; gives what waits for it in place of `wait`, once."""
+        if not self.has_exchanges:
+            return wait
         start = time.perf_counter()
         arrived: Callable[[], tuple[T, float]]
         if self.arrivals is None:

@@ -8,13 +8,15 @@ from torch.nn import Parameter
 
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError, ScheduleError
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh
+from moe_runtime.parallel.peers import Peers
+from moe_runtime.planner.choose import choose
 from moe_runtime.schedule.action import Program
-from moe_runtime.schedule.builders import build
 from moe_runtime.schedule.passes import lower, unpair
 
 
@@ -28,6 +30,7 @@ class Runtime:
         tied_embedding: the embedding that first and last stage hold a copy of each, or None.
         executor: runs training and validation programs.
         sampler: runs forwards that end with the normed stream, before head and MTP.
+        chosen: how the newest program was chosen, in one line, where a search chose it.
     """
 
     config: RunConfig
@@ -43,9 +46,25 @@ class Runtime:
     dispatcher: Dispatcher
     executor: Executor
     sampler: Executor
+    chosen: str | None = None
 
     def program(self, num_microbatches: int) -> Program:
-        """This run's schedule for a number of microbatches a lane, checked, with transfers."""
-        layout = self.config.layout
-        program = build(self.layout.schedule, self.mesh.pp, num_microbatches, layout.chunks)
-        return lower(program if layout.overlap else unpair(program))
+        """This run's schedule for a number of microbatches a lane, checked, with transfers.
+
+        A collective call: where a search chooses, rank 0 searches and tells the others.
+        """
+        config, layout = self.config, self.layout
+        peers = Peers(self.mesh.rank, self.mesh.world_size, self.groups.control)
+        said: list[str | None] = []
+
+        def search() -> None:
+            choice = choose(config.model, config.layout, layout, num_microbatches)
+            said.extend((choice.program.to_text(), choice.said))
+
+        if layout.schedule in ("auto", "searched"):
+            peers.first_does(search, (ConfigError, ScheduleError))
+            text, self.chosen = peers.first_says(said)
+            program = Program.from_text(text)
+        else:
+            program = choose(config.model, config.layout, layout, num_microbatches).program
+        return lower(program if config.layout.overlap else unpair(program))

@@ -14,8 +14,9 @@ best, which saves the greatest `gain` of any pair on the rank each time:
 
     makespan >= head + max(0, first - head - t F) + work - (n - t) gain + max(0, last - t B)
 
-for some t, and the least over t holds. (With two numbers t and t' in place of one, replacing both by the
-greater lowers the right side, so one is enough.) A cap on memory bounds t.
+for some t, and the least over t holds; at t = n, where the idle times before the first backward and after
+the last forward are one and the same, the longer of them counts. (With two numbers t and t' in place of
+one, replacing both by the greater lowers the right side, so one is enough.) A cap on memory bounds t.
 
 *Memory.* An activation lives at least as long as it takes its microbatch to go on from there and come
 back. All these lives have to find room under the cap one after the other:
@@ -41,7 +42,11 @@ def lower_bound(instance: Instance, cap: float | None = None) -> float:
     Args:
         cap: most live memory on a rank; None for any.
     """
-    paths = [path for start in range(0, instance.num_lanes, instance.num_stages) for path in _paths(instance, start)]
+    paths = [
+        path
+        for start in range(0, instance.num_lanes, instance.num_stages)
+        for path in _paths(instance, start)
+    ]
     filled = min(path.filled for path in paths)
     bounds = [max(path.whole for path in paths)]
     for lanes in instance.lanes_of:
@@ -107,8 +112,8 @@ def _work(
     gain = max(0.0, *(instance.gain[f][b] for f in lanes for b in lanes))
     count = instance.micros * len(lanes)
     most = count if cap is None else min(count, int(cap / min(instance.live[lane] for lane in lanes) + 1e-9))
-    idle = min(
-        max(0.0, first - t * max(forwards)) + max(0.0, last - t * max(backwards)) + t * gain
-        for t in range(1, most + 1)
-    )
-    return instance.micros * (sum(forwards) + sum(backwards)) - count * gain + idle
+    idle = []
+    for t in range(1, most + 1):
+        before, after = max(0.0, first - t * max(forwards)), max(0.0, last - t * max(backwards))
+        idle.append(t * gain + (before + after if t < count else max(before, after)))
+    return instance.micros * (sum(forwards) + sum(backwards)) - count * gain + min(idle)

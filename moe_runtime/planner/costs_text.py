@@ -17,6 +17,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.planner.costs import Costs, StageCosts
 
 KEYS = ("F", "B", "I", "W", "C", "CB", "T", "H")
+LEAST, MOST = 1e-9, 1e9  # far beyond use, and sums and ratios stay numbers
 DEFAULT = "F=1,I=1,W=1,C=0"
 
 
@@ -27,11 +28,13 @@ class ModelCosts:
     Args:
         model: of one P-th of the model.
         transfer, hidden: as in `Costs`.
+        unit: "s" for measured ones, else "".
     """
 
     model: StageCosts
     transfer: float = 0.0
     hidden: float = 1.0
+    unit: str = ""
 
     def of(self, num_ranks: int, num_stages: int) -> Costs:
         """The costs of a schedule's stages, the model cut evenly."""
@@ -45,7 +48,7 @@ def read_costs(text: str, where: str = "--costs") -> ModelCosts:
         where: begins the message of an error.
 
     Raises:
-        ConfigError: an unknown or repeated key, no number of 0 or more, or a B that is not I + W.
+        ConfigError: an unknown or repeated key, no such number, or a B that is not I + W.
     """
     given: dict[str, float] = {}
     for part in text.split(","):
@@ -73,8 +76,9 @@ def _read_part(part: str, where: str) -> tuple[str, float]:
     if key not in KEYS:
         keys = ", ".join(KEYS)
         raise ConfigError(f"{where}: expected KEY=NUMBER with a key of {keys}, got {part!r}; write F=1,B=2")
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{where}: {key}: expected a number of 0 or more, got {number!r}; write {key}=1")
+    if not (value == 0 or LEAST <= value <= MOST):  # as NaN is not either
+        expected = f"expected 0 or a number from {LEAST:g} to {MOST:g}"
+        raise ConfigError(f"{where}: {key}: {expected}, got {number!r}; write {key}=1")
     return key, value
 
 

@@ -86,7 +86,7 @@ def _plot_width(timeline: Timeline) -> float:
 
 def _heading(timeline: Timeline) -> str:
     figures = figures_of(timeline)
-    scale, unit = _clock(timeline)
+    scale, unit = timeline.display_unit
     said = [
         f"makespan {figures.makespan * scale:.4g} {unit}".rstrip(),
         f"bubble {figures.bubble_fraction:.1%}",
@@ -117,7 +117,7 @@ def _legend() -> str:
     entry(pair + frame(x, y, width, height, 1.6), "overlapped forward & backward")
     paler = box(x, y, width / 2, height, _fill(Kind.FORWARD, 1.0))
     paler += box(x + width / 2, y, width / 2, height, _fill(Kind.BACKWARD, 1.0))
-    entry(paler + frame(x, y, width, height, 0.5), "second direction or chunk")
+    entry(paler + frame(x, y, width, height, 0.5), "second direction or later chunk")
     waiting = box(x, y, width, height, _fill(Kind.FORWARD, 0.0)) + hatch(x, y, width, height)
     entry(waiting + frame(x, y, width, height, 0.5), "exposed exchange")
     entry(box(x, y, width, height, _GROUND, stroke=_GRID), "bubble")
@@ -127,7 +127,7 @@ def _legend() -> str:
 def _axis(timeline: Timeline, plan: _Plan) -> str:
     """The ground, grid lines with the time below them, and the heads of the columns."""
     parts = [box(plan.left, plan.y(row), plan.width, _BOX, _GROUND) for row in range(plan.num_rows)]
-    scale, unit = _clock(timeline)
+    scale, unit = timeline.display_unit
     step = _tick_step(timeline.makespan * scale, plan.width / 90)
     for tick in range(math.floor(timeline.makespan * scale / step + 1e-9) + 1 if step else 0):
         x = plan.x(tick * step / scale)
@@ -196,13 +196,6 @@ def _fill(kind: Kind, pale: float) -> str:
     """The colour of a kind, mixed with white for later chunks: 0 is the first, 1 the last."""
     channels = (int(_COLOURS[kind][place : place + 2], 16) for place in (1, 3, 5))
     return "#" + "".join(f"{round(value + (255 - value) * 0.55 * pale):02x}" for value in channels)
-
-
-def _clock(timeline: Timeline) -> tuple[float, str]:
-    """What to multiply times by, and the unit that they are then in."""
-    if timeline.unit == "s" and timeline.makespan < 1:
-        return 1000.0, "ms"
-    return 1.0, timeline.unit
 
 
 def _tick_step(whole: float, wanted: float) -> float:

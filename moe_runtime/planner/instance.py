@@ -16,7 +16,7 @@ import math
 from moe_runtime.planner.costs import Costs
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
 
-F, I, W, B = range(4)
+F, I, W, B = range(4)  # noqa: E741
 _KINDS = (Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.BACKWARD)
 Rows = list[list[int]]
 Placement = tuple[tuple[int, ...], ...]
@@ -119,7 +119,10 @@ class Instance:
         directions = len(self.placement)
         self.pair_time = [[*map(self.costs.duration, row)] * directions for row in pairs] * directions
         self.gain = [
-            [self.time[self.number(f, 0, F)] + self.time[self.number(b, 0, B)] - time for b, time in enumerate(row)]
+            [
+                self.time[self.number(f, 0, F)] + self.time[self.number(b, 0, B)] - time
+                for b, time in enumerate(row)
+            ]
             for f, row in enumerate(self.pair_time)
         ]
         self.pair_exchange = [[*map(self.costs.comm, row)] * directions for row in pairs] * directions
@@ -155,7 +158,13 @@ class Instance:
         comm_free: list[float],
     ) -> bool:
         """Run one rank until it ends or waits; see `simulate` for the rules."""
-        need, makes, sent, size, transfer = self.need, self.makes, self.sent, self.num_actions, self.costs.transfer
+        need, makes, sent, size, transfer = (
+            self.need,
+            self.makes,
+            self.sent,
+            self.num_actions,
+            self.costs.transfer,
+        )
         position = before = len(ends)
         now = ends[-1] if ends else 0.0
         while position < len(row):

@@ -78,6 +78,7 @@ def list_schedule(instance: Instance, policy: Policy, cap: float = math.inf) -> 
             if user >= 0:
                 heappush(wakes, (arrival, user))
         heappush(wakes, (state.free_at, rank))
+    assert all(state.is_through for state in ranks), f"the eldest microbatch found no room under {cap}"
     return [state.row for state in ranks]
 
 
@@ -103,6 +104,11 @@ class _Rank:
         self.owed_memory = self.live = 0.0
         self.row: list[int] = []
         self.free_at = self.comm_free_at = 0.0
+
+    @property
+    def is_through(self) -> bool:
+        """True once all its work is done."""
+        return not self.owed and min(self.backwards.values()) == self.instance.micros
 
     def choose(self, now: float, arrivals: list[float]) -> int | None:
         """The entry to start now; None to wait for the next arrival."""

@@ -75,3 +75,8 @@ class Timeline:
     def peak_memory(self, rank: int) -> float:
         """Most memory of live microbatches at once."""
         return max((live for _, live in self.memory[rank]), default=0.0) if self.memory else 0.0
+
+    @property
+    def display_unit(self) -> tuple[float, str]:
+        """What to multiply times by for a reader, and the unit that they are then in."""
+        return (1000.0, "ms") if self.unit == "s" and self.makespan < 1 else (1.0, self.unit)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.errors import ConfigError, ScheduleError
-from moe_runtime.schedule.action import Program
+from moe_runtime.schedule.action import Program, actions_of
 
 LANES = ("action", "phase", "exchange", "transfer", "wait")
+COUNTER = "live"
 _TITLES = ("actions", "phases", "exchange in flight", "transfers", "stood still")
 
 
@@ -31,6 +32,8 @@ class Event:
             "exchange": an expert exchange, from its start until its data had arrived;
             "transfer": a send or a receive, from when it was posted until it was done;
             "wait": the rank stood still; the name is "exchange" or "transfer", what it waited for.
+            "live": how many microbatches are alive in the rank's stages, from `start` on; the name is
+            the number, `end` is `start`.
         start, end: seconds on the clock that all ranks share.
     """
 
@@ -82,7 +85,7 @@ def to_chrome(trace: Trace) -> dict[str, Any]:
     """The trace as a Chrome trace object, times in microseconds to the nanosecond."""
     program = trace.program
     return {
-        "traceEvents": [*_names(trace), *_complete_events(trace)],
+        "traceEvents": [*_names(trace), *_complete_events(trace), *_counters(trace)],
         "displayTimeUnit": "ms",
         "otherData": {
             "schedule": program.name,
@@ -141,11 +144,20 @@ def _complete_events(trace: Trace) -> Iterator[dict[str, Any]]:
         }
 
 
+def _counters(trace: Trace) -> Iterator[dict[str, Any]]:
+    for event in trace.events:
+        if event.lane == COUNTER:
+            count = {"microbatches": int(event.name)}
+            ts = round(event.start * 1e6, 3)
+            yield {"ph": "C", "pid": event.rank, "cat": COUNTER, "name": "alive", "ts": ts, "args": count}
+
+
 def _tracks(events: tuple[Event, ...]) -> list[tuple[Event, int]]:
     """Every event with its track: of its lane the first that is free; the n-th begins at n x lanes."""
     busy_until: dict[tuple[int, str], list[float]] = {}
     placed = []
-    for event in sorted(events, key=lambda each: (each.rank, LANES.index(each.lane), each.start, each.end)):
+    spans = [event for event in events if event.lane in LANES]
+    for event in sorted(spans, key=lambda each: (each.rank, LANES.index(each.lane), each.start, each.end)):
         ends = busy_until.setdefault((event.rank, event.lane), [])
         free = next((track for track, end in enumerate(ends) if end <= event.start), len(ends))
         ends[free : free + 1] = [event.end]
@@ -156,17 +168,32 @@ def _tracks(events: tuple[Event, ...]) -> list[tuple[Event, int]]:
 def _from_chrome(chrome: dict[str, Any]) -> Trace:
     other = chrome["otherData"]
     program = Program.from_text(other["program"])
+    _check_sizes(program)
     pp_ranks = tuple(int(rank) for rank in other["pp_ranks"])
     if set(pp_ranks) != set(range(program.num_ranks)):
         raise ValueError(f"pp_ranks {list(pp_ranks)} for a program of {program.num_ranks} rows")
-    events = tuple(_event(each, len(pp_ranks)) for each in chrome["traceEvents"] if each["ph"] == "X")
+    events = tuple(_event(each, len(pp_ranks)) for each in chrome["traceEvents"] if each["ph"] in "XC")
     return Trace(events, program, pp_ranks, int(other["step"]))
 
 
+def _check_sizes(program: Program) -> None:
+    """Raise ValueError if the program, which `check` may refuse for lacking backwards, names what is not."""
+    good = all(0 <= rank < program.num_ranks for ranks in program.placement for rank in ranks)
+    good &= len({len(ranks) for ranks in program.placement}) == 1
+    actions = [action for row in program.rows for entry in row for action in actions_of(entry)]
+    for action in actions:
+        good &= action.stage < program.num_stages and action.direction < program.num_directions
+    if not (good and actions):
+        raise ValueError("a program that does not fit its placement")
+
+
 def _event(fields: dict[str, Any], num_ranks: int) -> Event:
-    start, duration = float(fields["ts"]) / 1e6, float(fields["dur"]) / 1e6
-    event = Event(int(fields["pid"]), str(fields["cat"]), str(fields["name"]), start, start + duration)
-    good = math.isfinite(event.end) and duration >= 0 and event.lane in LANES and 0 <= event.rank < num_ranks
+    is_counter = fields["ph"] == "C"
+    start, duration = float(fields["ts"]) / 1e6, float(fields.get("dur", 0.0)) / 1e6
+    name = str(int(fields["args"]["microbatches"])) if is_counter else str(fields["name"])
+    event = Event(int(fields["pid"]), str(fields["cat"]), name, start, start + duration)
+    good = math.isfinite(event.end) and duration >= 0 and 0 <= event.rank < num_ranks
+    good &= event.lane in ((COUNTER,) if is_counter else LANES)
     if not good:
         raise ValueError(f"event {fields}")
     return event

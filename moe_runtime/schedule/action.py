@@ -17,14 +17,18 @@ A prime marks direction 1 (`3F5'`), a plus an overlap (`3F5+4B1'`).
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from moe_runtime.schedule.check import Report
 
 
 class Kind(Enum):
-    """What an action does."""
+    """What an action does.
+
+    What there is to ask about a kind are plain attributes, set once, and a kind is hashed by identity:
+    a program of half a million actions is checked by asking.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -35,19 +39,19 @@ class Kind(Enum):
     SEND_GRAD = "SG"
     RECV_GRAD = "RG"
 
-    @property
-    def is_transfer(self) -> bool:
-        """True for the four kinds that move a tensor between pipeline ranks."""
-        return len(self.value) == 2
+    def __init__(self, letters: str) -> None:
+        self.letters = letters
+        self.bit = 1 << len(type(self).__members__)  # so that a set of kinds is a sum
+        self.is_transfer = len(letters) == 2  # moves a tensor between pipeline ranks
+        self.is_send = letters[0] == "S"
+        self.of_gradient = letters in ("SG", "RG")
+        self.makes_activation = letters == "F"
+        self.makes_gradient = letters in ("B", "I")  # of the stage's input
 
-    @property
-    def is_send(self) -> bool:
-        """True for SA and SG."""
-        return self.value[0] == "S"
+    __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, slots=True, order=False)
-class Action:
+class Action(NamedTuple):
     """One thing that one pipeline rank does.
 
     For a transfer, `stage` is the stage of *this* rank that puts the tensor out or takes it in:
@@ -61,7 +65,7 @@ class Action:
     direction: int = 0
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind.value}{self.microbatch}{chr(39) * self.direction}"
+        return f"{self.stage}{self.kind.letters}{self.microbatch}{chr(39) * self.direction}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +154,19 @@ class Program:
 
     # The two readers below stand above this file, so they are imported where they are called.
 
-    def check(self) -> "Report":
+    def check(self, max_unmatched: int | None = None) -> "Report":
         """Prove the program complete, ordered and free of deadlock; see `schedule.check`.
+
+        Args:
+            max_unmatched: sends of one pair of ranks that may be without their receive before the next
+                one blocks its rank; None for no limit.
 
         Raises:
             ScheduleError: it is not; names rank, entry and action.
         """
         from moe_runtime.schedule.check import check
 
-        return check(self)
+        return check(self, max_unmatched)
 
     def to_text(self) -> str:
         """The program in the notation of this file, one row a rank; see `schedule.text`."""

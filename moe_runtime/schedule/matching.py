@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moe_runtime.errors import ScheduleError
 from moe_runtime.schedule.action import Action, Program, where
-from moe_runtime.schedule.products import carried_by
+from moe_runtime.schedule.neighbours import neighbours_of, receive_that_meets
 
 
 @dataclass(slots=True)
@@ -33,11 +33,13 @@ def check_matching(program: Program) -> Channels:
     Raises:
         ScheduleError: names the send and the receive that meet but differ, or the one left alone.
     """
+    neighbours = neighbours_of(program)
     channels: Channels = defaultdict(Channel)
     for rank, row in enumerate(program.rows):
         for position, entry in enumerate(row):
             if isinstance(entry, Action) and entry.kind.is_transfer:
-                peer = program.peer_of(entry)
+                peer = neighbours.peer_of(entry)
+                assert peer is not None, f"completeness.py lets {entry} pass, which has no other rank"
                 if entry.kind.is_send:
                     channels[rank, peer].sends.append(position)
                 else:
@@ -52,6 +54,6 @@ def _check_channel(program: Program, source: int, target: int, channel: Channel)
     for sent_at, received_at in zip(channel.sends, channel.receives, strict=True):
         send, receive = program.rows[source][sent_at], program.rows[target][received_at]
         assert isinstance(send, Action) and isinstance(receive, Action)
-        if carried_by(send) != carried_by(receive):
+        if receive_that_meets(send) != receive:
             ends = f"{where(target, received_at, receive)} meets {where(source, sent_at, send)}"
             raise ScheduleError(f"{ends}; post receives in the sender's order")

@@ -25,7 +25,7 @@ from dataclasses import replace
 from moe_runtime.errors import ScheduleError
 from moe_runtime.schedule.action import Action, Entry, Kind, Program, actions_of
 from moe_runtime.schedule.check import check
-from moe_runtime.schedule.products import Product, holder_of, made_by, receive_of, remote_needs, user_of
+from moe_runtime.schedule.neighbours import Neighbours, neighbours_of, receive_that_meets
 
 
 def lower(program: Program, prefetch: int = 1) -> Program:
@@ -54,41 +54,44 @@ def add_transfers(program: Program, prefetch: int = 1) -> Program:
         raise ScheduleError(f"schedule {program.name}: transfers were added already; add them once")
     if prefetch < 0:
         raise ScheduleError(f"schedule {program.name}: prefetch must be 0 or more, got {prefetch}")
+    neighbours = neighbours_of(program)
+    messages = _messages(program, neighbours)
     rows = []
     for rank, row in enumerate(program.rows):
-        receives = _receives(program, rank, prefetch)
+        posts = _posts(row, messages[rank], neighbours, prefetch)
         lowered: list[Entry] = []
         for position, entry in enumerate(row):
-            lowered += [*receives[position], entry, *_sends(program, rank, entry)]
+            lowered += [*posts[position], entry, *neighbours.sends_of(entry)]
         rows.append(tuple(lowered))
     return replace(program, rows=tuple(rows))
 
 
-def _sends(program: Program, rank: int, entry: Entry) -> list[Action]:
-    """The sends that follow an entry, activation first."""
-    sends = []
-    for product in map(made_by, actions_of(entry)):
-        user = None if product is None else user_of(program, product)
-        if product is not None and user is not None and user != rank:
-            kind = Kind.SEND_GRAD if product.is_gradient else Kind.SEND_ACT
-            sends.append(Action(kind, product.stage, product.microbatch, product.direction))
-    return sends
+def _messages(program: Program, neighbours: Neighbours) -> list[dict[int, list[Action]]]:
+    """Each rank's receives by their sender, in the sender's order: `messages[rank][sender]`."""
+    messages: list[dict[int, list[Action]]] = [defaultdict(list) for _ in program.rows]
+    for sender, row in enumerate(program.rows):
+        for entry in row:
+            for send in neighbours.sends_of(entry):
+                rank = neighbours.peer_of(send)
+                assert rank is not None, f"{send} is sent to another rank"
+                messages[rank][sender].append(receive_that_meets(send))
+    return messages
 
 
-def _receives(program: Program, rank: int, prefetch: int) -> dict[int, list[Action]]:
-    """The receives to post before each entry of a rank, in every sender's own order."""
-    needed_at: dict[Product, int] = {}
-    for position, entry in enumerate(program.rows[rank]):
-        needed_at.update(dict.fromkeys(remote_needs(program, rank, entry), position))
+def _posts(
+    row: tuple[Entry, ...], messages: dict[int, list[Action]], neighbours: Neighbours, prefetch: int
+) -> dict[int, list[Action]]:
+    """The receives to post before each entry of a row, in every sender's own order."""
+    needed_at = {
+        receive: position for position, entry in enumerate(row) for receive in neighbours.receives_for(entry)
+    }
     posts: dict[int, list[Action]] = defaultdict(list)
-    for source in sorted({holder_of(program, product) for product in needed_at}):
-        made = [made_by(action) for entry in program.rows[source] for action in actions_of(entry)]
-        messages = [product for product in made if product in needed_at]
-        latest = len(program.rows[rank])
+    for sender in sorted(messages):
+        latest = len(row)
         placed = []
-        for product in reversed(messages):
-            latest = max(0, min(latest, needed_at[product] - prefetch))
-            placed.append((latest, receive_of(product)))
+        for receive in reversed(messages[sender]):
+            latest = max(0, min(latest, needed_at[receive] - prefetch))
+            placed.append((latest, receive))
         for position, receive in reversed(placed):
             posts[position].append(receive)
     return posts
@@ -105,7 +108,7 @@ def merge_weight_grads(program: Program) -> Program:
 def _merged(row: tuple[Entry, ...]) -> Iterator[Entry]:
     for entry in row:
         if isinstance(entry, Action) and entry.kind is Kind.INPUT_GRAD:
-            yield replace(entry, kind=Kind.BACKWARD)
+            yield entry._replace(kind=Kind.BACKWARD)
         elif not (isinstance(entry, Action) and entry.kind is Kind.WEIGHT_GRAD):
             yield entry
 
@@ -121,8 +124,8 @@ def split_backward(program: Program) -> Program:
 def _split(row: tuple[Entry, ...]) -> Iterator[Entry]:
     for entry in row:
         if isinstance(entry, Action) and entry.kind is Kind.BACKWARD:
-            yield replace(entry, kind=Kind.INPUT_GRAD)
-            yield replace(entry, kind=Kind.WEIGHT_GRAD)
+            yield entry._replace(kind=Kind.INPUT_GRAD)
+            yield entry._replace(kind=Kind.WEIGHT_GRAD)
         else:
             yield entry
 

@@ -5,13 +5,12 @@ input that it took in. Both are named by the stage that *makes* them, so the sen
 receiver's word for the same message (`2SA5` and `3RA5`) come down to one value.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_runtime.schedule.action import Action, Entry, Kind, Program, actions_of
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):
     """A tensor that one stage makes and its neighbour needs.
 
     Args:
@@ -65,13 +64,6 @@ def user_of(program: Program, product: Product) -> int | None:
     """The pipeline rank of the neighbour stage that needs a product; None past either end."""
     stage = product.stage + (-1 if product.is_gradient else 1)
     return program.placement[product.direction][stage] if 0 <= stage < program.num_stages else None
-
-
-def receive_of(product: Product) -> Action:
-    """The receive that takes a product in."""
-    if product.is_gradient:
-        return Action(Kind.RECV_GRAD, product.stage - 1, product.microbatch, product.direction)
-    return Action(Kind.RECV_ACT, product.stage + 1, product.microbatch, product.direction)
 
 
 def remote_needs(program: Program, rank: int, entry: Entry) -> tuple[Product, ...]:

@@ -87,6 +87,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
     while step < run.end:
         record = run.step(step)
         step += 1
+        _tell_choice(run)
         if step == run.config.metrics.trace_step:
             _trace(run, step)
         stopping = run.state.peers.any_true(stop.wanted)
@@ -106,6 +107,14 @@ def _loop(run: Run, stop: StopRequest) -> int:
         if stopping:
             break
     return step
+
+
+def _tell_choice(run: Run) -> None:
+    """How the program of the step was chosen, once for each program that a search chose."""
+    said, run.runtime.chosen = run.runtime.chosen, None
+    if said is not None:
+        run.recorder.event("schedule", message=said)
+        run.recorder.say(said)
 
 
 def _trace(run: Run, step: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from moe_runtime.parallel.clock_sync import clock_ahead_s
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
-from moe_runtime.planner.trace import LANES, Event, Trace
+from moe_runtime.planner.trace import Event, Trace
 from moe_runtime.schedule.action import Program, is_transfer
 
 TRACE_FILE = "trace.json"
@@ -36,7 +36,6 @@ def collect_trace(runtime: Runtime, peers: Peers, program: Program, step: int) -
         Event(place, lane, name, start - begin, end - begin)
         for place, rank in enumerate(traced)
         for lane, name, start, end in heard[rank]
-        if lane in LANES
     )
     pp_ranks = tuple(rank // mesh.dp for rank in traced)
     rows = tuple(tuple(entry for entry in row if not is_transfer(entry)) for row in program.rows)

@@ -41,6 +41,19 @@ def test_a_run_says_what_it_does_and_records_every_step(uninterrupted: Path) -> 
     assert events.count("checkpoint") == 4 and events.count("sample") == 1 and "finished" in events
 
 
+def test_the_trace_of_a_run_is_drawn_and_simulated(uninterrupted: Path, tmp_path: Path) -> None:
+    trace, drawing = uninterrupted / "runs" / "small" / "trace.json", tmp_path / "step.svg"
+    code, output = run("schedule", "--trace", str(trace), "--svg", str(drawing), "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert found["schedule"] == "dualpipe" and found["measured"]["makespan"] > 0
+    assert drawing.read_text().startswith("<svg")
+    told = json.loads(trace.read_text())
+    lanes = {event["cat"] for event in told["traceEvents"] if event["ph"] in "XC"}
+    assert lanes == {"action", "phase", "wait", "transfer", "live"}  # ep 1: no exchange
+    assert told["otherData"]["step"] == 3
+
+
 def test_kill_of_one_rank_ends_all_and_the_same_command_resumes_to_the_same_bits(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

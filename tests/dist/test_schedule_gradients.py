@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 
 TOLERANCE = 1e-10
 MICROBATCHES = (1, 2, 3, 5, 8)
-NAMES = (*BUILDERS,)
+NAMES = (*BUILDERS, "searched", "auto")
 # (ranks of the world, pipeline ranks, expert-parallel ranks) with the layers that give each stage one
 MESHES = {1: ((1, 1),), 2: ((2, 1),), 4: ((4, 1), (2, 2)), 8: ((8, 1), (4, 2))}
 

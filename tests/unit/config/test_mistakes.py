@@ -119,8 +119,8 @@ def test_all_mistakes_of_a_file_and_its_base_are_told_together_each_at_its_line(
         f"{base}:5: optim.peak_lr: expected more than 0, got -1",
         f"{base}:1: model.vocab_size: required key is missing",
         f"{top}:2: seed: expected a number or a word, not a truth value, got true",
-        f"{top}:5: layout.schedule: expected one of 'auto', 'single', 'gpipe', '1f1b', 'interleaved', 'zb1p', "
-        "'zbv', 'dualpipe', 'dualpipev' or 'searched', got text 'dualpipee'; did you mean dualpipe?",
+        f"{top}:5: layout.schedule: expected one of 'auto', 'single', 'gpipe', '1f1b', 'interleaved', "
+        "'zb1p', 'zbv', 'dualpipe', 'dualpipev' or 'searched', got text 'dualpipee'; did you mean dualpipe?",
         f"{top}:7: batch: stands here twice, first at {top}:6",
         f"{top}:7: batch.ramp_tokens: a ramp needs ramp_start_size too; without a ramp leave ramp_tokens 0",
         f"{top}: data: required key is missing",

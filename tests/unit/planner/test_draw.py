@@ -20,7 +20,7 @@ LEGEND = [
     "backward for input",
     "backward for weights",
     "overlapped forward & backward",
-    "second direction or chunk",
+    "second direction or later chunk",
     "exposed exchange",
     "bubble",
 ]

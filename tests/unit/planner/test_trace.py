@@ -157,6 +157,11 @@ def test_chrome_form_names_processes_and_tracks() -> None:
             "pp_ranks [0, 0] for a program of 2 rows",
         ),
         (lambda chrome: chrome["otherData"].update(program="x"), "otherData.program: schedule text"),
+        (
+            lambda chrome: chrome["otherData"].update(program="x microbatches=1 placement=5,0\n0: 0F0\n1:"),
+            "fit",
+        ),
+        (lambda chrome: chrome["otherData"].update(program="x microbatches=1 placement=0,1\n0:\n1:"), "fit"),
         (lambda chrome: chrome["traceEvents"][-1].update(ts="x"), "ValueError"),
         (lambda chrome: chrome["traceEvents"][-1].update(dur=float("nan")), "event {"),
         (lambda chrome: chrome["traceEvents"][-1].update(pid=9), "event {"),
@@ -180,9 +185,22 @@ def test_a_damaged_trace_is_refused_in_one_line(change, says: str, tmp_path: Pat
         (HAND_MADE.events[1:], "pp 0: expected each entry of the program once, got no 0F0"),
         ((*HAND_MADE.events, HAND_MADE.events[0]), "got 0F0 twice"),
         ((*HAND_MADE.events, Event(0, "action", "1F1", 20.0, 21.0)), "got 1F1, not in its row"),
+        ((*HAND_MADE.events[1:], Event(0, "action", "0F0", 10.0, 11.5)), "0F1 begun before 0F0 had ended"),
     ],
 )
 def test_a_trace_that_is_not_of_its_program_is_refused(events: tuple[Event, ...], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         timeline_of(replace(HAND_MADE, events=events))
     assert says in str(caught.value)
+
+
+def test_lives_that_a_rank_counted_go_before_those_of_its_program(tmp_path: Path) -> None:
+    events = [*HAND_MADE.events]
+    begin = min(event.start for event in events)
+    counted = [Event(0, "live", str(n), begin + n / 10, begin + n / 10) for n in (1, 2, 7)]
+    trace = replace(HAND_MADE, events=(*events, *counted))
+    write_trace(trace, tmp_path / "trace.json")
+    again = timeline_of(read_trace(tmp_path / "trace.json"))
+    unit = trace.program.num_ranks / trace.program.num_stages
+    assert again.peak_memory(0) == 7 * unit
+    assert again.peak_memory(1) == timeline_of(HAND_MADE).peak_memory(1)

@@ -1,7 +1,8 @@
 """The slow oracle of checker and passes: runs a lowered program with mailboxes that know no tags.
 
 The n-th message from a to b is handed to the n-th receive that b posts for a, whatever either means; a
-computation then looks at what it was really given. Ranks advance in random order.
+computation then looks at what it was really given. Ranks advance in random order. With a capacity, a
+send has to wait while so many messages before it lie there that nobody has asked for.
 """
 
 import random
@@ -19,8 +20,9 @@ class Wrong(Exception):
 class Mailboxes:
     """All ranks of a program in one place; `run` is true if every gradient came out once and right."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, capacity: int | None = None) -> None:
         self.program = program
+        self.capacity = capacity
         self.at = [0] * program.num_ranks
         self.sent: dict[tuple[int, int], list[Product]] = defaultdict(list)
         self.asked: dict[tuple[int, int], list[Product]] = defaultdict(list)
@@ -48,6 +50,9 @@ class Mailboxes:
         return True
 
     def ready(self, rank: int, entry: Entry) -> bool:
+        if isinstance(entry, Action) and entry.kind.is_send and self.capacity is not None:
+            pair = rank, self.program.peer_of(entry)
+            return len(self.sent[pair]) - len(self.asked[pair]) < self.capacity
         inputs = [self.has_input(rank, action) for action in actions_of(entry)]
         return all(self.has_past(action) for action in actions_of(entry)) and all(inputs)
 

@@ -10,6 +10,7 @@ from moe_runtime import schedule
 from moe_runtime.errors import ScheduleError
 from moe_runtime.schedule import Entry, Overlap, Program
 from moe_runtime.schedule.builders import BUILDERS
+from moe_runtime.schedule.lanes import Lane, Row
 from tests.unit.schedule.figure import figure
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden" / "schedules").glob("*.txt"))
@@ -148,6 +149,25 @@ def test_inadmissible_sizes_are_refused_with_the_nearest_choice(
     with pytest.raises(ScheduleError, match=f"^schedule {name}: .*; expected .*; {nearest}$") as caught:
         schedule.build(name, ranks, microbatches)
     assert schedule.admissible(name, ranks, microbatches) == str(caught.value)
+
+
+def test_a_shorter_last_round_of_interleaved_may_deadlock() -> None:
+    """Why the last round is not simply made shorter: 5 ranks, 7 microbatches, counted through."""
+    rows = []
+    for rank in range(5):
+        lanes = [Lane(rank), Lane(5 + rank)]
+        forwards = [lane for size in (5, 2) for lane in lanes for _ in range(size)]
+        backwards = [lane for size in (5, 2) for lane in lanes[::-1] for _ in range(size)]
+        row, ahead = Row(), 5 + 2 * (4 - rank)
+        for turn in range(len(forwards) + ahead):
+            if turn < len(forwards):
+                row.forward(forwards[turn])
+            if turn >= ahead:
+                row.backward(backwards[turn - ahead])
+        rows.append(tuple(row.entries))
+    program = Program("shorter", tuple(rows), schedule.placement_of("interleaved", 5), 7)
+    with pytest.raises(ScheduleError, match="deadlock: rank 0"):
+        program.check()
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,10 @@ def single_row(entries: str) -> Program:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("0B0", "0F0 is missing on every rank"),
-        ("0F0", "0B0, or 0I0 and 0W0, is missing on every rank"),
+        ("0B0", "rank 0: 0F0 is missing"),
+        ("0F0", "rank 0: 0B0, or 0I0 and 0W0, is missing"),
         ("0F0 0I0", r"rank 0, entry 1 \(0I0\): its 0W0 is missing"),
-        ("0F0 0W0", "0B0, or 0I0 and 0W0, is missing on every rank"),
+        ("0F0 0W0", "rank 0: 0B0, or 0I0 and 0W0, is missing"),
         ("0F0 0B0 0W0", r"rank 0, entry 1 \(0B0\): part of it is done again, at rank 0, entry 2 \(0W0\)"),
         ("0F0 0I0 0B0 0W0", r"rank 0, entry 2 \(0B0\): part of it is done again"),
         ("0F0+0B0", r"rank 0, entry 0 \(0F0\+0B0\): 0B0 comes before its F"),
@@ -208,7 +208,16 @@ def test_an_overlap_may_not_wait_for_itself_through_another_rank() -> None:
 # The oracle runs the program; the checker only looks at it. They must agree on what random damage does.
 SMALL = [
     schedule.lower(schedule.build(name, ranks, microbatches), prefetch)
-    for name, ranks, microbatches in (("1f1b", 2, 3), ("1f1b", 3, 3), ("dualpipe", 2, 4), ("dualpipe", 4, 8))
+    for name, ranks, microbatches in (
+        ("1f1b", 2, 3),
+        ("1f1b", 3, 3),
+        ("interleaved", 2, 3),
+        ("zb1p", 3, 3),
+        ("zbv", 2, 3),
+        ("dualpipe", 2, 4),
+        ("dualpipe", 4, 8),
+        ("dualpipev", 2, 4),
+    )
     for prefetch in (0, 2)
 ]
 
