@@ -16,7 +16,7 @@ from moe_runtime.planner.recipes import Recipe, draw, follow, proven, vary
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.passes import split_backward
 
-_Any = TypeVar("_Any")
+_Kind = TypeVar("_Kind")
 
 _SLACK = 1e-9
 _KEPT = 3  # rows that are polished
@@ -91,7 +91,7 @@ class Hunt:
         return makespan
 
 
-def _kept(kept: list[tuple[float, _Any]], makespan: float, one: _Any) -> list[tuple[float, _Any]]:
+def _kept(kept: list[tuple[float, _Kind]], makespan: float, one: _Kind) -> list[tuple[float, _Kind]]:
     """The best of what was kept and one more; of equals, which are mostly twins, the last."""
     if makespan == math.inf:
         return kept

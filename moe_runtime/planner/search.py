@@ -12,8 +12,8 @@ that fits, and how far from the best it can be at most (`bound.py`).
 Shapes are the ways to lay stages on ranks. More stages a rank fill the pipeline sooner, and cost more
 messages. `mirrored` holds every parameter twice; leave it out where that does not fit.
 
-Rejected: an exact solver (mixed integer programs of 4 ranks and 12 microbatches take minutes already),
-and learning priorities, which needs a training run for what a few hundred random draws give.
+Rejected: an exact solver, which would be a dependency with no promise of when it ends; and learning
+priorities, which needs a training run for what a few hundred random draws give.
 """
 
 import math
