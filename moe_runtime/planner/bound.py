@@ -27,8 +27,7 @@ To hold for unequal stages and for measured pairs, a path counts the least that 
 takes, alone or in a pair, and F and B above are the rank's greatest. Before the first backward of all
 nothing can overlap, so a path from the start counts forwards alone, up to the shortest whole one.
 
-Rejected: relaxing the problem to a linear program. It needs a solver, and on equal stages the sharpest
-of its constraints are those above.
+Rejected: relaxing the problem to a linear program. It needs a solver, and says less plainly why.
 """
 
 from dataclasses import dataclass

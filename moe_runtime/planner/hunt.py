@@ -12,15 +12,15 @@ from moe_runtime.planner.bound import lower_bound
 from moe_runtime.planner.improve import improve, peak_live
 from moe_runtime.planner.instance import B, I, Instance, Rows, W
 from moe_runtime.planner.list_schedule import Policy
-from moe_runtime.planner.recipes import Recipe, draw, follow, vary
+from moe_runtime.planner.recipes import Recipe, draw, follow, proven, vary
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.passes import split_backward
 
-_Any = TypeVar("_Any")
+_Kind = TypeVar("_Kind")
 
 _SLACK = 1e-9
 _KEPT = 3  # rows that are polished
-_FRESH = 24  # recipes drawn before any is varied
+_FRESH = 28  # recipes drawn before any is varied
 # Steps of equal length, about half a microsecond, for each entry that is ...
 _LISTED, _REPEATED, _EVALUATED, _CHANGED = 20.0, 4.0, 1.0, 2.5
 
@@ -40,6 +40,7 @@ class Hunt:
         self.rng = Random(0)
         self.kept: list[tuple[float, Rows]] = []
         self.recipes: list[tuple[float, Recipe]] = []
+        self.proven = proven(instance, cap)
         self.drawn = 0
 
     @property
@@ -58,8 +59,8 @@ class Hunt:
     def explore(self, steps: float) -> None:
         """Follow recipes, new ones and variations of the best, for about so many steps."""
         while steps > 0 and not self.is_done:
-            if self.drawn == 0:
-                recipe: Recipe = Policy((math.inf,) * self.instance.num_ranks)  # has rows under any cap
+            if self.drawn < len(self.proven):
+                recipe = self.proven[self.drawn]
             elif self.drawn < _FRESH or not self.recipes or self.rng.random() < 0.4:
                 recipe = draw(self.rng, self.instance, self.cap)
             else:
@@ -90,7 +91,7 @@ class Hunt:
         return makespan
 
 
-def _kept(kept: list[tuple[float, _Any]], makespan: float, one: _Any) -> list[tuple[float, _Any]]:
+def _kept(kept: list[tuple[float, _Kind]], makespan: float, one: _Kind) -> list[tuple[float, _Kind]]:
     """The best of what was kept and one more; of equals, which are mostly twins, the last."""
     if makespan == math.inf:
         return kept

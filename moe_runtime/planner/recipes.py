@@ -27,6 +27,25 @@ def follow(instance: Instance, recipe: Recipe, cap: float) -> Rows:
     return repeat(instance, recipe)
 
 
+def proven(instance: Instance, cap: float) -> list[Recipe]:
+    """Recipes that have often led to the best programs; the first has rows under any cap."""
+    ranks = instance.num_ranks
+    full, nearly = (math.inf,) * ranks, (min(cap, ranks) - 0.3,) * ranks
+    half = 0.5 * _mean(instance, F)
+    policies: list[Recipe] = [
+        Policy(full),
+        Policy(full, forward_deep=1.0, backward_deep=2.0, weight_delay=0.8 * half),
+        Policy(full, forward_deep=-0.25, backward_deep=2.0, pair_patience=half, forward_first=True),
+        Policy(nearly, forward_deep=-0.25, backward_deep=2.0, pair_patience=half, forward_first=True),
+        Policy(full, backward_deep=10.0, pair_patience=half),
+        Policy(nearly, forward_deep=10.0, backward_deep=-0.5, pair_patience=half),
+    ]
+    if cap == math.inf:
+        return policies
+    at_once = ((0.0,) * (2 * instance.num_lanes), (False,) * instance.num_lanes)
+    return policies + [Way(_work(instance) * period, *at_once) for period in (0.9, 1.0, 1.05, 1.3)]
+
+
 def draw(rng: Random, instance: Instance, cap: float) -> Recipe:
     """A recipe out of the blue."""
     share_of_ways = 0.6 if cap < math.inf else 0.2
@@ -77,9 +96,6 @@ def _depth(rng: Random, instance: Instance, cap: float) -> tuple[float, ...]:
 
 
 def _way(rng: Random, instance: Instance) -> Way:
-    times = [instance.time[instance.number(lane, 0, F)] for lane in range(instance.num_lanes)]
-    times = [time + instance.time[instance.number(lane, 0, B)] for lane, time in enumerate(times)]
-    work = max(sum(times[lane] for lane in lanes) for lanes in instance.lanes_of)
     is_delayed = rng.random() < 0.7
     delays = [
         _delay(rng, instance) if is_delayed and rng.random() < 0.3 else 0.0
@@ -87,7 +103,7 @@ def _way(rng: Random, instance: Instance) -> Way:
     ]
     share = rng.choice((0.0, 0.3, 0.6, 1.0)) if _gains(instance) else 0.0
     hosts = tuple(rng.random() < share for _ in range(instance.num_lanes))
-    return Way(work * rng.choice(_PERIODS), tuple(delays), hosts, _patience(rng, instance))
+    return Way(_work(instance) * rng.choice(_PERIODS), tuple(delays), hosts, _patience(rng, instance))
 
 
 def _vary_joining(rng: Random, instance: Instance, way: Way) -> Way:
@@ -99,6 +115,13 @@ def _vary_joining(rng: Random, instance: Instance, way: Way) -> Way:
 
 def _patience(rng: Random, instance: Instance) -> float:
     return rng.choice((0.0, 0.5, 1.0, 2.0, 4.0, 8.0)) * _mean(instance, I)
+
+
+def _work(instance: Instance) -> float:
+    """What one microbatch of each direction takes of the busiest rank."""
+    times = [instance.time[instance.number(lane, 0, F)] for lane in range(instance.num_lanes)]
+    times = [time + instance.time[instance.number(lane, 0, B)] for lane, time in enumerate(times)]
+    return max(sum(times[lane] for lane in lanes) for lanes in instance.lanes_of)
 
 
 def _gains(instance: Instance) -> bool:

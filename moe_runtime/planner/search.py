@@ -12,8 +12,8 @@ that fits, and how far from the best it can be at most (`bound.py`).
 Shapes are the ways to lay stages on ranks. More stages a rank fill the pipeline sooner, and cost more
 messages. `mirrored` holds every parameter twice; leave it out where that does not fit.
 
-Rejected: an exact solver (mixed integer programs of 4 ranks and 12 microbatches take minutes already),
-and learning priorities, which needs a training run for what a few hundred random draws give.
+Rejected: an exact solver, which would be a dependency with no promise of when it ends; and learning
+priorities, which needs a training run for what a few hundred random draws give.
 """
 
 import math
@@ -166,16 +166,21 @@ def _placements(num_ranks: int, num_microbatches: int, shapes: Sequence[str]) ->
 
 def _hunt(hunts: list[Hunt], steps: float) -> None:
     """Spend so many steps on the hunts: a third on all alike, the rest on the most promising."""
-    for hunt in hunts:
-        hunt.explore(max(1.0, steps / (3 * len(hunts))))  # one recipe at least
+    starters = _open(hunts)
+    for hunt in starters:
+        hunt.explore(max(1.0, steps / (3 * len(starters))))  # one recipe at least
     for left in range(_FINALISTS, 0, -1):
-        best = min(hunt.makespan for hunt in hunts)
-        open_ones = [hunt for hunt in hunts if hunt.bound < best - _SLACK and not hunt.is_done]
-        finalists = sorted(open_ones, key=lambda hunt: hunt.makespan)[:left]
+        finalists = sorted(_open(hunts), key=lambda hunt: hunt.makespan)[:left]
         for hunt in finalists:
             share = steps * 2 / 3 / (_FINALISTS * len(finalists))
             hunt.explore(0.5 * share)
             hunt.polish(0.5 * share)
+
+
+def _open(hunts: list[Hunt]) -> list[Hunt]:
+    """The hunts that might still find something better than the best of all."""
+    best = min(hunt.makespan for hunt in hunts)
+    return [hunt for hunt in hunts if hunt.bound < best - _SLACK]
 
 
 def _found(hunt: Hunt, bound: float, rival: Rival | None) -> Found:
