@@ -150,8 +150,9 @@ class LayoutConfig(Section):
         "auto",
         description="searched: found for this run's costs; auto: the shortest of it and those made by hand",
     )
-    chunks: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="stages of each rank under interleaved; null: 2"
+    chunks: PositiveInt | None = Field(
+        None,
+        description="stages of each rank; interleaved: 2 or more; searched and auto: 1 or an even number",
     )
     layers_per_stage: tuple[Count, ...] | None = Field(
         None, description="layers of each stage; null: spread evenly, head and MTP counted as load"
@@ -188,9 +189,8 @@ class LayoutConfig(Section):
         found = []
         if self.overflow == "rounds" and self.max_rows is None:
             found.append(Finding("overflow", "rounds needs max_rows too: how many rows a rank may hold"))
-        if self.chunks is not None and self.schedule != "interleaved":
-            text = f"interleaved alone has chunks, got schedule {self.schedule}; leave it null"
-            found.append(Finding("chunks", text))
+        if self.chunks is not None:
+            found += self._chunks_findings(self.chunks)
         for key in ("max_live", "costs"):
             if getattr(self, key) is not None and self.schedule not in ("auto", "searched"):
                 text = (
@@ -198,6 +198,15 @@ class LayoutConfig(Section):
                 )
                 found.append(Finding(key, text))
         return found
+
+    def _chunks_findings(self, chunks: int) -> list[Finding]:
+        if self.schedule == "interleaved":
+            return [] if chunks > 1 else [Finding.expected("chunks", "2 or more under interleaved", chunks)]
+        if self.schedule in ("auto", "searched"):
+            fits = chunks == 1 or chunks % 2 == 0
+            return [] if fits else [Finding.expected("chunks", "1 or an even number", chunks)]
+        text = f"is for interleaved, searched and auto, got schedule {self.schedule}; leave it null"
+        return [Finding("chunks", text)]
 
 
 class BatchConfig(Section):

@@ -5,9 +5,10 @@
     v          rank r holds stages r and 2 pp - 1 - r            zbv, dualpipev
     loop       stage s on rank s mod pp                          interleaved
 
-`auto` and `searched` are free to choose: they take the V, whose ranks all hold as much and keep one copy
-of the weights, where there are layers enough for two stages a rank, and the straight line otherwise.
-`layers_per_stage`, if given, chooses by its length.
+`auto` and `searched` are free to choose: `layout.chunks` says how many stages each rank holds, 1 in a
+straight line, 2 in a V, 4 in two V's one after the other (a W), and so on. Left null it is 2, whose ranks
+all hold as much and keep one copy of the weights, where there are layers enough, else 1; or what
+`layers_per_stage` says by its length.
 """
 
 from typing import Literal
@@ -33,17 +34,23 @@ def shape_of(layout: LayoutConfig, num_layers: int) -> Shape:
     """How the stages of a layout lie on its pipeline ranks."""
     if layout.schedule in _SHAPES:
         return _SHAPES[layout.schedule]
+    return "v" if _free_chunks(layout, num_layers) > 1 else "straight"
+
+
+def _free_chunks(layout: LayoutConfig, num_layers: int) -> int:
+    """Stages of each rank where the schedule leaves the choice."""
+    if layout.pp == 1:
+        return 1
+    if layout.chunks is not None:
+        return layout.chunks
     if layout.layers_per_stage is not None:
-        has_two = len(layout.layers_per_stage) == 2 * layout.pp
-    else:
-        has_two = num_layers >= 2 * layout.pp
-    return "v" if has_two and layout.pp > 1 else "straight"
+        return 2 if len(layout.layers_per_stage) == 2 * layout.pp else 1
+    return 2 if num_layers >= 2 * layout.pp else 1
 
 
 def num_stages(layout: LayoutConfig, num_layers: int) -> int:
     """Stages of one direction."""
-    each = {"straight": 1, "mirrored": 1, "v": 2, "loop": layout.chunks or 2}
-    return layout.pp * each[shape_of(layout, num_layers)]
+    return len(stage_ranks(layout, num_layers)[0])
 
 
 def stage_ranks(layout: LayoutConfig, num_layers: int) -> Placement:
@@ -53,7 +60,8 @@ def stage_ranks(layout: LayoutConfig, num_layers: int) -> Placement:
         case "mirrored":
             return ranks, ranks[::-1]
         case "v":
-            return (ranks + ranks[::-1],)
+            is_free = layout.schedule not in _SHAPES
+            return ((ranks + ranks[::-1]) * (_free_chunks(layout, num_layers) // 2 if is_free else 1),)
         case "loop":
             return (ranks * (layout.chunks or 2),)
     return (ranks,)

@@ -51,10 +51,15 @@ def test_gradients_of_every_schedule_on_eight_ranks() -> None:
     _check(8, [case for mesh in MESHES[8] for case in _cases(*mesh, (1, 4, 11))], timeout_s=900)
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
-def test_gradients_of_interleaved_chunks(chunks: int) -> None:
-    layout = {"pp": 2, "schedule": "interleaved", "chunks": chunks}
-    cases = [Case(f"{chunks} chunks M {m}", layout, m, 1, model={"num_layers": 6}) for m in (1, 2, 3, 4)]
+def test_gradients_of_more_chunks_and_of_less_memory() -> None:
+    layouts = [{"schedule": "interleaved", "chunks": chunks} for chunks in (2, 3)]
+    layouts += [{"schedule": "searched", "chunks": 1}, {"schedule": "searched", "chunks": 4}]
+    layouts += [{"schedule": "searched", "chunks": 4, "max_live": 1.25}]
+    cases = [
+        Case(f"{layout} M {m}", {"pp": 2, **layout}, m, 1, model={"num_layers": 8})
+        for layout in layouts
+        for m in (1, 3, 4)
+    ]
     _check(2, cases)
 
 

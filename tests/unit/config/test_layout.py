@@ -230,6 +230,8 @@ def test_what_is_free_to_choose_lies_as_a_v_where_layers_are_enough() -> None:
         assert placed(3, schedule=schedule) == ((0, 1),)
         assert placed(4, schedule=schedule, layers_per_stage=[2, 2]) == ((0, 1),)
         assert placed(6, schedule=schedule, layers_per_stage=[1, 2, 2, 1]) == ((0, 1, 1, 0),)
+        assert placed(8, schedule=schedule, chunks=1) == ((0, 1),)
+        assert placed(8, schedule=schedule, chunks=4) == ((0, 1, 1, 0, 0, 1, 1, 0),)
     assert placed(4, schedule="dualpipe") == ((0, 1), (1, 0))
 
 
