@@ -16,6 +16,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += [_line(line) for line in result["contenders"]]
     lines += [
         "",
+        *(f"{name}: {said}" for name, said in result["said"].items()),
         *(f"left out: {name}: {reason}" for name, reason in result["skipped"].items()),
         *_explain(result),
     ]
