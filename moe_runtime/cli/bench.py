@@ -1,6 +1,7 @@
 """`moe-runtime bench`: measurements against a peer, side by side in one run."""
 
 import json as json_text
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -89,7 +90,9 @@ def pipeline(
         int | None, typer.Option(min=1, help="times each contender is measured, in turn")
     ] = None,
     contender: Annotated[list[str] | None, typer.Option(help="may be repeated; default: all")] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="with --json: all spans of our steps")] = False,
+    traces: Annotated[
+        Path | None, typer.Option(help="folder for a trace of the last step of each schedule of ours")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
     """A training step by schedule, overlap on and off, against torch's and DeepSpeed's pipelines.
@@ -100,9 +103,7 @@ def pipeline(
     from moe_runtime.cli.bench_pipeline.plan import plan as plan_pipeline
     from moe_runtime.cli.bench_pipeline.report import describe as describe_pipeline
 
-    if trace and not json:
-        raise ConfigError("bench pipeline: --trace has no place in a table; add --json")
     counts = {"microbatches": microbatches, "rounds": rounds}
-    settings = plan_pipeline(layout, links, rate, quota, contenders=contender, trace=trace, **counts)
-    result = measure_pipeline(settings)
+    settings = plan_pipeline(layout, links, rate, quota, contenders=contender, **counts)
+    result = measure_pipeline(settings, traces)
     typer.echo(json_text.dumps(result) if json else describe_pipeline(result))

@@ -23,6 +23,7 @@ from moe_runtime.cli.bench_pipeline.settings import CONTENDERS, Settings, run_co
 from moe_runtime.cli.bench_pipeline.summary import summarise
 from moe_runtime.cli.testbed import quota
 from moe_runtime.errors import ConfigError
+from moe_runtime.planner.trace import read_trace
 
 _CAN_LINK = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc", "unshare", "nsenter"))
 needs_links = pytest.mark.skipif(
@@ -75,7 +76,14 @@ def test_stages_of_all_contenders_are_cut_alike(pp: int) -> None:
 
 
 def _rank(begin: float, end: float, **told: Any) -> dict[str, Any]:
-    common = {"loss": 0.5, "cpu_s": 1.0, "exchange_s": 2.0, "exchange_wait_s": 0.5, "transfer_wait_s": None}
+    common = {
+        "loss": 0.5,
+        "spans": None,
+        "cpu_s": 1.0,
+        "exchange_s": 2.0,
+        "exchange_wait_s": 0.5,
+        "transfer_wait_s": None,
+    }
     return {"begin": begin, "end": end, "exchange_bytes": 10, **common, **told}
 
 
@@ -140,9 +148,9 @@ def test_a_plain_exchange_gives_every_token_the_weighted_sum_and_its_gradient(tm
         dist.destroy_process_group()
 
 
-def test_contenders_of_all_families_reach_the_same_loss_and_gradients() -> None:
+def test_contenders_of_all_families_reach_the_same_loss_and_gradients(tmp_path: Path) -> None:
     names = ("dualpipe", "1f1b-off", "torch-zbv", "deepspeed-dualpipev")
-    result = measure(Settings(has_links=False, contenders=names, trace=True, **_TINY))
+    result = measure(Settings(has_links=False, contenders=names, **_TINY), tmp_path)
     assert not result["skipped"]
     lines = {line["contender"]: line for line in result["contenders"]}
     assert tuple(lines) == names
@@ -151,8 +159,9 @@ def test_contenders_of_all_families_reach_the_same_loss_and_gradients() -> None:
     assert lines["1f1b-off"]["exchange_bytes"] == lines["dualpipe"]["exchange_bytes"]
     # Beside rows travel their gate weights, as wide as one of 32 columns, and longer messages of counts.
     assert 1 < lines["dualpipe"]["exchange_bytes"] / lines["torch-zbv"]["exchange_bytes"] < 1.15
-    spans = result["rounds"][0]["dualpipe"][0]["spans"]
-    assert {"action", "exchange"} <= {lane for lane, *_ in spans}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1f1b-off.json", "dualpipe.json"]
+    assert {event.lane for event in read_trace(tmp_path / "dualpipe.json").events} >= {"action", "exchange"}
+    assert lines["dualpipe"]["peak_live"] == 3 and lines["torch-zbv"]["simulated"] is None
     assert "deepspeed-dualpipev" in describe(result)
 
 

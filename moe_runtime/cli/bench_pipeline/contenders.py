@@ -26,7 +26,8 @@ class Told:
         exchange_wait_s: seconds in which this rank stood still for an exchange of tokens.
         transfer_wait_s: the same for what goes from stage to stage; None: the peer does not say.
         exchange_bytes: sent to other ranks in exchanges.
-        spans: (lane, name, start, end) of all that was done, if that is wanted and known.
+        spans: (lane, name, start, end) of all that was done; None: the peer does not say.
+        program: what ran, as text; ours alone.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class Told:
     transfer_wait_s: float | None
     exchange_bytes: int
     spans: list[Span] | None = None
+    program: str = ""
 
 
 class Runner(Protocol):

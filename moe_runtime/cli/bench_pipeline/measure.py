@@ -4,11 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from moe_runtime.cli.bench_pipeline.calibrate import Step, calibrate
 from moe_runtime.cli.bench_pipeline.settings import CALIBRATED_WITH, Settings
 from moe_runtime.cli.bench_pipeline.summary import summarise
+from moe_runtime.cli.bench_pipeline.traces import write_traces
 from moe_runtime.cli.testbed.crew import Crew, cpu_load, open_crew, working_folder
 from moe_runtime.cli.testbed.links import Testbed, open_testbed, require_tools
 from moe_runtime.cli.testbed.quota import open_shares
@@ -18,8 +20,11 @@ _RANK = "moe_runtime.cli.bench_pipeline.rank"
 _SILENCE_S = 600.0
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, traces: Path | None = None) -> dict[str, Any]:
     """Run every contender in turn, several rounds.
+
+    Args:
+        traces: folder for a trace of each of our contenders' last step.
 
     Returns:
         {"settings", "skipped": {contender: reason}, "said": {contender: how its program was found},
@@ -51,6 +56,10 @@ def measure(settings: Settings) -> dict[str, Any]:
             rounds.append({name: _step(crew, name) for name in runners})
             print(f"round {turn + 1} of {settings.rounds}", file=sys.stderr, flush=True)
     figures = summarise(checked, rounds, settings)
+    if traces is not None:
+        write_traces(rounds[-1], settings, traces)
+    for rank in (rank for turn in rounds for step in turn.values() for rank in step):
+        del rank["spans"], rank["program"]
     skipped = {name: refused[name] for name in settings.contenders if name in refused}
     return result | {"skipped": skipped, "rate_mbit": rate, "contenders": figures, "rounds": rounds}
 

@@ -19,7 +19,6 @@ class Ours:
 
     def __init__(self, contender: Contender, bench: Bench) -> None:
         settings = bench.settings
-        self._keeps_spans = settings.trace
         config = run_config(settings, contender)
         layout = check_layout(config, settings.world_size)
         self.mesh = build_mesh(layout, bench.rank)
@@ -37,7 +36,7 @@ class Ours:
         """Run the program."""
         runtime = self._runtime
         clock = runtime.clock
-        clock.restart(keep_spans=self._keeps_spans)
+        clock.restart(keep_spans=True)
         scalars = runtime.executor.run(self._program, self._tokens, self._weights)
         traffic = runtime.dispatcher.traffic.snapshot(reset=True)
         return Told(
@@ -47,4 +46,5 @@ class Ours:
             transfer_wait_s=clock.transfer_wait_s,
             exchange_bytes=traffic.all_bytes_intra + traffic.all_bytes_inter,
             spans=clock.spans,
+            program=self._program.to_text(),
         )

@@ -20,7 +20,6 @@ def plan(
     microbatches: int | None = None,
     rounds: int | None = None,
     contenders: Sequence[str] | None = None,
-    trace: bool = False,
 ) -> Settings:
     """What to measure.
 
@@ -30,7 +29,6 @@ def plan(
         rate: of each link in 10^6 bit/s, or "calibrated".
         quota: confine ranks to equal shares of the processor.
         microbatches, rounds, contenders: None: the default of the layout; all contenders.
-        trace: keep the spans of our steps.
 
     Raises:
         ConfigError: options that are wrong or do not go together.
@@ -53,5 +51,4 @@ def plan(
         microbatches=microbatches or default_microbatches,
         rounds=rounds or default_rounds,
         contenders=tuple(dict.fromkeys(contenders or CONTENDERS)),
-        trace=trace,
     )

@@ -63,6 +63,10 @@ def _number(key: str, digits: int, unit: float = 1) -> Text:
     return lambda line: "-" if line[key] is None else f"{line[key] / unit:.{digits}f}"
 
 
+def _share(key: str) -> Text:
+    return lambda line: "-" if line[key] is None else f"{line[key]:.0%}"
+
+
 def _range(key: str) -> Text:
     return lambda line: f"({line[f'{key}_low']:.2f}-{line[f'{key}_high']:.2f})"
 
@@ -80,9 +84,11 @@ _COLUMNS: tuple[tuple[str, int, Text], ...] = (
     ("exchange", 10, _number("exchange_s", 2)),
     ("wait", 7, _number("exchange_wait_s", 2)),
     ("hidden", 8, lambda line: f"{line['hidden']:.0%}"),
+    ("in pairs", 10, _share("hidden_in_pairs")),
     ("transfer", 10, _number("transfer_wait_s", 2)),
     ("MiB", 8, _number("exchange_bytes", 1, _MIB)),
     ("link MiB", 10, _number("link_bytes", 1, _MIB)),
+    ("simulated", 11, _number("simulated", 3)),
     ("CPU s", 8, _number("cpu_s", 2)),
     ("loss", 10, _number("loss", 6)),
     ("equal", 8, _equal),
@@ -93,13 +99,14 @@ def _explain(result: dict[str, Any]) -> list[str]:
     return [
         "seconds: forward and backward of all microbatches, until the last rank is done; no reduction over",
         "lanes, no optimizer. exchange: seconds in which tokens were under way to experts or back; wait: a",
-        "rank stood still for them; hidden: the part of exchange that is not wait. transfer: a rank stood",
-        "still for its neighbours (peers do not say). All of these are means over ranks. MiB: sent in",
-        "exchanges, by all ranks. link MiB: sent by a rank over its link, transfers and headers included.",
-        "CPU s: of all ranks. equal: largest relative difference of the loss and of each gradient's norm to",
-        f"those of the first contender; NO beyond {TOLERANCE:g}.",
-        "Peers run the same blocks with a plain all_to_all_single; their weight gradients are added up in",
-        "place and, by torch's zero-bubble schedules, deferred as ours are. DeepSpeed: ZeRO 0, no clipping,",
-        "no reduction, an optimizer whose step does nothing.",
+        "rank stood still for them; hidden: the part of exchange that is not wait; in pairs: the same within",
+        "the overlapped pairs of the last round. transfer: a rank stood still for its neighbours (peers do",
+        "not say). All of these are means over ranks. MiB: sent in exchanges, by all ranks. link MiB: sent by",
+        "a rank over its link, transfers and headers included. simulated: the last step in the simulator, fed",
+        "with its own measured costs, over that step as measured. CPU s: of all ranks. equal: largest relative",
+        "difference of the loss and of each gradient's norm to those of the first contender; NO beyond",
+        f"{TOLERANCE:g}. Peers run the same blocks with a plain all_to_all_single; their weight gradients are",
+        "added up in place and, by torch's zero-bubble schedules, deferred as ours are. DeepSpeed: ZeRO 0, no",
+        "clipping, no reduction, an optimizer whose step does nothing.",
         f"This machine has {os.cpu_count()} processors; other work kept them {result['load']:.0%} busy.",
     ]

@@ -70,7 +70,6 @@ class Settings:
         layers, hidden, expert_width, num_experts, top_k, vocab: of the model, whose layers are all MoE.
         seq_len: tokens of a sequence; a microbatch is one sequence.
         seed: of weights and tokens.
-        trace: ours tell all spans of their steps too.
 
     Raises:
         ConfigError: an unknown contender, or too few microbatches.
@@ -92,7 +91,6 @@ class Settings:
     vocab: int = 512
     seq_len: int = 256
     seed: int = 1
-    trace: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.contenders if name not in CONTENDERS]

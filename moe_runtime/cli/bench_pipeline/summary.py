@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_runtime.cli.bench_pipeline.calibrate import Step
 from moe_runtime.cli.bench_pipeline.settings import Settings
+from moe_runtime.cli.bench_pipeline.traces import figures, trace_of
 
 TOLERANCE = 1e-4
 _MEANS = ("exchange_s", "exchange_wait_s", "transfer_wait_s", "link_bytes")
@@ -49,6 +50,8 @@ def summarise(
             key: _mean(steps, key)
             for key in ("exchange_s", "exchange_wait_s", "transfer_wait_s", "link_bytes")
         }
+        trace = trace_of(steps[-1], settings)
+        line |= {"hidden_in_pairs": None, "simulated": None} if trace is None else figures(trace)
         line["hidden"] = 1 - line["exchange_wait_s"] / line["exchange_s"]
         lines.append(line)
     return lines
