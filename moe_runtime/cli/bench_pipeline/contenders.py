@@ -46,11 +46,13 @@ class Runner(Protocol):
         named: canonical name and parameter of all that is held here.
         groups: of its mesh.
         mesh: its mesh.
+        said: how it came to its program, where that was searched for.
     """
 
     named: list[tuple[str, Parameter]]
     groups: Groups
     mesh: Mesh
+    said: str | None
 
     def step(self) -> Told:
         """Forward and backward of all microbatches; gradients are added to the accumulators."""

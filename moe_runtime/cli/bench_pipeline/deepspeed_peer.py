@@ -25,6 +25,8 @@ class DeepSpeedPipeline:
         bench: of this rank.
     """
 
+    said: str | None = None
+
     def __init__(self, contender: Contender, bench: Bench) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's launcher would say it; it names a device
         join_process_group()

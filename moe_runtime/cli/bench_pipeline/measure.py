@@ -27,8 +27,8 @@ def measure(settings: Settings, traces: Path | None = None) -> dict[str, Any]:
         traces: folder for a trace of each of our contenders' last step.
 
     Returns:
-        {"settings", "skipped": {contender: reason}, "one_to_one", "contenders": figures, "rounds": what
-        every rank said of every step}.
+        {"settings", "skipped": {contender: reason}, "said": {contender: how its program was found},
+        "one_to_one", "contenders": figures, "rounds": what every rank said of every step}.
 
     Raises:
         ConfigError: links or shares cannot be had, or nobody can run.
@@ -39,7 +39,8 @@ def measure(settings: Settings, traces: Path | None = None) -> dict[str, Any]:
     is_calibrated = settings.has_links and settings.rate_mbit is None
     held = dict.fromkeys([*settings.contenders, *(CALIBRATED_WITH if is_calibrated else ())])
     result: dict[str, Any] = {"settings": settings.to_plain(), "load": cpu_load()}
-    with _running(dataclasses.replace(settings, contenders=tuple(held))) as (crew, testbed, refused):
+    with _running(dataclasses.replace(settings, contenders=tuple(held))) as (crew, testbed, opened):
+        refused, result["said"] = opened["refused"], opened["said"]
         runners = [name for name in settings.contenders if name not in refused]
         if not runners:
             raise ConfigError(f"bench pipeline: no contender can run: {_reasons(refused)}")
@@ -76,8 +77,8 @@ def _reasons(refused: dict[str, str]) -> str:
 
 
 @contextmanager
-def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None, dict[str, str]]]:
-    """All ranks, with contenders set up, and why some are not; links have no limit yet."""
+def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None, dict[str, Any]]]:
+    """All ranks, and what they say of their contenders; links have no limit yet."""
     with ExitStack() as stack:
         testbed = None
         if settings.has_links:
@@ -88,7 +89,7 @@ def _running(settings: Settings) -> Iterator[tuple[Crew, Testbed | None, dict[st
         folder = stack.enter_context(working_folder())
         crew = stack.enter_context(open_crew(_RANK, settings.world_size, folder, _SILENCE_S, testbed))
         opened = crew.ask({"settings": settings.to_plain(), "shares": shares})
-        yield crew, testbed, opened[0]["refused"]
+        yield crew, testbed, opened[0]  # all ranks say the same
         crew.ask({"leave": True})
 
 

@@ -6,8 +6,6 @@ from moe_runtime.build import build_mesh, build_runtime
 from moe_runtime.cli.bench_pipeline.contenders import Bench, Told
 from moe_runtime.cli.bench_pipeline.settings import Contender, run_config
 from moe_runtime.config.layout import check_layout
-from moe_runtime.schedule.builders import BUILDERS, build
-from moe_runtime.schedule.passes import lower, unpair
 from moe_runtime.train.step import objective_weights, split_microbatches
 
 
@@ -30,9 +28,7 @@ class Ours:
         self.named = self._runtime.named_params
         bench.share(self.named)
         self._program = self._runtime.program(settings.microbatches)
-        if not contender.overlap and contender.schedule in BUILDERS:
-            plain = build(contender.schedule, settings.pp, settings.microbatches)
-            self._program = lower(unpair(plain))
+        self.said = self._runtime.chosen
         self._tokens = split_microbatches(bench.tokens, 1, self._program.num_directions)
         self._weights = objective_weights(self._runtime, settings.microbatches, 0.0)
 

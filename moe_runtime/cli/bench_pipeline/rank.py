@@ -44,7 +44,8 @@ def main() -> None:
     runners, refused = _open_runners(bench)
     if first["shares"]:
         join_share(Path(first["shares"][rank]))  # only now: imports would take minutes of a small share
-    line.say({"refused": refused})
+    said = {name: runner.said for name, runner in runners.items() if runner.said is not None}
+    line.say({"refused": refused, "said": said})
     while "run" in (word := line.hear()):
         line.say(_run(runners[word["run"]], bench, line, word["compare"]))
     line.say({})

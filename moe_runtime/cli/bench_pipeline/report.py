@@ -16,6 +16,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += [_line(line) for line in result["contenders"]]
     lines += [
         "",
+        *(f"{name}: {said}" for name, said in result["said"].items()),
         *(f"left out: {name}: {reason}" for name, reason in result["skipped"].items()),
         *_explain(result),
     ]
@@ -98,14 +99,14 @@ def _explain(result: dict[str, Any]) -> list[str]:
     return [
         "seconds: forward and backward of all microbatches, until the last rank is done; no reduction over",
         "lanes, no optimizer. exchange: seconds in which tokens were under way to experts or back; wait: a",
-        "rank stood still for them; hidden: the part of exchange that is not wait; in pairs: the same within",
-        "the overlapped pairs of the last round. transfer: a rank stood still for its neighbours (peers do",
-        "not say). All of these are means over ranks. MiB: sent in exchanges, by all ranks. link MiB: sent by",
-        "a rank over its link, transfers and headers included. simulated: the last step in the simulator, fed",
-        "with its own measured costs, over that step as measured. CPU s: of all ranks. equal: largest relative",
-        "difference of the loss and of each gradient's norm to those of the first contender; NO beyond",
-        f"{TOLERANCE:g}. Peers run the same blocks with a plain all_to_all_single; their weight gradients are",
-        "added up in place and, by torch's zero-bubble schedules, deferred as ours are. DeepSpeed: ZeRO 0, no",
-        "clipping, no reduction, an optimizer whose step does nothing.",
+        "rank stood still for them; hidden: the part of exchange that is not wait; in pairs: the same",
+        "within the overlapped pairs of the last round. transfer: a rank stood still for its neighbours",
+        "(peers do not say). All of these are means over ranks. MiB: sent in exchanges, by all ranks. link",
+        "MiB: sent by a rank over its link, transfers and headers included. simulated: the last step in",
+        "the simulator, fed with its own measured costs, over that step as measured. CPU s: of all ranks.",
+        "equal: largest relative difference of the loss and of each gradient's norm to those of the first",
+        f"contender; NO beyond {TOLERANCE:g}. Peers run the same blocks with a plain all_to_all_single;",
+        "their weight gradients are added up in place and, by torch's zero-bubble schedules, deferred as",
+        "ours are. DeepSpeed: ZeRO 0, no clipping, no reduction, an optimizer whose step does nothing.",
         f"This machine has {os.cpu_count()} processors; other work kept them {result['load']:.0%} busy.",
     ]

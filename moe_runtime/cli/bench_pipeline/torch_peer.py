@@ -28,6 +28,8 @@ class TorchPipeline:
         bench: of this rank.
     """
 
+    said: str | None = None
+
     def __init__(self, contender: Contender, bench: Bench) -> None:
         self._settings, self._tokens = bench.settings, bench.tokens
         self._bench = bench
