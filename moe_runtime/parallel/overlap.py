@@ -4,18 +4,20 @@ The merge is a table, not threads: for a MoE block of the forward and a MoE bloc
 says in which order their phases run on the one compute stream. A communication phase only starts its
 transfer; whoever needs the data waits. Between a start and its wait stand phases of the other half:
 
-    combine(B) ........ attend(W) of the block before, shared(B), attend(F) ......... experts(B)
-    dispatch(F) ....... experts(B), shared(F), experts(W) ........................... experts(F)
-    dispatch(B) ....... shared(F), experts(W), experts(F) ........................... attend(B)
-    combine(F) ........ attend(B), then attend(W), shared(B) of the next pair ....... the next attend(F)
+    combine(B) ........ all W of the pair before, shared(B), attend(F) .............. experts(B)
+    dispatch(F) ....... experts(B), shared(F) ....................................... experts(F)
+    dispatch(B) ....... shared(F), experts(F) ....................................... attend(B)
+    combine(F) ........ attend(B), then all W, and shared(B) of the next pair ....... the next attend(F)
 
-So each of the four exchanges has computation of its own to fly under, at both ends of an entry too: the
-last combine(F) flies under attend(B) and attend(W). DeepSeek's trace starts combine(F) after these, and
-then has the next block's attention to wait for it; weight gradients as the filler are its idea.
+So each of the four exchanges has computation of its own to fly under, at the end of an entry too: the last
+combine(F) flies under attend(B) and all W. Weight gradients as the filler are DeepSeek's idea. Its trace
+has them between experts(B) and experts(F), and combine(F) after attend(B); there the two dispatches have most
+of the computation to fly under, and the two combines, which are twice as long where rows go in FP8 and come
+back in BF16, have the least.
 
 Blocks are paired as they come: the forward's first MoE block with the backward's first (its last
-layer). A block without a partner goes through the same table alone: a backward then still hides its
-dispatch(B) under experts(W), and its combine(B) under attend(W). What is no MoE block (dense blocks,
+layer). A block without a partner goes through the same table alone; a backward then keeps experts(W) to
+hide dispatch(B) under, and has attend(W) for the next combine(B). What is no MoE block (dense blocks,
 embedding, head, MTP glue) runs where its own half has it, a forward's after combine(B) has started. Ranks of
 an expert-parallel group run the same rows over the same layers, so the merged order of their collectives
 is the same too.
@@ -29,7 +31,7 @@ from itertools import takewhile
 from moe_runtime.parallel.stage import Step
 
 # Phases of a pair of MoE blocks in order. `_b`: backward, `_w`: weight gradient, bare: forward.
-# LATE: the weight gradient of the attention before; ALONE: the forward's phases outside of MoE blocks.
+# LATE: weight gradients of the blocks before; ALONE: the forward's phases outside of MoE blocks.
 LATE, ALONE = "late", "alone"
 PAIR_ORDER = (
     "combine_b",
@@ -48,6 +50,7 @@ PAIR_ORDER = (
     "attend_b",
 )
 _PLACE = {label: place for place, label in enumerate(PAIR_ORDER)}
+_LATE_IN_PAIRS = ("experts_w", "shared_w", "attend_w")
 _OF_MOE = {*PAIR_ORDER, "attend_w"}
 
 _Block = list[Step]
@@ -62,7 +65,8 @@ def interleave(forward: Sequence[Step], backward: Sequence[Step]) -> list[Step]:
         merged += _take_alone(back)
         alone = _take_alone(ahead)
         ahead_block, back_block = _take(ahead), _take(back)
-        next_late = [step for step in back_block if step.label == "attend_w"]
+        waits = _LATE_IN_PAIRS if ahead_block else ("attend_w",)
+        next_late = [step for step in back_block if step.label in waits]
         placed = [(_PLACE[LATE], step) for step in late] + [(_PLACE[ALONE], step) for step in alone]
         placed += [(_PLACE[step.label], step) for step in ahead_block + back_block if step not in next_late]
         merged += [step for _, step in sorted(placed, key=lambda each: each[0])]

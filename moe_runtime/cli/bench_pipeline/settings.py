@@ -85,11 +85,11 @@ class Settings:
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     layers: int = 8
     hidden: int = 256
-    expert_width: int = 256
+    expert_width: int = 768
     num_experts: int = 8
     top_k: int = 4
     vocab: int = 512
-    seq_len: int = 256
+    seq_len: int = 128
     seed: int = 1
 
     def __post_init__(self) -> None:
