@@ -108,7 +108,9 @@ def build_runtime(
         overlap=config.layout.overlap,
     )
 
-    runner = partial(StageRunner, rounds=config.layout.overflow == "rounds")
+    runner = partial(
+        StageRunner, rounds=config.layout.overflow == "rounds", waits_at_once=not config.layout.overlap
+    )
     make = partial(runner, dispatcher=dispatcher, sink=sink, count_experts=load.add, clock=clock)
     return Runtime(
         config=config,
@@ -196,7 +198,12 @@ def _build_dispatcher(
             num_groups=config.model.num_groups,
         )
         return open_dispatcher(
-            layout.dispatcher, placement, group=groups.expert, wire=wanted.wire, max_rows=wanted.max_rows
+            layout.dispatcher,
+            placement,
+            group=groups.expert,
+            wire=wanted.wire,
+            max_rows=wanted.max_rows,
+            confirm=False,  # what ranks call is fixed by the program and by one table
         )
     except PlacementError as error:
         raise ConfigError(f"layout.dispatcher: {error}") from error

@@ -73,6 +73,7 @@ class AllToAllDispatcher(SharedByCopies):
         transport: moves bytes between the ranks of the group.
         wire: what rows are written as while they travel, one of WIRES.
         max_rows: rows that a rank may send or receive in one dispatch; None: any number.
+        confirm: as in `open_dispatcher`.
 
     Raises:
         PlacementError: placement and transport are of different groups, or ranks opened it differently.
@@ -81,7 +82,12 @@ class AllToAllDispatcher(SharedByCopies):
     """
 
     def __init__(
-        self, placement: Placement, transport: Transport, wire: str = "auto", max_rows: int | None = None
+        self,
+        placement: Placement,
+        transport: Transport,
+        wire: str = "auto",
+        max_rows: int | None = None,
+        confirm: bool = True,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
         self.placement = placement
@@ -89,11 +95,12 @@ class AllToAllDispatcher(SharedByCopies):
         self.traffic = TrafficMeter(placement)
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
         self._transport = transport
-        self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts)
+        self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts, confirm)
         self._breaker = Breaker([transport])
         self._lane = Lane(f"alltoall {placement.ep_rank}", self._breaker)
         self._ranks = range(placement.ep_size)
         facts = layout_facts(placement) | {"kind": 1, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
+        facts["confirm"] = int(confirm)
         agree_on_opening(transport, facts)
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Pending[Received]:

@@ -7,8 +7,9 @@ ever. All operations send messages of one size, so that a rank which calls anoth
 peers is told so too, in place of a transport's complaint about lengths.
 
 A dispatch needs this message. The other operations know their counts from the handle: they send it
-over host memory, where it costs one latency on a thread of its own, and leave it out for CUDA tensors,
-where it would make the host wait for the device.
+over host memory, where it costs one latency on a thread of its own, unless a caller whose order of
+operations is fixed asks to save that; and leave it out for CUDA tensors, where it would make the host
+wait for the device. Where it is left out, a rank that refuses is not heard: its peers wait.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ OPENING = (
     "first_rank",
     "num_groups",
     "chunks",
+    "confirm",
 )
 
 
@@ -84,12 +86,16 @@ class Control:
         transport: over the whole group.
         traffic: counts the messages.
         width: int64 counts that a message carries to each rank.
+        confirms: agree before combines and backwards too.
     """
 
-    def __init__(self, transport: Transport, traffic: TrafficMeter, width: int) -> None:
+    def __init__(
+        self, transport: Transport, traffic: TrafficMeter, width: int, confirms: bool = True
+    ) -> None:
         self._transport = transport
         self._traffic = traffic
         self._width = width
+        self._confirms = confirms
         self._ones = (1,) * transport.size
         self._begun = 0
 
@@ -127,14 +133,14 @@ class Control:
         return Statement(operation, number, hidden, dtype, weight_dtype, top_k, of_dispatch, device)
 
     def confirm(self, statement: Statement) -> None:
-        """Agree on an operation whose counts are known; left out on CUDA."""
-        if statement.device.type == "cpu":
+        """Agree on an operation whose counts are known; left out on CUDA, and on request."""
+        if self._confirms and statement.device.type == "cpu":
             self.agree(statement)
 
     def refuse(self, statement: Statement) -> Never:
         """Tell the others, where they listen before this operation, and raise the refusal."""
         assert statement.refusal is not None
-        if statement.operation == "dispatch" or statement.device.type == "cpu":
+        if statement.operation == "dispatch" or (self._confirms and statement.device.type == "cpu"):
             self.agree(statement)
         raise statement.refusal
 

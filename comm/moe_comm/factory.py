@@ -27,6 +27,7 @@ def open_dispatcher(
     wire: str = "auto",
     chunks: int | None = None,
     max_rows: int | None = None,
+    confirm: bool = True,
 ) -> Dispatcher:
     """Make a dispatcher; all ranks of the group call it together and alike.
 
@@ -41,6 +42,9 @@ def open_dispatcher(
         chunks: parts of a dispatch over two hops; None: a default. Read by "two_hop".
         max_rows: rows that a rank may send, pass on or receive in one dispatch; more is `ReceiveOverflow`
             on all ranks.
+        confirm: ranks agree before combines and backwards too, as they must before a dispatch, so that one
+            which calls another operation or refuses is told of on all. False saves a message's way there
+            and back, for callers whose order of operations is fixed; never done for CUDA tensors.
 
     Raises:
         CommError: an unknown word, or one that does not suit the placement or the group.
@@ -56,8 +60,8 @@ def open_dispatcher(
     if kind == "two_hop" and placement.ep_size == 1:
         raise PlacementError(f"two_hop: {why_not_two_hop(placement)}; use 'local'")
     if kind == "two_hop" or (kind == "auto" and _suits(placement)):
-        return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks)
-    return AllToAllDispatcher(placement, _transport(group), wire, max_rows)
+        return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks, confirm)
+    return AllToAllDispatcher(placement, _transport(group), wire, max_rows, confirm)
 
 
 def _suits(placement: Placement) -> bool:

@@ -92,6 +92,7 @@ class TwoHopDispatcher(SharedByCopies):
         wire: what rows are written as while they travel, one of WIRES.
         max_rows: rows that a rank may send, pass on or receive in one dispatch; None: any number.
         chunks: parts of a dispatch, equal on all ranks; None takes DEFAULT_CHUNKS.
+        confirm: as in `open_dispatcher`.
 
     Raises:
         PlacementError: the placement does not suit, or ranks opened it differently.
@@ -106,6 +107,7 @@ class TwoHopDispatcher(SharedByCopies):
         wire: str = "auto",
         max_rows: int | None = None,
         chunks: int | None = None,
+        confirm: bool = True,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
         self.placement = placement
@@ -115,12 +117,13 @@ class TwoHopDispatcher(SharedByCopies):
         self._chunks = DEFAULT_CHUNKS if chunks is None else chunks
         self._dispatch_codec, self._combine_codec = wire_pair(wire)
         facts = layout_facts(placement) | {"kind": 2, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
+        facts["confirm"] = int(confirm)
         agree_on_opening(transport, facts | {"chunks": self._chunks})
         # Only now, when all ranks are known to have this layout, do they all refuse it alike.
         reason = why_not_two_hop(placement)
         if reason is not None:
             raise PlacementError(f"two_hop: {reason}; use 'alltoall'")
-        self._control = Control(transport, self.traffic, placement.ep_size + 2 * self._chunks)
+        self._control = Control(transport, self.traffic, placement.ep_size + 2 * self._chunks, confirm)
         self._journey = Journey(placement, transport, self.traffic)
         is_short = placement.num_experts <= _SHORT_IDS
         self._id_dtype = torch.int16 if is_short else torch.int32

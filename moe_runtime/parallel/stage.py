@@ -70,6 +70,7 @@ class StageRunner:
         count_experts: called in training forwards with (layer, expert_ids int64 [tokens, top_k]).
         clock: where waiting times are added.
         rounds: run a block whose rows do not fit in rounds; else that ends the step with an error.
+        waits_at_once: hide no exchange under anything; not where blocks may go in rounds.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class StageRunner:
         count_experts: Callable[[str, Tensor], None],
         clock: Clock,
         rounds: bool = False,
+        waits_at_once: bool = False,
     ) -> None:
         self.phases = tuple(phases)
         self._dies_after = _last_readers(self.phases, rounds)
@@ -88,6 +90,7 @@ class StageRunner:
         self._count_experts = count_experts
         self._clock = clock
         self._rounds = rounds
+        self._waits_at_once = waits_at_once and not rounds
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -199,6 +202,8 @@ class StageRunner:
         started = Started(wait, store)
         for slot in slots:
             flight.started.setdefault(slot, []).append(started)
+        if self._waits_at_once:
+            started.finish()
 
     def _read(self, flight: Flight, slot: str) -> Tensor:
         self._finish(flight, slot)
