@@ -14,7 +14,7 @@ from typing import Any
 
 Step = list[dict[str, Any]]  # what each rank said of it
 
-_CLOSE_ENOUGH = 0.1
+_CLOSE_ENOUGH = 0.05
 _TRIES = 4
 # Where exchanges take most of the time without any limit, links still get this part of the computation's.
 _LEAST_PART = 0.25
