@@ -288,6 +288,10 @@ def all_cases(thorough: bool) -> dict[str, Case]:
         for wire in WIRES[1:]
         for dtype in ((*DTYPES, torch.float16) if thorough else (torch.float32, torch.bfloat16))
     }
+    cases |= {
+        f"unconfirmed {pattern}": partial(four_operations, pattern, *PLAIN, {"confirm": False})
+        for pattern in ("unequal", "zero_tokens", "adversarial")
+    }
     of_gradients = PATTERNS if thorough else ("random", "unequal", "zero_tokens", "adversarial", "masked")
     cases |= {f"gradients {pattern}": partial(layer_gradients, pattern) for pattern in of_gradients}
     cases |= {

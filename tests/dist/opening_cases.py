@@ -29,6 +29,7 @@ OPENINGS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
         "the same chunks on all ranks, got 4 on expert-parallel rank 0 and 5 on rank",
     ),
     "max_rows": ({"max_rows": 7}, {}, "the same max_rows on all ranks"),
+    "confirm": ({"confirm": False}, {}, "the same confirm on all ranks, got 1 on"),
     "num_experts": ({}, {}, "the same number of experts on all ranks, got"),
     "num_groups": ({}, {"num_groups": 3}, "the same num_groups on all ranks, got none on"),
     "first_rank": ({}, {"first_rank": 3}, "the same first_rank on all ranks, got 0 on"),

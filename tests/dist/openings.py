@@ -74,6 +74,7 @@ class Setting:
         wire: what rows are written as.
         chunks: parts of a dispatch; None: the default.
         max_rows: rows that a rank may receive; None: any number.
+        confirm: agree before combines and backwards too.
     """
 
     kind: str
@@ -81,13 +82,20 @@ class Setting:
     wire: str = "auto"
     chunks: int | None = None
     max_rows: int | None = None
+    confirm: bool = True
 
     def open(self, num_experts: int, groups: Transport, **layout: int) -> Dispatcher:
         """The dispatcher, with further numbers of its placement; all ranks call it together."""
         layout = {"ranks_per_node": self.ranks_per_node} | layout
         placement = Placement(num_experts, groups.size, groups.rank, **layout)
         return open_dispatcher(
-            self.kind, placement, groups, wire=self.wire, chunks=self.chunks, max_rows=self.max_rows
+            self.kind,
+            placement,
+            groups,
+            wire=self.wire,
+            chunks=self.chunks,
+            max_rows=self.max_rows,
+            confirm=self.confirm,
         )
 
     def layout(self, num_experts: int, ranks: int) -> Layout:

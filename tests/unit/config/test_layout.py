@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from moe_runtime.config.axes import Schedule
 from moe_runtime.config.counts import stage_loads
@@ -233,6 +234,21 @@ def test_what_is_free_to_choose_lies_as_a_v_where_layers_are_enough() -> None:
         assert placed(8, schedule=schedule, chunks=1) == ((0, 1),)
         assert placed(8, schedule=schedule, chunks=4) == ((0, 1, 1, 0, 0, 1, 1, 0),)
     assert placed(4, schedule="dualpipe") == ((0, 1), (1, 0))
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [
+        ({"schedule": "zbv", "chunks": 2}, "chunks: is for interleaved, searched and auto, got schedule zbv"),
+        ({"schedule": "interleaved", "chunks": 1}, "chunks: expected 2 or more under interleaved, got 1"),
+        ({"schedule": "searched", "chunks": 3}, "chunks: expected 1 or an even number, got 3"),
+        ({"schedule": "1f1b", "max_live": 2.0}, "max_live: is for schedule auto and searched alone, got 1f1b"),
+        ({"schedule": "dualpipe", "costs": "F=1"}, "costs: is for schedule auto and searched alone, got dual"),
+    ],
+)
+def test_keys_that_a_schedule_does_not_read_are_refused(layout: dict, wanted: str) -> None:
+    with pytest.raises(ValidationError, match=wanted):
+        build(layout={"pp": 2, **layout})
 
 
 def _costs(run: RunConfig, num_stages: int) -> dict[tuple[int, ...], tuple[int, int]]:
