@@ -164,8 +164,7 @@ class LayoutConfig(Section):
         None, description="most live microbatches of a rank, in 1/pp of the model; bounds searched and auto"
     )
     costs: str | None = Field(
-        None,
-        description="of searched and auto: F=1,I=1,W=1,C=1 or a trace.json; null: reckoned from the model",
+        None, description="of searched and auto: F=1,I=1,W=1,C=1 or a trace.json; null: reckoned"
     )
     dispatcher: Literal["auto", "local", "alltoall", "two_hop"] = Field(
         "auto", description="auto: local for ep 1, two_hop over nodes of whole routing groups, else alltoall"
@@ -193,9 +192,7 @@ class LayoutConfig(Section):
             found += self._chunks_findings(self.chunks)
         for key in ("max_live", "costs"):
             if getattr(self, key) is not None and self.schedule not in ("auto", "searched"):
-                text = (
-                    f"means something to schedule auto and searched alone, got {self.schedule}; leave it null"
-                )
+                text = f"is for searched and auto, got schedule {self.schedule}; leave it null"
                 found.append(Finding(key, text))
         return found
 

@@ -242,8 +242,8 @@ def test_what_is_free_to_choose_lies_as_a_v_where_layers_are_enough() -> None:
         ({"schedule": "zbv", "chunks": 2}, "chunks: is for interleaved, searched and auto, got schedule zbv"),
         ({"schedule": "interleaved", "chunks": 1}, "chunks: expected 2 or more under interleaved, got 1"),
         ({"schedule": "searched", "chunks": 3}, "chunks: expected 1 or an even number, got 3"),
-        ({"schedule": "1f1b", "max_live": 2.0}, "max_live: is for schedule auto and searched alone, got 1f1b"),
-        ({"schedule": "dualpipe", "costs": "F=1"}, "costs: is for schedule auto and searched alone, got dual"),
+        ({"schedule": "1f1b", "max_live": 2.0}, "max_live: is for searched and auto, got schedule 1f1b"),
+        ({"schedule": "dualpipe", "costs": "F=1"}, "costs: is for searched and auto, got schedule dualpipe"),
     ],
 )
 def test_keys_that_a_schedule_does_not_read_are_refused(layout: dict, wanted: str) -> None:
