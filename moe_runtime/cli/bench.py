@@ -86,6 +86,7 @@ def pipeline(
         bool, typer.Option("--quota/--no-quota", help="confine each rank to an equal share of the processor")
     ] = True,
     microbatches: Annotated[int | None, typer.Option(min=1, help="of each lane in a step")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="of each microbatch, one sequence")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="times each contender is measured, in turn")
     ] = None,
@@ -103,7 +104,7 @@ def pipeline(
     from moe_runtime.cli.bench_pipeline.plan import plan as plan_pipeline
     from moe_runtime.cli.bench_pipeline.report import describe as describe_pipeline
 
-    counts = {"microbatches": microbatches, "rounds": rounds}
+    counts = {"microbatches": microbatches, "tokens": tokens, "rounds": rounds}
     settings = plan_pipeline(layout, links, rate, quota, contenders=contender, **counts)
     result = measure_pipeline(settings, traces)
     typer.echo(json_text.dumps(result) if json else describe_pipeline(result))

@@ -18,6 +18,7 @@ def plan(
     quota: bool,
     *,
     microbatches: int | None = None,
+    tokens: int | None = None,
     rounds: int | None = None,
     contenders: Sequence[str] | None = None,
 ) -> Settings:
@@ -28,7 +29,7 @@ def plan(
         links: "veth" or "none".
         rate: of each link in 10^6 bit/s, or "calibrated".
         quota: confine ranks to equal shares of the processor.
-        microbatches, rounds, contenders: None: the default of the layout; all contenders.
+        microbatches, tokens, rounds, contenders: None: the default of the layout; all contenders.
 
     Raises:
         ConfigError: options that are wrong or do not go together.
@@ -49,6 +50,7 @@ def plan(
         rate_mbit=None if rate == CALIBRATED else int(rate),
         cores=(os.cpu_count() or 1) / world_size if quota else None,
         microbatches=microbatches or default_microbatches,
+        seq_len=tokens or Settings.seq_len,
         rounds=rounds or default_rounds,
         contenders=tuple(dict.fromkeys(contenders or CONTENDERS)),
     )

@@ -89,7 +89,7 @@ class Settings:
     num_experts: int = 8
     top_k: int = 4
     vocab: int = 512
-    seq_len: int = 128
+    seq_len: int = 256
     seed: int = 1
 
     def __post_init__(self) -> None:
