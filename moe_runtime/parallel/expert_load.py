@@ -27,13 +27,13 @@ class ExpertLoad:
     def __init__(self, layers: Iterable[str], num_experts: int, device: torch.device) -> None:
         self.layers = tuple(layers)
         self._row = {layer: row for row, layer in enumerate(self.layers)}
-        self._num_experts = num_experts
         self.counts = torch.zeros(len(self.layers), num_experts, dtype=torch.int64, device=device)
 
     def add(self, layer: str, expert_ids: Tensor) -> None:
         """Count int64 `expert_ids` [tokens, top_k] of one forward."""
-        chosen = torch.bincount(expert_ids.reshape(-1), minlength=self._num_experts)
-        self.counts[self._row[layer]] += chosen
+        chosen = expert_ids.reshape(-1)
+        # Not bincount, which on a GPU would have the host wait for the largest number.
+        self.counts[self._row[layer]].scatter_add_(0, chosen, torch.ones_like(chosen))
 
     def take_total(self, data_group: dist.ProcessGroup | None) -> Tensor:
         """Counts of the global batch, int64 [layers, experts], and start again from zero."""
