@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from moe_comm.dispatcher import Dispatcher
@@ -99,19 +99,21 @@ def build_runtime(
         Executor,
         mesh.pp_rank,
         transport=transport or _torch_transport(mesh, groups),
-        boundary_dtype=DTYPES[config.precision],
-        hidden_size=config.model.hidden_size,
         device=device,
         clock=clock,
         needs_tokens=document_separator is not None,
-        extra_tokens=1 + config.model.mtp_depth,
-        overlap=config.layout.overlap,
+        **_executor_settings(config),
     )
 
-    runner = partial(
-        StageRunner, rounds=config.layout.overflow == "rounds", waits_at_once=not config.layout.overlap
+    make = partial(
+        StageRunner,
+        dispatcher=dispatcher,
+        sink=sink,
+        count_experts=load.add,
+        clock=clock,
+        rounds=config.layout.overflow == "rounds",
+        waits_at_once=not config.layout.overlap,
     )
-    make = partial(runner, dispatcher=dispatcher, sink=sink, count_experts=load.add, clock=clock)
     return Runtime(
         config=config,
         layout=layout,
@@ -127,6 +129,16 @@ def build_runtime(
         executor=open_executor(_runners(chunks, places, make)),
         sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
+
+
+def _executor_settings(config: RunConfig) -> dict[str, Any]:
+    """What an executor takes from the config."""
+    return {
+        "boundary_dtype": DTYPES[config.precision],
+        "hidden_size": config.model.hidden_size,
+        "extra_tokens": 1 + config.model.mtp_depth,
+        "overlap": config.layout.overlap,
+    }
 
 
 def build_chunk(
