@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from moe_comm.dispatcher import Dispatcher
@@ -99,21 +99,15 @@ def build_runtime(
         Executor,
         mesh.pp_rank,
         transport=transport or _torch_transport(mesh, groups),
+        boundary_dtype=DTYPES[config.precision],
+        hidden_size=config.model.hidden_size,
         device=device,
         clock=clock,
         needs_tokens=document_separator is not None,
-        **_executor_settings(config),
+        extra_tokens=1 + config.model.mtp_depth,
+        overlap=config.layout.overlap,
     )
-
-    make = partial(
-        StageRunner,
-        dispatcher=dispatcher,
-        sink=sink,
-        count_experts=load.add,
-        clock=clock,
-        rounds=config.layout.overflow == "rounds",
-        waits_at_once=not config.layout.overlap,
-    )
+    make = partial(_open_runner, config, dispatcher, sink, load, clock)
     return Runtime(
         config=config,
         layout=layout,
@@ -131,14 +125,17 @@ def build_runtime(
     )
 
 
-def _executor_settings(config: RunConfig) -> dict[str, Any]:
-    """What an executor takes from the config."""
-    return {
-        "boundary_dtype": DTYPES[config.precision],
-        "hidden_size": config.model.hidden_size,
-        "extra_tokens": 1 + config.model.mtp_depth,
-        "overlap": config.layout.overlap,
-    }
+def _open_runner(
+    config: RunConfig,
+    dispatcher: Dispatcher,
+    sink: WeightGradSink,
+    load: ExpertLoad,
+    clock: Clock,
+    phases: Sequence[Phase],
+) -> StageRunner:
+    """What runs the phases of one chunk."""
+    rounds, overlap = config.layout.overflow == "rounds", config.layout.overlap
+    return StageRunner(phases, dispatcher, sink, load.add, clock, rounds=rounds, waits_at_once=not overlap)
 
 
 def build_chunk(
