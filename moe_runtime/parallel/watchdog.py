@@ -96,7 +96,7 @@ class Watchdog:
         word: dict[str, Any] = json.loads(self._store.get(f"rank{rank}"))
         where = f"rank {rank} ({word['place']})"
         silent_s = time.time() - word["at"]
-        if silent_s > self._limit_s / 2:
+        if silent_s > self._limit_s / 3:
             last = ", ".join(filter(None, (word["doing"], word["phase"]))) or "outside of a program"
             return f"{where}: no word for {silent_s:.0f} s, stopped or gone; its last: {last}"
         if not word["doing"]:

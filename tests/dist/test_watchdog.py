@@ -11,7 +11,7 @@ from moe_runtime.parallel.world import shared_store
 from tests.dist.layout_case import Case, batch, build, run_lane
 from tests.ranks import run_ranks
 
-LIMIT_S = 2.0
+LIMIT_S = 3.0
 CASE = Case("dualpipe", {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"}, 4)
 
 
@@ -62,7 +62,7 @@ def _stopped(rank: int, world_size: int) -> list[str]:
     def stop(*args: object) -> None:
         if rank == 1 and not said:
             said.append("")
-            time.sleep(LIMIT_S / 2)  # long enough to have said something
+            time.sleep(LIMIT_S / 3)  # long enough to have said something
             if os.fork() == 0:
                 time.sleep(2 * LIMIT_S)
                 os.kill(os.getppid(), signal.SIGCONT)
