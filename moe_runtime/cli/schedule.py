@@ -17,22 +17,25 @@ from moe_runtime.planner.draw_text import draw_text
 from moe_runtime.planner.measured import timeline_of
 from moe_runtime.planner.measured_costs import measured_costs, whole_model
 from moe_runtime.planner.outcome import Outcome, assess
-from moe_runtime.planner.search import search
+from moe_runtime.planner.search import SHAPES, search
 from moe_runtime.planner.simulate import simulate
 from moe_runtime.planner.timeline import Timeline
 from moe_runtime.planner.trace import read_trace
 from moe_runtime.schedule import BUILDERS, Program, add_transfers, build
 
 SEARCHED, ALL = "searched", "all"
+_MOST_CELLS = 1_000_000  # some minutes of building and checking
 
 
 def schedule(
     name: Annotated[
         str | None, typer.Argument(help="a schedule, 'searched', 'all' to compare them, or a program file")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="P, pipeline ranks")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, max=4096, help="P, pipeline ranks")] = None,
     microbatches: Annotated[int | None, typer.Option(min=1, help="M, over both directions")] = None,
-    chunks: Annotated[int | None, typer.Option(min=1, help="stages a rank, of interleaved")] = None,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="stages a rank, of interleaved and searched")
+    ] = None,
     costs: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +72,8 @@ def schedule(
 
 
 def _show(outcome: Outcome, lowered: bool, text: bool, as_json: bool) -> None:
+    if text and as_json:
+        raise ConfigError("schedule: expected one of --text and --json, got both; leave one out")
     shown = outcome.program
     if lowered and not shown.has_transfers:
         shown = add_transfers(shown)
@@ -102,14 +107,36 @@ def _outcome(
         num_ranks, num_microbatches = _sizes(name, ranks, microbatches)
         given = _costs(costs, num_ranks)
         if name == SEARCHED:
-            return _searched(num_ranks, num_microbatches, given, cap)
+            return _searched(num_ranks, num_microbatches, given, cap, _shapes(chunks))
         program = build(name, num_ranks, num_microbatches, chunks)
     return assess(program, given.of(program.num_ranks, program.num_stages), cap=cap, unit=given.unit)
 
 
-def _searched(num_ranks: int, num_microbatches: int, given: ModelCosts, cap: float | None) -> Outcome:
+def _shapes(chunks: int | None) -> tuple[str, ...]:
+    """Where a search may lay stages: anywhere, or as a run does with so many chunks."""
+    of_runs = {None: tuple(SHAPES), 1: ("straight",), 2: ("v",), 4: ("w",)}
+    if chunks not in of_runs:
+        raise ConfigError(
+            f"schedule searched: expected --chunks 1, 2 or 4, got {chunks}; leave it out for all"
+        )
+    return of_runs[chunks]
+
+
+def _searched(
+    num_ranks: int,
+    num_microbatches: int,
+    given: ModelCosts,
+    cap: float | None,
+    shapes: tuple[str, ...] = tuple(SHAPES),
+) -> Outcome:
     found = search(
-        num_ranks, num_microbatches, given.model, cap=cap, transfer=given.transfer, hidden=given.hidden
+        num_ranks,
+        num_microbatches,
+        given.model,
+        cap=cap,
+        shapes=shapes,
+        transfer=given.transfer,
+        hidden=given.hidden,
     )
     return assess(found.program, found.costs, cap=cap, bound=found.bound, unit=given.unit)
 
@@ -165,6 +192,9 @@ def _sizes(name: str, ranks: int | None, microbatches: int | None) -> tuple[int,
     if ranks is None or microbatches is None:
         missing = "--ranks" if ranks is None else "--microbatches"
         raise ConfigError(f"schedule {name}: expected --ranks P and --microbatches M, got no {missing}")
+    if ranks * microbatches > _MOST_CELLS:
+        got = f"got {ranks} x {microbatches}"
+        raise ConfigError(f"schedule {name}: expected ranks x microbatches of at most {_MOST_CELLS:,}, {got}")
     return ranks, microbatches
 
 

@@ -27,8 +27,9 @@ Dispatcher = Literal["auto", "local", "alltoall", "two_hop"]
 
 
 def resolve_schedule(layout: LayoutConfig) -> Schedule:
-    """What `auto` means, as far as a config can tell: single for pp 1; the rest depends on costs."""
-    return "single" if layout.schedule == "auto" and layout.pp == 1 else layout.schedule
+    """What `auto` and `searched` mean, as far as a config can tell: single for pp 1; else costs decide."""
+    is_free = layout.schedule in ("auto", "searched")
+    return "single" if is_free and layout.pp == 1 else layout.schedule
 
 
 def resolve_dispatcher(layout: LayoutConfig) -> Dispatcher:

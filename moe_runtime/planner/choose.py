@@ -76,8 +76,11 @@ def run_costs(model: ModelConfig, wanted: LayoutConfig, layout: ResolvedLayout) 
         return reckoned_costs(model, layout)
     if "=" in wanted.costs:
         return read_costs(wanted.costs, "layout.costs").of(layout.pp, layout.num_stages)
-    trace = read_trace(Path(wanted.costs))
-    costs = measured_costs(trace)
+    try:
+        trace = read_trace(Path(wanted.costs))
+        costs = measured_costs(trace)
+    except ConfigError as error:
+        raise ConfigError(f"layout.costs: expected F=1,B=2 and the like, or a trace.json; {error}") from None
     if trace.program.placement == layout.placement:
         return costs
     shared = whole_model(costs, layout.pp)

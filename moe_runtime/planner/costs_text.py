@@ -17,6 +17,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.planner.costs import Costs, StageCosts
 
 KEYS = ("F", "B", "I", "W", "C", "CB", "T", "H")
+_MOST_RATIO = 1e6
 LEAST, MOST = 1e-9, 1e9  # far beyond use, and sums and ratios stay numbers
 DEFAULT = "F=1,I=1,W=1,C=0"
 
@@ -62,6 +63,10 @@ def read_costs(text: str, where: str = "--costs") -> ModelCosts:
     input_grad, weight_grad = _backward(given, forward, where)
     if forward + input_grad + weight_grad == 0:
         raise ConfigError(f"{where}: expected F, I or W above 0, got none; a step would take no time")
+    times = [value for key, value in given.items() if key != "H" and value > 0]
+    if times and max(times) > _MOST_RATIO * min(times):
+        got = f"{min(times):g} and {max(times):g}"
+        raise ConfigError(f"{where}: expected costs within {_MOST_RATIO:g} of each other, got {got}; use 0")
     exchange = given.get("C", 0.0)
     model = StageCosts(forward, input_grad, weight_grad, exchange, given.get("CB", exchange))
     return ModelCosts(model, given.get("T", 0.0), given.get("H", 1.0))

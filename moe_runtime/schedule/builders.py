@@ -123,7 +123,9 @@ def _builder(name: str) -> Builder:
     if name not in BUILDERS:
         if name == "searched":
             where = "moe_runtime.planner.search.search, or moe-runtime schedule searched"
-            raise ScheduleError(f"schedule searched is made for costs, which build does not take; use {where}")
+            raise ScheduleError(
+                f"schedule searched is made for costs, which build does not take; use {where}"
+            )
         close = difflib.get_close_matches(name, BUILDERS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ScheduleError(f"unknown schedule {name!r}; expected one of {', '.join(BUILDERS)}{hint}")

@@ -30,6 +30,8 @@ from moe_runtime.schedule.neighbours import neighbours_of
 from moe_runtime.schedule.order import walk_row
 from moe_runtime.schedule.progress import check_progress
 
+_FEW = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -98,3 +100,6 @@ def _check_shape(program: Program) -> None:
     if program.num_microbatches < 1 or program.num_microbatches % program.num_directions:
         expected = f"a positive multiple of {program.num_directions} microbatches"
         raise ScheduleError(f"schedule {name}: expected {expected}, got {program.num_microbatches}")
+    entries, forwards = sum(map(len, program.rows)), program.num_microbatches * program.num_stages
+    if forwards > max(entries, _FEW):  # before anything as long as M is made
+        raise ScheduleError(f"schedule {name}: expected {forwards} forwards, got {entries} entries in all")

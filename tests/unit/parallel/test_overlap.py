@@ -95,7 +95,9 @@ def test_each_exchange_of_a_pair_flies_under_computation_of_the_other_half() -> 
     assert "attend" in under(("combine_b", "layers.2"), ("experts_b", "layers.2"))
     assert "experts_b" in under(("dispatch", "layers.1"), ("experts", "layers.1"))
     assert "experts" in under(("dispatch_b", "layers.2"), ("attend_b", "layers.2"))
-    assert {"attend_b", "attend_w", "experts_w"} <= set(under(("combine", "layers.1"), ("attend", "layers.2")))
+    assert {"attend_b", "attend_w", "experts_w"} <= set(
+        under(("combine", "layers.1"), ("attend", "layers.2"))
+    )
     assert {"attend_w", "experts_w"} <= set(under(("combine_b", "layers.1"), ("experts_b", "layers.1")))
 
 
