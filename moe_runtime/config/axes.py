@@ -9,20 +9,8 @@ A schedule asks this of M, the microbatches of one lane in a step:
 
 from typing import Literal
 
-from moe_runtime.config.schema import BatchConfig, LayoutConfig
+from moe_runtime.config.schema import BatchConfig, LayoutConfig, Schedule
 
-Schedule = Literal[
-    "auto",
-    "single",
-    "gpipe",
-    "1f1b",
-    "interleaved",
-    "zb1p",
-    "zbv",
-    "dualpipe",
-    "dualpipev",
-    "searched",
-]
 Dispatcher = Literal["auto", "local", "alltoall", "two_hop"]
 
 

@@ -24,6 +24,18 @@ from moe_runtime.config.finding import Finding, FindingsError, divisors, nearest
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
+Schedule = Literal[
+    "auto",
+    "single",
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "zb1p",
+    "zbv",
+    "dualpipe",
+    "dualpipev",
+    "searched",
+]
 
 
 class Section(BaseModel):
@@ -135,18 +147,7 @@ class LayoutConfig(Section):
     pp: PositiveInt = Field(1, description="pipeline ranks")
     dp: PositiveInt = Field(1, description="data-parallel lanes")
     ep: PositiveInt = Field(1, description="ranks that share one set of experts; divides dp")
-    schedule: Literal[
-        "auto",
-        "single",
-        "gpipe",
-        "1f1b",
-        "interleaved",
-        "zb1p",
-        "zbv",
-        "dualpipe",
-        "dualpipev",
-        "searched",
-    ] = Field(
+    schedule: Schedule = Field(
         "auto",
         description="searched: found for this run's costs; auto: the shortest of it and those made by hand",
     )

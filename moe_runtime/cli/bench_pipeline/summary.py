@@ -46,10 +46,7 @@ def summarise(
             "cpu_s": statistics.median(sum(rank["cpu_s"] for rank in step) for step in steps),
         }
         line["is_equal"] = max(line["loss_apart"], worst) <= TOLERANCE
-        line |= {
-            key: _mean(steps, key)
-            for key in ("exchange_s", "exchange_wait_s", "transfer_wait_s", "link_bytes")
-        }
+        line |= {key: _mean(steps, key) for key in _MEANS}
         trace = trace_of(steps[-1], settings)
         line |= {"hidden_in_pairs": None, "simulated": None} if trace is None else figures(trace)
         line["hidden"] = 1 - line["exchange_wait_s"] / line["exchange_s"]
