@@ -12,6 +12,7 @@ import torch
 from moe_comm import autograd as differentiable
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.local import LocalDispatcher
+from moe_comm.wire.carried import carry_over
 from torch import Tensor, nn
 
 from moe_runtime.config.schema import ModelConfig, RecomputeConfig
@@ -207,7 +208,8 @@ class Transformer(nn.Module):
             inputs = [state[slot] for slot in phase.inputs]
             if isinstance(phase, Dispatch):
                 shape = inputs[0].shape
-                received = differentiable.dispatch(self.dispatcher, inputs[0].flatten(0, 1), *inputs[1:])
+                tokens = carry_over(inputs[0], inputs[0].flatten(0, 1))
+                received = differentiable.dispatch(self.dispatcher, tokens, *inputs[1:])
                 outputs: tuple[Tensor, ...] = (received.rows, received.row_weights, received.row_counts)
                 handle = received.handle
                 counts.append(torch.bincount(inputs[2].flatten(), minlength=self.config.num_experts))
