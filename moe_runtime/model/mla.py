@@ -7,8 +7,8 @@ Queries, keys and values grow out of narrow latents; keys share one rotary part.
 
 Two things are done for speed. `_Heads` writes queries, keys and values straight into the layout that
 attention reads, with one node on the tape instead of a dozen slices and joins. And v is padded with
-zeros to the width of q and k on the CPU, whose flash kernel wants equal widths; without it attention
-takes the slow path, which writes out the whole score matrix.
+zeros to the width of q and k, for flash kernels want equal widths; without it attention may take the
+slow path, which writes out the whole score matrix.
 
 With `recompute_up`, attention keeps its output and row sums, but q, k and v (by far the largest
 activations of a layer) are made again from the latents: saved-tensor hooks around the kernel recognise
@@ -174,7 +174,7 @@ class MLA(nn.Module):
             kv_source = self.kv_b.multiplier.keep(c_kv, 2) if kv_source is None else kv_source
         q, kv = self._split(up(c_q, q_source)), self._split(self.kv_b(c_kv, kv_source))
         turns = self._turns(x)
-        width = self._v_width(x)
+        width = max(self.nope + self.rope, self.v)
         heads: Heads = _Heads.apply(q, kv, k_rope, turns, self.v, width)
         remake = None
         if remakes:
@@ -200,10 +200,6 @@ class MLA(nn.Module):
     def _turns(self, x: Tensor) -> Tensor:
         high = torch.promote_types(x.dtype, torch.float32)
         return self.rotary.table(x.shape[1], high, x.device)
-
-    def _v_width(self, x: Tensor) -> int:
-        width = self.nope + self.rope
-        return max(width, self.v) if x.device.type == "cpu" else self.v
 
     def _remake(
         self,
