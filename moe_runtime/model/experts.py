@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from moe_comm.wire.carried import decoded
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -88,7 +89,7 @@ def blocks_of(counts: Tensor, device: torch.device, grouped: bool) -> list[Block
     return [_OneExpert(expert, start, stop) for expert, (start, stop) in enumerate(spans) if stop > start]
 
 
-def _times(x: Tensor, weights: Tensor) -> Tensor:
+def times(x: Tensor, weights: Tensor) -> Tensor:
     """x [rows, f] times weights [rows], in the dtype of x."""
     return (x * weights.unsqueeze(1)).to(x.dtype)
 
@@ -129,7 +130,7 @@ class _Experts(torch.autograd.Function):
             span = block.rows
             block.lift(rows[span], gate_up, lifted[span])
             middle = gated(lifted[span], None if kept is None else kept[span])
-            block.lift(_times(middle, row_weights[span]), down, out[span])
+            block.lift(times(middle, row_weights[span]), down, out[span])
         ctx.blocks, ctx.gate_up, ctx.down = blocks, gate_up, down
         ctx.save_for_backward(rows, row_weights, lifted, kept)
         return out
@@ -138,7 +139,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_weights, lifted, kept = ctx.saved_tensors
-        blocks, down, d_out = ctx.blocks, ctx.down, wide(d_out.contiguous())
+        blocks, down, d_out = ctx.blocks, ctx.down, wide(decoded(d_out).contiguous())
         d_rows, d_lifted = torch.empty_like(rows), torch.empty_like(lifted, dtype=d_out.dtype)
         d_row_weights = torch.empty_like(row_weights)
 
@@ -157,7 +158,7 @@ class _Experts(torch.autograd.Function):
 
         def write_down(out: Tensor, accumulate: bool) -> None:
             def operands(span: slice) -> tuple[Tensor, Tensor]:
-                return d_out[span], _times(middle_of(span), row_weights[span])
+                return d_out[span], times(middle_of(span), row_weights[span])
 
             write_blocks(out, accumulate, blocks, operands)
 
@@ -191,6 +192,7 @@ def expert_ffn(
     Returns:
         [rows, hidden].
     """
+    rows = decoded(rows)
     if grouped is None:
         grouped = grouped_gemm_serves(rows)
     out: Tensor = _Experts.apply(rows, row_weights, gate_up, down, counts, recompute, grouped)
