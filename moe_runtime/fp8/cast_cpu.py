@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from moe_comm.wire.formats import FP32_MANTISSA_BITS
+from moe_comm.wire.formats import E4M3, FP32_MANTISSA_BITS
 from moe_comm.wire.tile import NAN_SCALE_BYTE, ScaleKind, dequantise_tiles, quantise_tiles
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class Columns:
 
     Args:
         features: rows of the result.
-        groups: how tokens are shared out; gaps keep the code 0.
+        groups: how tokens are shared out.
     """
 
     def __init__(self, features: int, groups: Groups) -> None:
@@ -54,6 +54,11 @@ class Columns:
         self._codes[rows, padded : padded + tokens] = tiles.codes
         first = padded // TILE
         self._scales[first : first + num_tiles(tokens), rows] = tiles.scales.t()
+        gap = -tokens % TILE
+        if gap and tiles.scales[:, -1].isnan().any():
+            # A gap is cast with its tile: zeros, or the code of NaN.
+            codes = torch.where(tiles.scales[:, -1].isnan(), E4M3.nan_code, 0).to(torch.uint8)
+            self._codes[rows, padded + tokens : padded + tokens + gap] = codes.unsqueeze(1)
 
     def done(self) -> Tiles:
         """What was written; the scales are a transposed view."""
