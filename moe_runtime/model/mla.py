@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from moe_runtime.config.schema import ModelConfig, RecomputeConfig
 from moe_runtime.model.linear import Linear
 from moe_runtime.model.norm import RMSNorm
-from moe_runtime.model.product import product, widens
+from moe_runtime.model.product import widens
 from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.rope import Rotary, rotate
 
@@ -149,7 +149,7 @@ class MLA(nn.Module):
         self.scale = width**-0.5 * rotary.softmax_factor
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, source: Recomputed[Tensor] | None = None
+        self, x: Tensor, mask: Tensor | None = None, source: Recomputed[Any] | None = None
     ) -> Tensor:
         """Attend within each sequence, causally.
 
@@ -168,13 +168,19 @@ class MLA(nn.Module):
         else:
             c_q, q_source = self._norm(self.q_a_norm, self.q_a(x, source))
             up = self.q_b
+        remakes = self.recompute.mla_up and torch.is_grad_enabled()
+        if remakes:  # each latent is read twice in backward: one form of it is kept for both
+            q_source = up.multiplier.keep(c_q, 2) if q_source is None else q_source
+            kv_source = self.kv_b.multiplier.keep(c_kv, 2) if kv_source is None else kv_source
         q, kv = self._split(up(c_q, q_source)), self._split(self.kv_b(c_kv, kv_source))
         turns = self._turns(x)
         width = max(self.nope + self.rope, self.v)
         heads: Heads = _Heads.apply(q, kv, k_rope, turns, self.v, width)
         remake = None
-        if self.recompute.mla_up and torch.is_grad_enabled():
-            remake = self._remake((c_q, q_source, up), (c_kv, kv_source), k_rope.detach(), turns, width)
+        if remakes:
+            assert q_source is not None and kv_source is not None, "latents are kept above"
+            again = (q_source, up), (kv_source, self.kv_b)
+            remake = self._remake(*again, k_rope.detach(), x.shape[:-1], turns, width)
         out = _attend(heads, mask, self.scale, remake)
         return self.o(out[..., : self.v].transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -197,36 +203,24 @@ class MLA(nn.Module):
 
     def _remake(
         self,
-        query: tuple[Tensor, Recomputed[Tensor] | None, Linear],
-        latent: tuple[Tensor, Recomputed[Tensor] | None],
+        query: tuple[Recomputed[Any], Linear],
+        latent: tuple[Recomputed[Any], Linear],
         k_rope: Tensor,
+        lead: torch.Size,
         turns: Tensor,
         width: int,
     ) -> Recomputed[Heads]:
         """Queries, keys and values from their latents, once for the three of them."""
-        (c_q, q_source, up), (c_kv, kv_source) = query, latent
-        q_source = _kept(c_q) if q_source is None else q_source
-        kv_source = _kept(c_kv) if kv_source is None else kv_source
-        lead = c_q.shape[:-1]
 
-        def lift(source: Recomputed[Tensor], weight: Tensor) -> Tensor:
-            x = source.take()
-            flat = product(x.reshape(-1, x.shape[-1]), weight.detach().t())
-            return self._split(flat.view(*lead, -1))
+        def lift(source: Recomputed[Any], up: Linear) -> Tensor:
+            return self._split(up.multiplier.again(source.take(), up.weight).view(*lead, -1))
 
         def make() -> Heads:
-            q = lift(q_source, up.weight)
-            kv = lift(kv_source, self.kv_b.weight)
+            q, kv = lift(*query), lift(*latent)
             q, k, v = _join_heads(q, kv, k_rope, turns, self.v, width)
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
         return Recomputed(make, users=3)
-
-
-def _kept(x: Tensor) -> Recomputed[Tensor]:
-    """A value that is kept, where one that is made again is asked for."""
-    x = x.detach()
-    return Recomputed(lambda: x)
 
 
 def document_mask(tokens: Tensor, separator: int) -> Tensor:
