@@ -1,9 +1,9 @@
 """Casts that are worse on purpose, to show that the gate of `fp8_loss.py` can see them.
 
-    BlockGradients    gradients in 128 x 128 blocks, where the product wants 1 x 128 tiles. The report found
-                      that a model of 16B diverges with them (Appendix B.2)
-    FixedScales       E4M3 with one scale for each kind of tensor, measured once, at the first cast of that
-                      kind, and fixed from then on
+BlockGradients    gradients in 128 x 128 blocks, where the product wants 1 x 128 tiles. The report found
+                  that a model of 16B diverges with them (Appendix B.2)
+FixedScales       E4M3 with one scale for each kind of tensor, measured once, at the first cast of that
+                  kind, and fixed from then on
 """
 
 import torch

@@ -177,7 +177,7 @@ def read(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
 
 def report(runs: dict[tuple[str, int, int], dict[str, Any]], steps: int) -> None:
     """A line for each variant: relative difference of the loss to BF16, seed by seed, and of their means."""
-    print(f"{steps} steps; loss: mean of the last {LAST}; difference to bf16 in %, gate {GATE:.2%} of the mean")
+    print(f"{steps} steps; loss: mean of the last {LAST}; difference to bf16 in %, gate {GATE:.2%}")
     for variant in VARIANTS:
         pairs = [
             (run, runs["bf16", seed, steps])
@@ -218,7 +218,8 @@ def main() -> None:
                     line = train(variant, seed, args.steps, args.data)
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-                    print(f"{variant} seed {seed}: {line['loss']:.4f}, {line['step_s']:.3f} s a step", flush=True)
+                    figures = f"{line['loss']:.4f}, {line['step_s']:.3f} s a step"
+                    print(f"{variant} seed {seed}: {figures}", flush=True)
     report(read(args.out), args.steps)
 
 

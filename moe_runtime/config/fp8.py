@@ -68,7 +68,8 @@ class Fp8Config(Section):
                 continue
             count = num_layers if layer[1] == "layers" else mtp_depth
             if int(layer[2]) >= count:
-                wanted = f"a layer of the model, which has layers {_first(num_layers)} and mtp {_first(mtp_depth)}"
+                has = f"layers {_first(num_layers)}, mtp {_first(mtp_depth)}"
+                wanted = f"a layer of the model ({has})"
                 found.append(Finding.expected(f"fp8.keep_high.{number}", wanted, repr(name)))
         return found
 

@@ -2,12 +2,12 @@
 
     module                                      products   input kept for backward
     embed                                       none       a look-up
-    every norm                                  none       its own input, BF16; its output is cast as it is made
+    every norm                                  none       its own input, BF16; casts its output at once
     attn.q_a, attn.kv_a  (attn.q)               FP8        E4M3; one cast of the normed stream for both
     attn.q_b, attn.kv_b                         FP8        E4M3 of the normed latents
     attention core (QK^T, softmax, AV)          BF16       as its kernel wants it
     attn.o                                      FP8        E5M6
-    ffn, moe.shared, moe.experts                FP8        input E4M3, gate_up's output E4M3, the product made again
+    ffn, moe.shared, moe.experts                FP8        E4M3, gate_up's output E4M3, product made again
     moe.router                                  FP32       BF16
     eh_proj of MTP                              BF16       BF16
     final norms and head                        BF16       BF16

@@ -97,9 +97,7 @@ class Block(nn.Module):
         source = self._source(self.attn_norm, resid, self.attn.num_source_users())
         return resid + self.attn(self.attn_norm(resid), mask, source)
 
-    def _source(
-        self, norm: RMSNorm, x: Tensor, users: int, plain: bool = False
-    ) -> Recomputed[Tensor] | None:
+    def _source(self, norm: RMSNorm, x: Tensor, users: int, plain: bool = False) -> Recomputed[Tensor] | None:
         return norm.recomputed(x, users, plain) if self.recompute.norm else None
 
     def _dense(self, resid: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:

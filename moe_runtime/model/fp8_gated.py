@@ -2,13 +2,13 @@
 
     forward    x -> tiles;  h = x G^T;  p = silu(h_gate) h_up (w) -> tiles at once;  y = p D^T
                kept: tiles of x, tiles of h
-    backward   dy -> rows and columns;  dp = rows D;  dh from dp and the kept h, in FP32, cast both ways at once
+    backward   dy -> rows and columns;  dp = rows D;  dh from dp and the kept h, FP32, cast both ways
                dx = rows of dh G
     W          dD = columns of dy, columns of p made again from the kept h;  dG = columns of dh, of x
 
 h is kept in FP8 and p not at all, so `recompute.swiglu` has nothing to add. One Function holds both
-products, because dh need never exist but as tiles. Experts are the same with groups of rows and the rows' gate
-weights; see `experts.py` for how these flow. Rows may arrive as tiles alone, and so may gradients.
+products, because dh need never exist but as tiles. Experts are the same with groups of rows and the gate
+weights of rows; see `experts.py` for how these flow. Rows may arrive as tiles alone, and so may gradients.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from moe_runtime.fp8.tiled import Groups, Tiles
 from moe_runtime.model.experts import times
 from moe_runtime.model.ffn import SwiGLU, gated, gated_backward
-from moe_runtime.model.fp8_operands import Gradient, Kept, Kit, Products, flat, tiles_of
+from moe_runtime.model.fp8_operands import Gradient, Kit, Products, flat, tiles_of, wgrad_operand
 from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.weight_grad import deliver
 
@@ -118,7 +118,7 @@ class _Fp8Gated(torch.autograd.Function):
         out = products.forward(_gate(lifted, row_weights, kit), down, x.dtype)
         if trains:
             kept = casts.cast_rows(lifted)
-            from_x = Kept(tiles).tensors() if source is None and tiles is not None else (None, None)
+            from_x = (tiles.codes, tiles.scales) if source is None and tiles is not None else ()
             ctx.save_for_backward(row_weights, kept.codes, kept.scales, *from_x)
         ctx.gate_up, ctx.down, ctx.source, ctx.kit, ctx.groups = gate_up, down, source, kit, groups
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -129,7 +129,7 @@ class _Fp8Gated(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         row_weights, codes, scales, *from_x = ctx.saved_tensors
         kit, groups, source, dtype = ctx.kit, ctx.groups, ctx.source, ctx.dtype
-        kept, products, casts = Tiles(codes, scales), Products(kit, groups), kit.casts
+        kept, products = Tiles(codes, scales), Products(kit, groups)
         d_y = Gradient.cast(d_out, kit, groups)
         d_product = products.back(d_y, ctx.down, dtype)
         d_lifted, d_weights = _gate_backward(d_product, kept, row_weights, kit, groups)
@@ -141,9 +141,8 @@ class _Fp8Gated(torch.autograd.Function):
             products.write(out, d_y, _gate_again(kept, row_weights, dtype, kit, groups), accumulate)
 
         def write_gate_up(out: Tensor, accumulate: bool) -> None:
-            x = Kept.of(from_x) if source is None else Kept(tiles_of(source.take(), casts))
-            operand = x.columns(casts, groups) if kit.choice.wgrad else x.plain(casts, dtype)
-            products.write(out, d_lifted, operand, accumulate)
+            x = Tiles(*from_x) if source is None else source.take()
+            products.write(out, d_lifted, wgrad_operand(x, kit, dtype, groups), accumulate)
 
         d_down = deliver(ctx.down, write_down) if ctx.needs_input_grad[3] else None
         d_gate_up = deliver(ctx.gate_up, write_gate_up) if ctx.needs_input_grad[2] else None

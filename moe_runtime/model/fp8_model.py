@@ -4,10 +4,13 @@ A layer never asks whether it is FP8. It holds what multiplies, and here that is
 the table of `fp8/policy.py` says. Norms whose output an FP8 product reads cast it as they make it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moe_runtime.fp8 import cast
+from moe_runtime.fp8.e5m6 import Packed, pack_e5m6, unpack_e5m6
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.block import Block
@@ -17,6 +20,7 @@ from moe_runtime.model.fp8_operands import Casts, Kit, flat, hang
 from moe_runtime.model.linear import Linear
 from moe_runtime.model.mla import MLA
 from moe_runtime.model.norm import Normalise
+from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.transformer import Transformer
 
 
@@ -30,8 +34,7 @@ def use_fp8(model: Transformer, policy: Policy, weights: WeightCasts, casts: Cas
     Returns:
         Canonical names of the modules that are FP8 now.
     """
-    changed = [name for block in model.blocks() for name in _use_in_block(block, policy, weights, casts)]
-    return changed
+    return [name for block in model.blocks() for name in _use_in_block(block, policy, weights, casts)]
 
 
 def _use_in_block(block: Block, policy: Policy, weights: WeightCasts, casts: Casts) -> list[str]:
@@ -63,12 +66,20 @@ def _parts(block: Block) -> list[str]:
 def _use(block: Block, part: str, kit: Kit) -> None:
     if part.startswith("attn."):
         _linears(block.attn)[part.removeprefix("attn.")].multiplier = Fp8Multiplier(kit)
+        if kit.choice.keeps_e5m6:
+            block.attn.share_output = _in_e5m6
     elif part == "ffn" and block.ffn is not None:
         block.ffn.compute = Fp8FeedForward(kit)
     elif block.moe is not None and part == "moe.experts":
         block.moe.experts.compute = Fp8Experts(kit)
     elif block.moe is not None and block.moe.shared is not None:
         block.moe.shared.compute = Fp8FeedForward(kit)
+
+
+def _in_e5m6(x: Tensor) -> tuple[Recomputed[Packed], Callable[[], Tensor]]:
+    """x [..., k] kept in E5M6: a source of that for the weight gradient, and the values again."""
+    packed, dtype = pack_e5m6(flat(x)), x.dtype
+    return Recomputed(lambda: packed), lambda: unpack_e5m6(packed, dtype)
 
 
 def _cast_norms(block: Block, fp8: set[str], casts: Casts) -> None:

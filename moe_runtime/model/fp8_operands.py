@@ -1,6 +1,6 @@
 """Operands of FP8 products as a layer's forward and backward meet them.
 
-    Kept        an input between forward and backward: FP8, whatever it was
+    Kit         which products are FP8, and what makes tiles and keeps casts of weights
     Gradient    a gradient that came in, cast as the products need it, each form dropped after its last use
     Products    the three products of one weight, or of one weight for each group of rows
 
@@ -8,7 +8,6 @@ Tiles of a tensor may be there already: a norm cast its output as it made it, a 
 FP8. They hang on the tensor (`moe_comm.wire.carried`), and `tiles_of` finds them or casts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from moe_comm.wire.carried import tiles_of as carried_by
 from torch import Tensor
 
 from moe_runtime.fp8 import gemm
+from moe_runtime.fp8.e5m6 import Packed, columns_of_packed, unpack_e5m6
 from moe_runtime.fp8.policy import Choice
 from moe_runtime.fp8.tiled import Blocks, Groups, Tiles
 from moe_runtime.fp8.weight_casts import WeightCasts
@@ -90,32 +90,21 @@ def tiles_of(x: Tensor | Tiles, casts: Casts) -> Tiles:
     return casts.cast_rows(flat(x))
 
 
-class Kept:
-    """An input as it is kept for backward: E4M3 tiles.
+def wgrad_operand(
+    kept: Tensor | Tiles | Packed, kit: Kit, dtype: torch.dtype, groups: Groups | None = None
+) -> Tiles | Tensor:
+    """What a weight gradient multiplies, from an input as it was kept or made again.
 
     Args:
-        tiles: of x [m, k].
+        kept: tiles of x [m, k], x in E5M6, or x [..., k] itself made again, which may carry tiles.
+
+    Returns:
+        Tiles [k, padded m], or where Wgrad stays high values [m, k] of dtype.
     """
-
-    def __init__(self, tiles: Tiles) -> None:
-        self._tiles = tiles
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Kept":
-        """From what `tensors` gave."""
-        return cls(Tiles(*tensors))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What autograd is to save."""
-        return self._tiles.codes, self._tiles.scales
-
-    def columns(self, casts: Casts, groups: Groups | None) -> Tiles:
-        """Right operand of Wgrad: tiles [k, padded m]."""
-        return casts.columns_of(self._tiles, groups)
-
-    def plain(self, casts: Casts, dtype: torch.dtype) -> Tensor:
-        """[m, k] of dtype."""
-        return casts.decode(self._tiles, dtype)
+    if isinstance(kept, Packed):
+        return columns_of_packed(kept, groups) if kit.choice.wgrad else unpack_e5m6(kept, dtype)
+    tiles = tiles_of(kept, kit.casts)
+    return kit.casts.columns_of(tiles, groups) if kit.choice.wgrad else kit.casts.decode(tiles, dtype)
 
 
 @dataclass
@@ -176,7 +165,7 @@ class Products:
             block.back(grad.plain[block.rows], weight, d_x[block.rows])
         return d_x
 
-    def write(self, out: Tensor, grad: Gradient, x: "Tiles | Tensor", accumulate: bool) -> None:
+    def write(self, out: Tensor, grad: Gradient, x: Tiles | Tensor, accumulate: bool) -> None:
         """The gradient of the weight, written or added: x is Tiles [in, padded m], or values [m, in]."""
         groups, backend = self._groups, self._kit.choice.backend
         if isinstance(x, Tiles):

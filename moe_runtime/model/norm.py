@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from moe_runtime.model.recompute import Recomputed
 
-
 # normalise(x, gain, eps): output in the dtype of x, reciprocal root mean square in at least FP32, any shape.
 Normalise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
