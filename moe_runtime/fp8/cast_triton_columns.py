@@ -16,8 +16,8 @@ from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
     empty_tiles,
     encode,
+    encode_joined,
     has_cast_instruction,
-    joined,
     larger_of,
     magnitude_of,
     readable,
@@ -68,12 +68,7 @@ def store_columns(
     """
     inverse, scale = column_scales(v0, v1, v2, v3, POW2, HARDWARE_CAST)
     factor = inverse[None, :]
-    packed = joined(
-        encode(v0 * factor, HARDWARE_CAST),
-        encode(v1 * factor, HARDWARE_CAST),
-        encode(v2 * factor, HARDWARE_CAST),
-        encode(v3 * factor, HARDWARE_CAST),
-    )
+    packed = encode_joined(v0 * factor, v1 * factor, v2 * factor, v3 * factor, HARDWARE_CAST)
     packed &= word_mask(count)[:, None]
     is_column = column < num_columns
     place = words + column.to(tl.int64)[:, None] * row_words + (tile * 32 + tl.arange(0, 32))[None, :]

@@ -6,8 +6,6 @@ All in FP32. Two ways to it: from gate_up in BF16, as the up projection gives it
 gradient of the down projection, made again from the FP8 that was cached, as columns.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,18 +20,13 @@ from moe_runtime.fp8.cast_triton_tile import (
     magnitude_of,
     readable,
     scales_of,
+    sigmoid,
 )
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
 ROWS, WARPS = 32, 4
 REMAKE_COLUMNS, REMAKE_WARPS = 64, 8
-
-
-@triton.jit
-def sigmoid(values: tl.tensor) -> Any:
-    """1 / (1 + exp(-x)) of float32, by fast exponential and division."""
-    return 1.0 / (1.0 + tl.exp(-values))
 
 
 @triton.jit
@@ -62,7 +55,7 @@ def cast_gated_kernel(
     gate_read = tl.load(source, mask=is_inside, other=0.0)
     up_read = tl.load(source + width, mask=is_inside, other=0.0)
     gate = gate_read.to(tl.float32)
-    product = gate * sigmoid(gate) * up_read.to(tl.float32)
+    product = gate * sigmoid(gate, HARDWARE_CAST) * up_read.to(tl.float32)
     if WEIGHTED:
         weights = tl.load(row_weights + first + row, mask=is_row, other=0.0).to(tl.float32)
         product *= weights[:, None]
@@ -130,7 +123,7 @@ def cast_gated_tiles_kernel(
             ALIGNED,
             HARDWARE_CAST,
         )
-        product = gate * sigmoid(gate) * up
+        product = gate * sigmoid(gate, HARDWARE_CAST) * up
         if WEIGHTED:
             weights = tl.load(row_weights + first + row, mask=row < count, other=0.0).to(tl.float32)
             product *= weights[:, None]

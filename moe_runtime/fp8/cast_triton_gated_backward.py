@@ -25,9 +25,9 @@ from moe_runtime.fp8.cast_triton_columns import (
     store_columns,
     store_row_tile,
 )
-from moe_runtime.fp8.cast_triton_gated import adjacent, sigmoid
+from moe_runtime.fp8.cast_triton_gated import adjacent
 from moe_runtime.fp8.cast_triton_rows import decode_on_device
-from moe_runtime.fp8.cast_triton_tile import empty_tiles, has_cast_instruction, readable
+from moe_runtime.fp8.cast_triton_tile import empty_tiles, has_cast_instruction, readable, sigmoid
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
@@ -90,7 +90,7 @@ def gated_backward_kernel(
             True,
             HARDWARE_CAST,
         )
-        open_part = sigmoid(gate)
+        open_part = sigmoid(gate, HARDWARE_CAST)
         active = gate * open_part
         slope = active
         if is_gate:  # `up` is read by this half alone

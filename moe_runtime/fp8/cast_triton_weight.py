@@ -13,8 +13,8 @@ from moe_runtime.fp8.cast_triton_columns import read_quarter
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
     encode,
+    encode_joined,
     has_cast_instruction,
-    joined,
     larger_of,
     magnitude_of,
     readable,
@@ -36,6 +36,7 @@ def cast_weight_kernel(
     num_columns: int,
     matrix_stride: int,
     row_stride: int,
+    row_words: int,
     BOTH: tl.constexpr,
     WORDS: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,
@@ -74,10 +75,11 @@ def cast_weight_kernel(
             mirrored = transposed + start + column.to(tl.int64)[:, None] * num_rows + (first + at)[None, :]
             tl.store(mirrored, tl.trans(part), mask=is_column[:, None] & (at < count)[None, :])
     if BOTH and WORDS:
-        packed = tl.trans(joined(c0, c1, c2, c3))
-        word = first // 4 + tl.arange(0, 32)
-        place = transposed + start // 4 + column.to(tl.int64)[:, None] * (num_rows // 4) + word[None, :]
-        tl.store(place, packed, mask=is_column[:, None] & (4 * word < num_rows)[None, :])
+        packed = tl.trans(encode_joined(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse, HARDWARE_CAST))
+        word = band * 32 + tl.arange(0, 32)
+        mirror = transposed + matrix * row_words * num_columns
+        place = mirror + column.to(tl.int64)[:, None] * row_words + word[None, :]
+        tl.store(place, packed, mask=is_column[:, None] & (word < row_words)[None, :])
 
 
 def _cast(weight: Tensor, both: bool, hardware_cast: bool | None, num_warps: int) -> tuple[Blocks, Tensor]:
@@ -99,6 +101,7 @@ def _cast(weight: Tensor, both: bool, hardware_cast: bool | None, num_warps: int
             columns,
             matrices.stride(0),
             matrices.stride(1),
+            rows // 4,
             BOTH=both,
             WORDS=words,
             HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
