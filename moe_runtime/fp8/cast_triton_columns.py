@@ -35,7 +35,12 @@ RETILE_COLUMNS, RETILE_WARPS = 128, 8
 
 @triton.jit
 def column_scales(
-    v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor, POW2: tl.constexpr, HARDWARE_CAST: tl.constexpr
+    v0: tl.tensor,
+    v1: tl.tensor,
+    v2: tl.tensor,
+    v3: tl.tensor,
+    POW2: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr,
 ) -> Any:
     """(inverse, scale) of each column of four quarters [32, columns]."""
     low = larger_of(magnitude_of(v0, HARDWARE_CAST), magnitude_of(v1, HARDWARE_CAST), HARDWARE_CAST)
@@ -102,7 +107,12 @@ def store_row_tile(
 
 @triton.jit
 def read_quarter(
-    values: tl.tensor, row: tl.tensor, count: tl.tensor, stride: tl.tensor, column: tl.tensor, width: tl.tensor
+    values: tl.tensor,
+    row: tl.tensor,
+    count: tl.tensor,
+    stride: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
 ) -> Any:
     """float32 [32, columns] of rows of a matrix; zeros from row `count` on and beside it."""
     is_inside = (row < count)[:, None] & (column < width)[None, :]
@@ -148,7 +158,20 @@ def cast_columns_kernel(
             at = row + step
             store_row_tile(part, target, place, at, at < count, column, num_columns, POW2, HARDWARE_CAST)
     store_columns(
-        v0, v1, v2, v3, words, scales, tile, count, column, num_columns, row_words, scale_stride, POW2, HARDWARE_CAST
+        v0,
+        v1,
+        v2,
+        v3,
+        words,
+        scales,
+        tile,
+        count,
+        column,
+        num_columns,
+        row_words,
+        scale_stride,
+        POW2,
+        HARDWARE_CAST,
     )
 
 
@@ -163,24 +186,25 @@ def decode_quarter(
     tile_scale_stride: tl.tensor,
     column: tl.tensor,
     is_column: tl.tensor,
+    tile: tl.tensor,
     ONE_TILE: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,
 ) -> Any:
     """float32 [32, columns] of rows of cached tiles; zeros where there is none.
 
     Args:
-        ONE_TILE: all columns lie in one tile, so a row has one scale here.
+        tile: which the first column lies in.
+        ONE_TILE: all columns lie in it, so a row has one scale here.
     """
     is_row = row < count
     is_inside = is_row[:, None] & is_column[None, :]
     block = tl.load(codes + row[:, None] * code_stride + column[None, :], mask=is_inside, other=0)
     if ONE_TILE:
-        tile = tl.min(column, axis=0) // _TILE
         place = scales + row * row_scale_stride + tile.to(tl.int64) * tile_scale_stride
         values = values_of(block, tl.load(place, mask=is_row, other=0.0), HARDWARE_CAST)
     else:
-        tile = (column // _TILE).to(tl.int64)
-        place = scales + row[:, None] * row_scale_stride + tile[None, :] * tile_scale_stride
+        tiles = (column // _TILE).to(tl.int64)
+        place = scales + row[:, None] * row_scale_stride + tiles[None, :] * tile_scale_stride
         ones = tl.full(row.shape, 1.0, tl.float32)
         values = values_of(block, ones, HARDWARE_CAST) * tl.load(place, mask=is_inside, other=0.0)
     return values
@@ -225,6 +249,7 @@ def columns_of_kernel(
             tile_scale_stride,
             column,
             is_column,
+            piece * COLUMNS // _TILE,
             True,
             HARDWARE_CAST,
         )

@@ -26,7 +26,7 @@ from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
 ROWS, WARPS = 32, 4
-REMAKE_COLUMNS, REMAKE_WARPS = 64, 8
+REMAKE_COLUMNS, REMAKE_WARPS = 128, 8
 
 
 @triton.jit
@@ -107,6 +107,7 @@ def cast_gated_tiles_kernel(
             tile_scale_stride,
             column,
             is_column,
+            piece * COLUMNS // _TILE,
             True,
             HARDWARE_CAST,
         )
@@ -120,6 +121,7 @@ def cast_gated_tiles_kernel(
             tile_scale_stride,
             column + width,
             is_column,
+            (width + piece * COLUMNS) // _TILE,
             ALIGNED,
             HARDWARE_CAST,
         )

@@ -87,6 +87,7 @@ def gated_backward_kernel(
             source_tile_stride,
             column,
             column < width,
+            piece,
             True,
             HARDWARE_CAST,
         )
@@ -104,6 +105,7 @@ def gated_backward_kernel(
                 source_tile_stride,
                 column + width,
                 column < width,
+                piece + pieces,
                 True,
                 HARDWARE_CAST,
             )
@@ -114,9 +116,7 @@ def gated_backward_kernel(
         if WEIGHTED:
             pull *= tl.load(row_weights + first + row, mask=is_row, other=0.0)[:, None]
         made = pull * slope
-        store_row_tile(
-            made, target, target_scales, row, is_row, made_column, 2 * width, True, HARDWARE_CAST
-        )
+        store_row_tile(made, target, target_scales, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
         quarters += (made,)  # type: ignore[assignment]
     store_columns(
         quarters[0],
@@ -144,6 +144,7 @@ def gated_backward_cast_on_device(
     *,
     hardware_cast: bool | None = None,
     num_warps: int = WARPS,
+    max_registers: int | None = None,
 ) -> tuple[Tiles, Tiles, Tensor | None]:
     """The gradient of gate_up in tiles both ways, and that of the row weights.
 
@@ -154,6 +155,7 @@ def gated_backward_cast_on_device(
         groups: of the rows; None: one group.
         hardware_cast: use the conversion instructions; None: where the device has them.
         num_warps: of a program.
+        max_registers: of a thread; None: as the compiler likes.
 
     Returns:
         (Tiles [m, 2f], Tiles [2f, padded m], float32 [m] or None). Where f is no multiple of 128, a row tile
@@ -191,6 +193,7 @@ def gated_backward_cast_on_device(
             WEIGHTED=weights is not None,
             HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
             num_warps=num_warps,
+            **({} if max_registers is None else {"maxnreg": max_registers}),
         )
     return made, columns, None if parts is None else parts.sum(0)
 

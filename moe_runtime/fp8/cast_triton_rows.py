@@ -81,7 +81,9 @@ def decode_kernel(
     scale_row = row
     if BLOCKS:
         matrix = row // rows_of_matrix
-        scale_row = matrix * ((rows_of_matrix + _TILE - 1) // _TILE) + (row - matrix * rows_of_matrix) // _TILE
+        scale_row = (
+            matrix * ((rows_of_matrix + _TILE - 1) // _TILE) + (row - matrix * rows_of_matrix) // _TILE
+        )
     scale_place = scales + scale_row * row_scale_stride + tile * tile_scale_stride
     block_scales = tl.load(scale_place, mask=is_row, other=0.0)
     block = values_of(block_codes, block_scales, HARDWARE_CAST)

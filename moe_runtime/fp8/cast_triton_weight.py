@@ -75,7 +75,9 @@ def cast_weight_kernel(
             mirrored = transposed + start + column.to(tl.int64)[:, None] * num_rows + (first + at)[None, :]
             tl.store(mirrored, tl.trans(part), mask=is_column[:, None] & (at < count)[None, :])
     if BOTH and WORDS:
-        packed = tl.trans(encode_joined(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse, HARDWARE_CAST))
+        packed = tl.trans(
+            encode_joined(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse, HARDWARE_CAST)
+        )
         word = band * 32 + tl.arange(0, 32)
         mirror = transposed + matrix * row_words * num_columns
         place = mirror + column.to(tl.int64)[:, None] * row_words + word[None, :]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moe_runtime.fp8 import cast, cast_triton
-from moe_runtime.fp8.cast_triton_columns import cast_columns_kernel
 from moe_runtime.fp8.tiled import Blocks, Groups, Tiles
 from tests.unit.comm.wire_values import heavy_tailed, on_ties, random_bits, same_bits, special_tiles
 
@@ -28,21 +27,13 @@ def same(ours: Tiles | Blocks, theirs: Tiles | Blocks) -> bool:
     )
 
 
-def near(ours: Tiles, theirs: Tiles) -> bool:
-    """The same but for elements whose value lay next to a tie: one code, or a scale's last place, apart."""
-    found, wanted = cast.decode(ours), cast.decode(theirs)
-    step = wanted.abs().mul(2.0**-3).clamp(min=1e-30) + cast.decode(theirs).abs().max() * 2.0**-15
-    different = (ours.codes != theirs.codes).float().mean().item() if ours.codes.numel() else 0.0
-    return found.shape == wanted.shape and bool(((found - wanted).abs() <= step).all()) and different < 0.01
-
-
 def ragged() -> list[tuple[Tensor, Groups | None]]:
     """Matrices and groups of their rows: sizes that are no multiple of anything, groups of all kinds."""
-    with_specials = torch.cat([special_tiles(200), heavy_tailed(122, 200, seed=1)])
+    with_specials = torch.cat([special_tiles(70), heavy_tailed(115, 70, seed=1)])
     return [
-        (heavy_tailed(261, 130, seed=2), Groups(torch.tensor([0, 5, 128, 0, 127, 1, 0]), CPU)),
-        (with_specials, Groups(torch.tensor([137]), CPU)),
-        (random_bits(130, 72, seed=3), None),
+        (heavy_tailed(135, 130, seed=2), Groups(torch.tensor([0, 5, 128, 0, 2]), CPU)),
+        (with_specials, Groups(torch.tensor([130]), CPU)),
+        (random_bits(20, 72, seed=3), None),
         (on_ties(128).t().contiguous(), Groups(torch.tensor([0, 128]), CPU)),
         (heavy_tailed(3, 1, seed=4), Groups(torch.tensor([1, 2]), CPU)),
         (torch.empty(0, 40), Groups(torch.tensor([0, 0]), CPU)),
@@ -51,9 +42,11 @@ def ragged() -> list[tuple[Tensor, Groups | None]]:
 
 def case_rows_are_those_of_the_cpu_form() -> None:
     for x, _ in ragged():
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            assert same(cast_triton.cast_rows_on_device(x.to(dtype)), cast.cast_rows(x.to(dtype)))
+        assert same(cast_triton.cast_rows_on_device(x), cast.cast_rows(x))
         assert same(cast_triton.cast_rows_on_device(x, "fp32"), cast.cast_rows(x, "fp32"))
+    for dtype in (torch.bfloat16, torch.float64):
+        x = heavy_tailed(40, 130, seed=2).to(dtype)
+        assert same(cast_triton.cast_rows_on_device(x), cast.cast_rows(x))
     strided = heavy_tailed(9, 400, seed=5)[::2, 3:303]
     assert same(cast_triton.cast_rows_on_device(strided), cast.cast_rows(strided))
 
@@ -66,7 +59,7 @@ def case_scales_lie_as_matrix_units_read_them() -> None:
 def case_columns_are_those_of_the_cpu_form_and_gaps_are_zero() -> None:
     for x, groups in ragged():
         assert same(cast_triton.cast_columns_on_device(x, groups), cast.cast_columns(x, groups))
-    x = ragged()[0][0].bfloat16()
+    x = heavy_tailed(9, 40, seed=2).bfloat16()
     assert same(cast_triton.cast_columns_on_device(x, None, columns=32), cast.cast_columns(x))
     poisoned = torch.full((5, 3), math.nan)
     assert (cast_triton.cast_columns_on_device(poisoned).codes[:, 5:] == 0).all()
@@ -88,11 +81,11 @@ def case_retiling_is_that_of_the_cpu_form() -> None:
 
 
 def gated_inputs() -> list[tuple[Tensor, Tensor | None, Groups | None]]:
-    weights = torch.rand(261, generator=torch.Generator().manual_seed(6))
-    wild = heavy_tailed(20, 256, seed=8, spread=2.0)
+    weights = torch.rand(135, generator=torch.Generator().manual_seed(6))
+    wild = heavy_tailed(9, 256, seed=8, spread=2.0)
     wild[3, 7], wild[4, 200], wild[5] = math.inf, math.nan, 0.0
     return [
-        (heavy_tailed(261, 256, seed=7, spread=1.0), weights, ragged()[0][1]),
+        (heavy_tailed(135, 256, seed=7, spread=1.0), weights, ragged()[0][1]),
         (wild, None, None),
         (heavy_tailed(30, 180, seed=9, spread=1.0), weights[:30], Groups(torch.tensor([0, 30]), CPU)),
         (torch.empty(0, 256), torch.empty(0), Groups(torch.tensor([0]), CPU)),
@@ -151,9 +144,9 @@ def case_norm_is_near_and_its_tiles_are_those_of_its_output() -> None:
 
 def case_blocks_are_those_of_the_cpu_form_and_so_are_the_transposed() -> None:
     weights = [
-        heavy_tailed(260, 130, seed=13).bfloat16(),
-        heavy_tailed(3 * 70, 131, seed=14).view(3, 70, 131),  # rows of no multiple of 4
-        torch.cat([special_tiles(300), torch.zeros(125, 300)]),
+        heavy_tailed(132, 130, seed=13).bfloat16(),
+        heavy_tailed(2 * 130, 31, seed=14).view(2, 130, 31),  # rows of no multiple of 4
+        special_tiles(140),
         torch.empty(0, 128, 128),
     ]
     for weight in weights:
@@ -166,15 +159,15 @@ def case_blocks_are_those_of_the_cpu_form_and_so_are_the_transposed() -> None:
 def case_decoding_gives_the_values_of_the_cpu_form() -> None:
     for x, _ in ragged():
         tiles = cast_triton.cast_rows_on_device(x)
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for dtype in (torch.float32, torch.bfloat16):
             assert same_bits(cast_triton.decode_on_device(tiles, dtype), cast.decode(tiles, dtype))
-    blocks = cast.cast_weight(heavy_tailed(3 * 70, 131, seed=14).view(3, 70, 131))
+    blocks = cast.cast_weight(heavy_tailed(2 * 130, 31, seed=14).view(2, 130, 31))
     assert same_bits(cast_triton.decode_on_device(blocks), cast.decode(blocks))
 
 
 def case_the_comparison_sees_the_interpreters_own_cast() -> None:
     """The planted fault: that cast is wrong in about 2% of the values, and must not pass."""
-    x = on_ties(512)
+    x = on_ties(128)
     assert not same(cast_triton.cast_rows_on_device(x, hardware_cast=True), cast.cast_rows(x))
 
 
@@ -187,7 +180,6 @@ def case_the_comparison_sees_a_gap_that_is_not_zero() -> None:
 
 
 def main() -> None:
-    assert cast_columns_kernel is not None
     # NumPy, which the interpreter computes with, warns of products that the poisoned tiles discard.
     warnings.simplefilter("ignore", RuntimeWarning)
     results = {}
