@@ -39,7 +39,7 @@ class Columns:
 
     Args:
         features: rows of the result.
-        groups: how tokens are shared out.
+        groups: how tokens are shared out; gaps keep the code 0.
     """
 
     def __init__(self, features: int, groups: Groups) -> None:
@@ -62,17 +62,12 @@ class Columns:
         amax_bits = (values.view(torch.int32) & FP32_MAGNITUDE).amax(1)
         made = E4M3_SCALES.of(amax_bits)
         codes = (values * made.inverses.unsqueeze(1)).to(torch.float8_e4m3fn).view(torch.uint8)
-        is_poisoned = bool(made.is_poisoned.any())
-        if is_poisoned:
+        if made.is_poisoned.any():
             codes.masked_fill_(made.is_poisoned.unsqueeze(1), E4M3.nan_code)
         place = slice(padded, padded + tiles * tokens)
         # Bytes are turned in a buffer of their own: a copy straight to its place would not be blocked.
         self._codes[:, place] = codes.view(tiles * tokens, features).t().contiguous()
         self._scales[padded // TILE : padded // TILE + tiles] = made.scales
-        if is_poisoned and tokens < TILE:
-            # A gap is cast with its tile: zeros, or the code of NaN.
-            gap = self._codes[:, place.stop : padded + TILE]
-            gap.masked_fill_(made.is_poisoned.t(), E4M3.nan_code)
 
     def done(self) -> Tiles:
         """What was written; the scales are a transposed view."""
