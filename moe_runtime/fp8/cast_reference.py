@@ -79,7 +79,7 @@ def reference_rows(x: Tensor) -> Tiles:
 
 
 def reference_columns(x: Tensor, groups: Groups) -> Tiles:
-    """See `cast.cast_columns`: the transposed matrix with zeros in its gaps, cast by rows; gaps have code 0."""
+    """See `cast.cast_columns`: the transposed matrix, gaps full of zeros, cast by rows; gaps have code 0."""
     padded = torch.zeros(x.shape[1], groups.num_padded)
     is_gap = torch.ones(groups.num_padded, dtype=torch.bool)
     for row, place in enumerate(_places(groups)):
