@@ -135,7 +135,8 @@ class LayoutConfig(Section):
         "auto", description="auto: local for ep 1, two_hop over nodes of whole routing groups, else alltoall"
     )
     wire: Literal["auto", "bf16", "fp32", "fp8", "fp8_pow2"] = Field(
-        "auto", description="what dispatched rows travel as (combine: BF16 under fp8); auto: as they are"
+        "auto",
+        description="what dispatched rows travel as (combine: BF16 under fp8); auto: as experts read them",
     )
     ranks_per_node: PositiveInt | None = Field(
         None, description="ranks that fast links join, for two_hop; null: those of a machine"

@@ -24,11 +24,12 @@ infinite. Infinity or NaN anywhere in a tile: the scale is NaN, all codes are 0x
 from dataclasses import dataclass
 
 import torch
-from moe_comm.wire.formats import FP32_INFINITY, FP32_MAGNITUDE, FP32_MANTISSA_BITS
-from torch import Tensor, nn
+from moe_comm.wire.formats import FP32_MAGNITUDE, FP32_MANTISSA_BITS
+from torch import Tensor
 
 from moe_runtime.errors import NumericsError
 from moe_runtime.fp8 import cast, cast_cpu
+from moe_runtime.fp8.scales import ScaleLaw
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
 MAX = 65024.0
@@ -36,8 +37,7 @@ FLOOR = 2.0**-90
 NAN_CODE = 0x7FF
 _MANTISSA_BITS = 6
 _SMALLEST_NORMAL = 127 - 14  # as FP32's exponent field
-_OVER_MAX_MANTISSA = 0x1FFFF  # carries into the exponent exactly when a mantissa exceeds that of MAX
-_MAX_EXPONENT = 15
+_SCALES = ScaleLaw(MAX, FLOOR, NAN_CODE)
 _CHUNK_ELEMENTS = 1 << 17
 
 
@@ -127,18 +127,17 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
 
 def _encode(values: Tensor) -> tuple[Tensor, Tensor]:
     """(codes int32 [rows, columns], scales [rows, tiles]) of float32 values."""
-    columns = values.shape[1]
-    amax_bits = values.view(torch.int32) & FP32_MAGNITUDE
-    amax_bits = nn.functional.pad(amax_bits, (0, num_tiles(columns) * TILE - columns))
-    amax_bits = amax_bits.unflatten(1, (num_tiles(columns), TILE)).amax(-1)
-    is_poisoned = amax_bits >= FP32_INFINITY
-    floored = amax_bits.view(torch.float32).clamp(min=FLOOR).view(torch.int32)
-    fields = (floored + _OVER_MAX_MANTISSA).bitwise_right_shift_(FP32_MANTISSA_BITS).sub_(_MAX_EXPONENT)
-    inverses = (254 - fields).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
-    scales = fields.bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
-    codes = round_to_codes(values * _spread(inverses, columns))
-    codes.masked_fill_(_spread(is_poisoned, columns), NAN_CODE)
-    return codes, scales.masked_fill_(is_poisoned, torch.nan)
+    codes = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    scales = torch.empty(values.shape[0], num_tiles(values.shape[1]), device=values.device)
+    for first, last in _segments(values.shape[1]):
+        part = _in_tiles(values[:, first:last])
+        made = _SCALES.of((part.view(torch.int32) & FP32_MAGNITUDE).amax(-1))
+        its_codes = round_to_codes(part * made.inverses.unsqueeze(-1))
+        if made.is_poisoned.any():
+            its_codes.masked_fill_(made.is_poisoned.unsqueeze(-1), NAN_CODE)
+        _in_tiles(codes[:, first:last]).copy_(its_codes)
+        scales[:, first // TILE : num_tiles(last)] = made.scales
+    return codes, scales
 
 
 def round_to_codes(scaled: Tensor) -> Tensor:
@@ -147,31 +146,44 @@ def round_to_codes(scaled: Tensor) -> Tensor:
     magnitude = bits & FP32_MAGNITUDE
     exponents = (magnitude >> FP32_MANTISSA_BITS).clamp_(min=_SMALLEST_NORMAL)
     anchors = (exponents + (FP32_MANTISSA_BITS - _MANTISSA_BITS)).bitwise_left_shift_(FP32_MANTISSA_BITS)
-    quanta = (magnitude.view(torch.float32) + anchors.view(torch.float32)).view(torch.int32) - anchors
+    magnitude.view(torch.float32).add_(anchors.view(torch.float32))
+    quanta = magnitude.sub_(anchors)
     codes = exponents.sub_(_SMALLEST_NORMAL).bitwise_left_shift_(_MANTISSA_BITS).add_(quanta)
     return codes.bitwise_or_((bits >> 20).bitwise_and_(0x800))
 
 
-def _spread(per_tile: Tensor, columns: int) -> Tensor:
-    """[rows, tiles] to [rows, columns]."""
-    return per_tile.repeat_interleave(TILE, dim=1)[:, :columns]
+def _segments(columns: int) -> list[tuple[int, int]]:
+    """(first, last) column of the whole tiles together, then of a short last one."""
+    whole = columns // TILE * TILE
+    return [span for span in ((0, whole), (whole, columns)) if span[0] < span[1]]
+
+
+def _in_tiles(matrix: Tensor) -> Tensor:
+    """A segment [rows, columns] as a view [rows, tiles, columns of a tile]."""
+    return matrix.unflatten(1, (-1, min(matrix.shape[1], TILE)))
 
 
 def _write_planes(codes: Tensor, data: Tensor) -> None:
     """Codes int32 [rows, columns] into data uint8 [rows, bytes]."""
     columns = codes.shape[1]
     data[:, :columns] = codes >> 4
-    nibbles = codes & 0xF
-    nibbles = nn.functional.pad(nibbles, (0, columns % 2))
-    data[:, columns:] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    narrow = torch.zeros(codes.shape[0], columns + columns % 2, dtype=torch.int16, device=codes.device)
+    narrow[:, :columns] = codes
+    # A word is two codes; its low byte becomes the low four bits of both.
+    pairs = narrow.view(torch.int32)
+    data[:, columns:] = (pairs & 0xF).bitwise_or_((pairs >> 12).bitwise_and_(0xF0))
 
 
 def _decode(packed: Packed, rows: slice) -> Tensor:
     """float32 values of some rows."""
     columns = packed.columns
     data = packed.data[rows]
-    codes = data[:, :columns].to(torch.int16) << 8
-    nibbles = data[:, columns:].to(torch.int16)
-    codes[:, 0::2] |= nibbles << 4 & 0xF0
-    codes[:, 1::2] |= nibbles[:, : columns // 2] & 0xF0
-    return codes.view(torch.float16).float() * _spread(packed.scales[rows], columns)
+    nibbles = data[:, columns:].to(torch.int32)
+    pairs = (nibbles << 4 & 0xF0).bitwise_or_((nibbles & 0xF0).bitwise_left_shift_(16))
+    halves = pairs.view(torch.int16)[:, :columns]
+    halves = (data[:, :columns].to(torch.int16) << 8).bitwise_or_(halves)
+    values = halves.view(torch.float16).float()
+    for first, last in _segments(columns):
+        factors = packed.scales[rows, first // TILE : num_tiles(last)]
+        _in_tiles(values[:, first:last]).mul_(factors.unsqueeze(-1))
+    return values
