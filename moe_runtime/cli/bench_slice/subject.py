@@ -5,7 +5,6 @@ in turn and in one process. A step is what a rank of a run does: several microba
 summed in FP32, AdamW on FP32 masters with FP8 moments, and the new BF16 weights.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ from moe_runtime.parallel.weight_grad import WeightGradSink, ensure_accumulator
 
 PRECISIONS = ("bf16", "fp8")
 BALANCE_ALPHA = 1e-4
-# What the policy replaces in a layer.
-_REPLACED = ("multiplier", "compute", "normalise")
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,20 @@ class Subject:
         self.model = Transformer(config, dtype=torch.bfloat16, device=device)
         self._casts = WeightCasts()
         draw_weights(self.model, config.init_std, seed)
-        bf16 = Form(list(_replaceable(self.model)), LocalDispatcher(config.num_experts))
+        plain = _attributes(self.model)
         use_fp8(self.model, Policy(), self._casts)
-        fp8 = Form(list(_replaceable(self.model)), LocalDispatcher(config.num_experts, keep_tiles=True))
-        self._forms = {"bf16": bf16, "fp8": fp8}
+        replaced = [
+            (module, name, before, after)
+            for (module, name, before), (_, _, after) in zip(plain, _attributes(self.model), strict=True)
+            if before is not after
+        ]
+        self._forms = {
+            "bf16": Form([entry[:3] for entry in replaced], LocalDispatcher(config.num_experts)),
+            "fp8": Form(
+                [(module, name, after) for module, name, _, after in replaced],
+                LocalDispatcher(config.num_experts, keep_tiles=True),
+            ),
+        }
         self._params: list[Tensor] = list(self.model.parameters())
         WeightGradSink().install(self.model.parameters())
         self._masters: list[Tensor] = [nn.Parameter(param.detach().float()) for param in self._params]
@@ -90,12 +97,9 @@ class Subject:
         self._casts.drop()
 
 
-def _replaceable(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """(module, attribute, value) of everything that the policy may replace."""
-    for module in model.modules():
-        for name in _REPLACED:
-            if name in vars(module):
-                yield module, name, getattr(module, name)
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(module, name, value) of every attribute of every layer; the policy replaces some."""
+    return [(module, name, value) for module in model.modules() for name, value in vars(module).items()]
 
 
 @torch.no_grad()
