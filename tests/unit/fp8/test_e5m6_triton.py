@@ -1,4 +1,4 @@
-"""E5M6's kernels: bit-exact in Triton's interpreter (e5m6_cases.py), and compiled for sm_90 as they should."""
+"""E5M6's kernels: bit-exact in Triton's interpreter (e5m6_cases.py), and compiled for sm_90 ahead of time."""
 
 import json
 import os
