@@ -3,13 +3,12 @@
 import math
 
 import torch
-from moe_comm.wire.formats import E4M3, FP32_INFINITY, FP32_MAGNITUDE, FP32_MANTISSA_BITS
-from moe_comm.wire.tile import FLOOR, dequantise_tiles
+from moe_comm.wire.formats import E4M3, FP32_MAGNITUDE
+from moe_comm.wire.tile import dequantise_tiles
 from torch import Tensor, nn
 
+from moe_runtime.fp8.scales import E4M3_SCALES
 from moe_runtime.fp8.tiled import TILE, Blocks, num_tiles
-
-_OVER_MAX_MANTISSA = 0x1FFFFF  # carries into the exponent exactly when m > 1.75 = 448 / 2^8
 
 
 def cast_weight_on_cpu(weight: Tensor) -> Blocks:
@@ -30,16 +29,12 @@ def _quantise_band(values: Tensor) -> tuple[Tensor, Tensor]:
     amax_bits = (values.view(torch.int32) & FP32_MAGNITUDE).amax(-2)
     amax_bits = nn.functional.pad(amax_bits, (0, num_tiles(columns) * TILE - columns))
     amax_bits = amax_bits.unflatten(-1, (num_tiles(columns), TILE)).amax(-1)
-    is_poisoned = amax_bits >= FP32_INFINITY
-    floored = amax_bits.view(torch.float32).clamp(min=FLOOR).view(torch.int32)
-    exponents = (floored + _OVER_MAX_MANTISSA).bitwise_right_shift_(FP32_MANTISSA_BITS).sub_(8)
-    scales = exponents.bitwise_left_shift(FP32_MANTISSA_BITS).view(torch.float32)
-    inverses = (254 - exponents).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
-    scaled = values * _spread(inverses, columns)
+    made = E4M3_SCALES.of(amax_bits)
+    scaled = values * _spread(made.inverses, columns)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
-    if is_poisoned.any():
-        codes.masked_fill_(_spread(is_poisoned, columns), E4M3.nan_code)
-    return codes, scales.masked_fill_(is_poisoned, torch.nan)
+    if made.is_poisoned.any():
+        codes.masked_fill_(_spread(made.is_poisoned, columns), E4M3.nan_code)
+    return codes, made.scales
 
 
 def _spread(per_block: Tensor, columns: int) -> Tensor:

@@ -79,11 +79,15 @@ def reference_rows(x: Tensor) -> Tiles:
 
 
 def reference_columns(x: Tensor, groups: Groups) -> Tiles:
-    """See `cast.cast_columns`: the transposed matrix with its gaps full of zeros, cast by rows."""
+    """See `cast.cast_columns`: the transposed matrix, gaps full of zeros, cast by rows; gaps have code 0."""
     padded = torch.zeros(x.shape[1], groups.num_padded)
+    is_gap = torch.ones(groups.num_padded, dtype=torch.bool)
     for row, place in enumerate(_places(groups)):
         padded[:, place] = x[row].float()
-    return reference_rows(padded)
+        is_gap[place] = False
+    tiles = reference_rows(padded)
+    tiles.codes[:, is_gap] = 0
+    return tiles
 
 
 def reference_columns_of(tiles: Tiles, groups: Groups) -> Tiles:

@@ -17,3 +17,12 @@ def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
     x, y = exact.double(), approximate.double()
     noise, signal = float((x - y).norm()), float(x.norm())
     return 20 * math.log10(signal / noise) if noise and signal else (-math.inf if noise else math.inf)
+
+
+def row_sqnr_db(exact: Tensor, approximate: Tensor) -> float:
+    """Mean over rows of each row's own signal to noise, in dB: what small rows keep beside large ones.
+
+    One number for all rows says only how the largest fared. No row may be zero, or equal in both.
+    """
+    x, y = exact.double(), approximate.double()
+    return float((x.norm(dim=1) / (x - y).norm(dim=1)).log10().mean() * 20)

@@ -22,13 +22,15 @@ infinite. Infinity or NaN anywhere in a tile: the scale is NaN, all codes are 0x
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
-from moe_comm.wire.formats import FP32_INFINITY, FP32_MAGNITUDE, FP32_MANTISSA_BITS
-from torch import Tensor, nn
+from moe_comm.wire.formats import FP32_MAGNITUDE, FP32_MANTISSA_BITS
+from torch import Tensor
 
 from moe_runtime.errors import NumericsError
-from moe_runtime.fp8 import cast, cast_cpu
+from moe_runtime.fp8 import cast_cpu
+from moe_runtime.fp8.scales import ScaleLaw
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
 MAX = 65024.0
@@ -36,8 +38,7 @@ FLOOR = 2.0**-90
 NAN_CODE = 0x7FF
 _MANTISSA_BITS = 6
 _SMALLEST_NORMAL = 127 - 14  # as FP32's exponent field
-_OVER_MAX_MANTISSA = 0x1FFFF  # carries into the exponent exactly when a mantissa exceeds that of MAX
-_MAX_EXPONENT = 15
+_SCALES = ScaleLaw(MAX, FLOOR, NAN_CODE)
 _CHUNK_ELEMENTS = 1 << 17
 
 
@@ -77,6 +78,9 @@ def pack_e5m6(x: Tensor) -> Packed:
             "E5M6: expected values [rows, columns] of a floating dtype of 16 to 64 bits, "
             f"got {list(x.shape)} of {x.dtype}"
         )
+    if x.is_cuda:
+        packed: Packed = _kernels().pack_e5m6_on_device(x)
+        return packed
     rows, columns = x.shape
     data = torch.empty(rows, packed_width(columns), dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows, num_tiles(columns), device=x.device)
@@ -89,6 +93,9 @@ def pack_e5m6(x: Tensor) -> Packed:
 @torch.no_grad()
 def unpack_e5m6(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [m, k]; code x scale in FP32, then rounded to dtype (BF16: exact)."""
+    if packed.data.is_cuda:
+        on_device: Tensor = _kernels().unpack_e5m6_on_device(packed, dtype)
+        return on_device
     rows, columns = packed.shape
     values = torch.empty(rows, columns, dtype=dtype, device=packed.data.device)
     for part in _row_chunks(rows, columns):
@@ -108,11 +115,19 @@ def columns_of_packed(packed: Packed, groups: Groups | None = None) -> Tiles:
     if groups.num_rows != rows:
         raise NumericsError(f"E5M6 retiling: expected groups of {rows} rows in all, got {groups.num_rows}")
     if packed.data.is_cuda:
-        return cast.cast_columns(unpack_e5m6(packed, torch.bfloat16), groups)
+        tiles: Tiles = _kernels().columns_of_packed_on_device(packed, groups)
+        return tiles
     made = cast_cpu.Columns(columns, groups)
     for chunk in cast_cpu.chunks(groups, columns):
         made.write(chunk.padded, _decode(packed, chunk.rows))
     return made.done()
+
+
+def _kernels() -> ModuleType:
+    """The Triton form, imported when it is first needed."""
+    from moe_runtime.fp8 import e5m6_triton
+
+    return e5m6_triton
 
 
 def packed_width(columns: int) -> int:
@@ -121,24 +136,26 @@ def packed_width(columns: int) -> int:
 
 
 def _row_chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // max(columns, 1))
+    """Rows that fit the cache, none where there is nothing to read."""
+    if not columns:
+        return []
+    size = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // columns)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
 def _encode(values: Tensor) -> tuple[Tensor, Tensor]:
     """(codes int32 [rows, columns], scales [rows, tiles]) of float32 values."""
-    columns = values.shape[1]
-    amax_bits = values.view(torch.int32) & FP32_MAGNITUDE
-    amax_bits = nn.functional.pad(amax_bits, (0, num_tiles(columns) * TILE - columns))
-    amax_bits = amax_bits.unflatten(1, (num_tiles(columns), TILE)).amax(-1)
-    is_poisoned = amax_bits >= FP32_INFINITY
-    floored = amax_bits.view(torch.float32).clamp(min=FLOOR).view(torch.int32)
-    fields = (floored + _OVER_MAX_MANTISSA).bitwise_right_shift_(FP32_MANTISSA_BITS).sub_(_MAX_EXPONENT)
-    inverses = (254 - fields).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
-    scales = fields.bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
-    codes = round_to_codes(values * _spread(inverses, columns))
-    codes.masked_fill_(_spread(is_poisoned, columns), NAN_CODE)
-    return codes, scales.masked_fill_(is_poisoned, torch.nan)
+    codes = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    scales = torch.empty(values.shape[0], num_tiles(values.shape[1]), device=values.device)
+    for first, last in _segments(values.shape[1]):
+        part = _in_tiles(values[:, first:last])
+        made = _SCALES.of((part.view(torch.int32) & FP32_MAGNITUDE).amax(-1))
+        its_codes = round_to_codes(part * made.inverses.unsqueeze(-1))
+        if made.is_poisoned.any():
+            its_codes.masked_fill_(made.is_poisoned.unsqueeze(-1), NAN_CODE)
+        _in_tiles(codes[:, first:last]).copy_(its_codes)
+        scales[:, first // TILE : num_tiles(last)] = made.scales
+    return codes, scales
 
 
 def round_to_codes(scaled: Tensor) -> Tensor:
@@ -147,31 +164,44 @@ def round_to_codes(scaled: Tensor) -> Tensor:
     magnitude = bits & FP32_MAGNITUDE
     exponents = (magnitude >> FP32_MANTISSA_BITS).clamp_(min=_SMALLEST_NORMAL)
     anchors = (exponents + (FP32_MANTISSA_BITS - _MANTISSA_BITS)).bitwise_left_shift_(FP32_MANTISSA_BITS)
-    quanta = (magnitude.view(torch.float32) + anchors.view(torch.float32)).view(torch.int32) - anchors
+    magnitude.view(torch.float32).add_(anchors.view(torch.float32))
+    quanta = magnitude.sub_(anchors)
     codes = exponents.sub_(_SMALLEST_NORMAL).bitwise_left_shift_(_MANTISSA_BITS).add_(quanta)
     return codes.bitwise_or_((bits >> 20).bitwise_and_(0x800))
 
 
-def _spread(per_tile: Tensor, columns: int) -> Tensor:
-    """[rows, tiles] to [rows, columns]."""
-    return per_tile.repeat_interleave(TILE, dim=1)[:, :columns]
+def _segments(columns: int) -> list[tuple[int, int]]:
+    """(first, last) column of the whole tiles together, then of a short last one."""
+    whole = columns // TILE * TILE
+    return [span for span in ((0, whole), (whole, columns)) if span[0] < span[1]]
+
+
+def _in_tiles(matrix: Tensor) -> Tensor:
+    """A segment [rows, columns] as a view [rows, tiles, columns of a tile]."""
+    return matrix.unflatten(1, (-1, min(matrix.shape[1], TILE)))
 
 
 def _write_planes(codes: Tensor, data: Tensor) -> None:
     """Codes int32 [rows, columns] into data uint8 [rows, bytes]."""
     columns = codes.shape[1]
     data[:, :columns] = codes >> 4
-    nibbles = codes & 0xF
-    nibbles = nn.functional.pad(nibbles, (0, columns % 2))
-    data[:, columns:] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    narrow = torch.zeros(codes.shape[0], columns + columns % 2, dtype=torch.int16, device=codes.device)
+    narrow[:, :columns] = codes
+    # A word is two codes; its low byte becomes the low four bits of both.
+    pairs = narrow.view(torch.int32)
+    data[:, columns:] = (pairs & 0xF).bitwise_or_((pairs >> 12).bitwise_and_(0xF0))
 
 
 def _decode(packed: Packed, rows: slice) -> Tensor:
     """float32 values of some rows."""
     columns = packed.columns
     data = packed.data[rows]
-    codes = data[:, :columns].to(torch.int16) << 8
-    nibbles = data[:, columns:].to(torch.int16)
-    codes[:, 0::2] |= nibbles << 4 & 0xF0
-    codes[:, 1::2] |= nibbles[:, : columns // 2] & 0xF0
-    return codes.view(torch.float16).float() * _spread(packed.scales[rows], columns)
+    nibbles = data[:, columns:].to(torch.int32)
+    pairs = (nibbles << 4 & 0xF0).bitwise_or_((nibbles & 0xF0).bitwise_left_shift_(16))
+    halves = pairs.view(torch.int16)[:, :columns]
+    halves = (data[:, :columns].to(torch.int16) << 8).bitwise_or_(halves)
+    values = halves.view(torch.float16).float()
+    for first, last in _segments(columns):
+        factors = packed.scales[rows, first // TILE : num_tiles(last)]
+        _in_tiles(values[:, first:last]).mul_(factors.unsqueeze(-1))
+    return values

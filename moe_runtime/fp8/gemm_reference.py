@@ -40,11 +40,17 @@ def _values_of_codes(codes: Tensor) -> Tensor:
 
 def multiply_into(out: Tensor, left: Tiles, right: Right, accumulate: bool) -> None:
     """Write or add left [m, k] times right [n, k] into out [m, n]."""
-    made = _product(left, right, out.dtype)
-    if accumulate:
-        out.add_(made)
+    dtype = torch.bfloat16 if out.dtype == torch.bfloat16 and _in_bf16(left, right) else torch.float32
+    left_values, right_values = decode(left, dtype), decode(right, dtype).t()
+    if out.dtype == torch.float32:
+        # With beta 0 whatever `out` holds, NaN included, is ignored.
+        torch.addmm(out, left_values, right_values, beta=1 if accumulate else 0, out=out)
+    elif accumulate:
+        out.add_(torch.mm(left_values, right_values))
+    elif dtype == out.dtype:
+        torch.mm(left_values, right_values, out=out)
     else:
-        out.copy_(made)
+        out.copy_(torch.mm(left_values, right_values))
 
 
 def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
@@ -80,11 +86,6 @@ def cpu_multiplies_bf16() -> bool:
     """True where the CPU has BF16 dot products or tiles."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
-
-
-def _product(left: Tiles, right: Right, out_dtype: torch.dtype) -> Tensor:
-    dtype = torch.bfloat16 if out_dtype == torch.bfloat16 and _in_bf16(left, right) else torch.float32
-    return torch.mm(decode(left, dtype), decode(right, dtype).t())
 
 
 def _in_bf16(left: Tiles, right: Right) -> bool:

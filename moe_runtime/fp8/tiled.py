@@ -114,6 +114,16 @@ class Groups:
         """int32 [groups] on the device: where each group's tokens end in the padded layout."""
         return self.padded_counts.cumsum(0).to(self.device, torch.int32)
 
+    @cached_property
+    def tile_rows(self) -> Tensor:
+        """int32 [padded tiles, 2] on the device: the first row and the number of rows of each 128 tokens."""
+        tiles = self.padded_counts // TILE
+        group = torch.arange(tiles.numel()).repeat_interleave(tiles)
+        within = (torch.arange(group.numel()) - (tiles.cumsum(0) - tiles)[group]) * TILE
+        first = (self.counts.cumsum(0) - self.counts)[group] + within
+        size = (self.counts[group] - within).clamp(max=TILE)
+        return torch.stack((first, size), dim=1).to(self.device, torch.int32)
+
     @classmethod
     def one(cls, rows: int, device: torch.device) -> "Groups":
         """All rows in one group."""

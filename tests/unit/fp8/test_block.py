@@ -11,7 +11,7 @@ from moe_runtime.fp8.tiled import TILE, Blocks
 from tests.unit.comm.wire_values import same_bits, special_tiles
 from tests.unit.fp8.fp8_values import mixed, poisoned, same
 
-SHAPES = [(1, 1), (127, 129), (128, 128), (130, 300), (256, 5), (0, 7), (7, 0)]
+SHAPES = [(1, 1), (127, 129), (128, 128), (130, 140), (256, 5), (0, 7), (7, 0)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -35,11 +35,11 @@ def test_special_values_fill_or_poison_their_block_alone() -> None:
 
 
 def test_experts_are_blocks_each_for_itself() -> None:
-    weight = torch.randn(3, 130, 140, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(3, 130, 9, generator=torch.Generator().manual_seed(2))
     together = cast_weight(weight)
     for expert in range(3):
         assert same(Blocks(together.codes[expert], together.scales[expert]), reference_blocks(weight[expert]))
-    assert same(cast_weight(weight.view(1, 3, 130, 140)[:, 1]), cast_weight(weight[1:2]))
+    assert same(cast_weight(weight.view(1, 3, 130, 9)[:, 1]), cast_weight(weight[1:2]))
 
 
 def test_decoding_says_code_times_scale() -> None:

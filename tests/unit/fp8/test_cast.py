@@ -99,6 +99,8 @@ def test_a_row_of_nan_poisons_the_columns_that_it_crosses_and_no_others() -> Non
     assert values[128:, :128].isnan().all()
     assert not values[:128].isnan().any() and not values[:, 128:].isnan().any()
     assert (values[:128, 100:128] == 0).all()
+    assert (cast_columns(x, groups).codes[:, 128 + 200 :] == 0).all()
+    assert (cast_columns(x, groups).codes[:, 100:128] == 0).all()
 
 
 @settings(max_examples=30, deadline=None)

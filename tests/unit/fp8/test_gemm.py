@@ -153,15 +153,14 @@ def test_mistakes_are_named() -> None:
 
 def test_bf16_units_are_used_only_where_decoding_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.dtype] = []
-    plain = torch.mm
 
-    def spy(left: Tensor, right: Tensor) -> Tensor:
-        used.append(left.dtype)
-        return plain(left, right)
+    def spy(matrix: Tiles, dtype: torch.dtype) -> Tensor:
+        used.append(dtype)
+        return decode(matrix, dtype)
 
     monkeypatch.setattr(gemm_reference, "cpu_multiplies_bf16", lambda: True)
-    monkeypatch.setattr(torch, "mm", spy)
+    monkeypatch.setattr(gemm_reference, "decode", spy)
     x = randn(4, 128, seed=1)
     for scales, out_dtype in (("pow2", torch.bfloat16), ("fp32", torch.bfloat16), ("pow2", torch.float32)):
         multiply(cast_rows(x, scales), cast_rows(x, scales), out_dtype)
-    assert used == [torch.bfloat16, torch.float32, torch.float32]
+    assert used == [torch.bfloat16] * 2 + [torch.float32] * 4
