@@ -153,3 +153,27 @@ def pipeline(
     settings = plan_pipeline(layout, links, rate, quota, contenders=contender, **counts)
     result = measure_pipeline(settings, traces)
     typer.echo(json_text.dumps(result) if json else describe_pipeline(result))
+
+
+@app.command("fp8")
+def fp8(
+    device: Annotated[str, typer.Option(help="cpu: emulation, small shapes; cuda: DeepSeek-V3's")] = "cpu",
+    write_table: Annotated[
+        bool, typer.Option("--write-table", help="keep the speeds: the choice of back ends goes by them")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """FP8 products of every back end against BF16; each is checked before it is timed."""
+    from moe_runtime.cli.bench_fp8.run import describe as describe_fp8  # brings torch
+    from moe_runtime.cli.bench_fp8.run import measure as measure_fp8
+    from moe_runtime.cli.bench_fp8.run import write_table as write_fp8
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"bench fp8 --device: expected cpu or cuda, got {device}")
+    result = measure_fp8(device, lambda line: None if json else typer.echo(describe_fp8(line)))
+    if write_table:
+        write_fp8(result)
+    if json:
+        typer.echo(json_text.dumps(result))
+    elif "peaks" in result:
+        typer.echo(f"{result['device']}, torch {result['torch']}: {result['peaks']}")
