@@ -15,7 +15,8 @@ The law of a tile (rounding, scale, special values) is that of `moe_comm.wire.ti
 column tile is the tile of the transposed values. Blocks follow it with the amax of 128 x 128 values.
 
 Tokens. Where tokens are the summed axis, each group's begin at a multiple of 128 (`Groups`). A gap has the
-code 0 always, and counts for no amax. No tile is all gap, since a group without rows has no tile.
+code 0 always, in a tile of NaN too, and counts for no amax. No tile is all gap, since a group without rows
+has no tile.
 
 Retiling. `columns_of(t, g)` is `cast_columns(decode(t), g)` by definition. With power-of-two scales decoding
 is exact, the new scale is the smallest power of two that holds the column's amax (never above the largest of

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from moe_comm.wire.formats import FP32_MANTISSA_BITS
+from moe_comm.wire.formats import E4M3, FP32_MAGNITUDE, FP32_MANTISSA_BITS
 from moe_comm.wire.tile import NAN_SCALE_BYTE, ScaleKind, dequantise_tiles, quantise_tiles
 from torch import Tensor
 
-from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
+from moe_runtime.fp8.scales import E4M3_SCALES
+from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 17  # float32 and int32 of a chunk: 1 MiB; per thread
 
 
 def float_scales(scales: Tensor) -> Tensor:
@@ -46,14 +47,27 @@ class Columns:
         # One row a token tile: a chunk writes adjacent scales.
         self._scales = torch.empty(groups.num_padded // TILE, features)
 
-    def write(self, padded: int, values: Tensor, first_feature: int = 0) -> None:
-        """Cast values [tokens, some features] whose first token stands at `padded`, a multiple of 128."""
-        tokens, features = values.shape
-        tiles = quantise_rows(values.t().contiguous())
-        rows = slice(first_feature, first_feature + features)
-        self._codes[rows, padded : padded + tokens] = tiles.codes
-        first = padded // TILE
-        self._scales[first : first + num_tiles(tokens), rows] = tiles.scales.t()
+    def write(self, padded: int, values: Tensor) -> None:
+        """Cast values [tokens, features] whose first token stands at `padded`, a multiple of 128."""
+        values = values.float()
+        whole = values.shape[0] // TILE * TILE
+        if whole:
+            self._write_tiles(padded, values[:whole].unflatten(0, (-1, TILE)))
+        if whole < values.shape[0]:
+            self._write_tiles(padded + whole, values[whole:].unsqueeze(0))
+
+    def _write_tiles(self, padded: int, values: Tensor) -> None:
+        """Cast values float32 [tiles, tokens of each, features]; what is short of 128 tokens is gap."""
+        tiles, tokens, features = values.shape
+        amax_bits = (values.view(torch.int32) & FP32_MAGNITUDE).amax(1)
+        made = E4M3_SCALES.of(amax_bits)
+        codes = (values * made.inverses.unsqueeze(1)).to(torch.float8_e4m3fn).view(torch.uint8)
+        if made.is_poisoned.any():
+            codes.masked_fill_(made.is_poisoned.unsqueeze(1), E4M3.nan_code)
+        place = slice(padded, padded + tiles * tokens)
+        # Bytes are turned in a buffer of their own: a copy straight to its place would not be blocked.
+        self._codes[:, place] = codes.view(tiles * tokens, features).t().contiguous()
+        self._scales[padded // TILE : padded // TILE + tiles] = made.scales
 
     def done(self) -> Tiles:
         """What was written; the scales are a transposed view."""
@@ -106,7 +120,11 @@ def columns_of(tiles: Tiles, groups: Groups) -> Tiles:
 
 def cast_normed(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tiles]:
     """See `cast.cast_normed`."""
-    high = x.float()
-    rstd = high.square().mean(-1).add_(eps).rsqrt_()
-    out = torch.mul(high, rstd.unsqueeze(1)).mul_(gain.float()).to(x.dtype)
+    out, rstd = torch.empty_like(x), torch.empty(x.shape[0])
+    gain = gain.float()
+    for chunk in chunks(Groups.one(x.shape[0], x.device), x.shape[1]):
+        high = x[chunk.rows].float()
+        its_rstd = torch.square(high).mean(-1).add_(eps).rsqrt_()
+        rstd[chunk.rows] = its_rstd
+        out[chunk.rows] = torch.mul(high, its_rstd.unsqueeze(1)).mul_(gain)
     return out, rstd, quantise_rows(out)

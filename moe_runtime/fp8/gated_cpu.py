@@ -59,15 +59,20 @@ def gated_backward_cast(
     rows, width = gate_up.shape
     made, columns = _Rows(rows, width), Columns(width, groups)
     d_row_weights = None if row_weights is None else torch.empty(rows)
-    for chunk in chunks(groups, width):
-        gate, up = values_of(gate_up, chunk.rows).chunk(2, dim=-1)
-        pull = d_product[chunk.rows].float()
-        active = nn.functional.silu(gate)
+    parts = list(chunks(groups, width))
+    scratch = torch.empty(max((part.rows.stop - part.rows.start for part in parts), default=0), width)
+    for part in parts:
+        gate, up = values_of(gate_up, part.rows).chunk(2, dim=-1)
+        pull = d_product[part.rows].float()
+        d_gate_up = scratch[: pull.shape[0]]
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=d_up)
         if row_weights is not None and d_row_weights is not None:
-            d_row_weights[chunk.rows] = (active * up).mul_(pull).sum(dim=-1)
-            pull = pull * row_weights[chunk.rows].float().unsqueeze(1)
-        d_gate = torch.ops.aten.silu_backward(pull * up, gate)
-        d_gate_up = torch.cat([d_gate, active.mul_(pull)], dim=1)
-        made.write(chunk.rows, d_gate_up)
-        columns.write(chunk.padded, d_gate_up)
+            d_row_weights[part.rows] = torch.mul(d_up, up, out=d_gate).mul_(pull).sum(dim=-1)
+            pull = pull * row_weights[part.rows].float().unsqueeze(1)
+        torch.mul(pull, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        d_up.mul_(pull)
+        made.write(part.rows, d_gate_up)
+        columns.write(part.padded, d_gate_up)
     return made.done(), columns.done(), d_row_weights

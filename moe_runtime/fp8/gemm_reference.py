@@ -7,10 +7,13 @@ BF16 (decoded values are exact there and CPUs with BF16 units accumulate in FP32
 of FP32 sums.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from moe_runtime.fp8.cast import decode
+from moe_runtime.fp8.cast_cpu import are_powers_of_two
 from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles, num_tiles
 
 Right = Tiles | Blocks
@@ -37,11 +40,17 @@ def _values_of_codes(codes: Tensor) -> Tensor:
 
 def multiply_into(out: Tensor, left: Tiles, right: Right, accumulate: bool) -> None:
     """Write or add left [m, k] times right [n, k] into out [m, n]."""
-    made = _product(left, right, out.dtype)
-    if accumulate:
-        out.add_(made)
+    dtype = torch.bfloat16 if out.dtype == torch.bfloat16 and _in_bf16(left, right) else torch.float32
+    left_values, right_values = decode(left, dtype), decode(right, dtype).t()
+    if out.dtype == torch.float32:
+        # With beta 0 whatever `out` holds, NaN included, is ignored.
+        torch.addmm(out, left_values, right_values, beta=1 if accumulate else 0, out=out)
+    elif accumulate:
+        out.add_(torch.mm(left_values, right_values))
+    elif dtype == out.dtype:
+        torch.mm(left_values, right_values, out=out)
     else:
-        out.copy_(made)
+        out.copy_(torch.mm(left_values, right_values))
 
 
 def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
@@ -72,5 +81,14 @@ def _tokens(tiles: Tiles, tokens: slice) -> Tiles:
     return Tiles(tiles.codes[:, tokens], tiles.scales[:, tokens.start // TILE : tokens.stop // TILE])
 
 
-def _product(left: Tiles, right: Right, out_dtype: torch.dtype) -> Tensor:
-    return torch.mm(decode(left), decode(right).t())
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """True where the CPU has BF16 dot products or tiles."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+def _in_bf16(left: Tiles, right: Right) -> bool:
+    """True if BF16 units serve and lose nothing: a decoded value is a code times a power of two."""
+    is_fast = left.codes.device.type != "cpu" or cpu_multiplies_bf16()
+    return is_fast and are_powers_of_two(left.scales) and are_powers_of_two(right.scales)
