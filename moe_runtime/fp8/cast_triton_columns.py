@@ -69,8 +69,7 @@ def store_columns(
 @triton.jit
 def store_row_tile(
     values: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
+    target: tl.tuple,
     row: tl.tensor,
     is_row: tl.tensor,
     column: tl.tensor,
@@ -81,8 +80,9 @@ def store_row_tile(
     """Cast rows [32, 128], one tile each, and write them at `row` and `column` of [.., num_columns].
 
     Args:
-        scales: where the tile's scale of row 0 lies.
+        target: (codes of row 0, scale of this tile in row 0).
     """
+    codes, scales = target
     inverse, scale = scales_of(amax_bits(magnitude_of(values, HARDWARE_CAST), 1, HARDWARE_CAST), POW2)
     place = codes + row[:, None] * num_columns + column[None, :]
     is_inside = is_row[:, None] & (column < num_columns)[None, :]
@@ -169,12 +169,12 @@ def cast_columns_kernel(
     v2 = read_quarter(source, row + 2, count, row_stride, column, num_columns)
     v3 = read_quarter(source, row + 3, count, row_stride, column, num_columns)
     if BOTH:
-        target = row_codes + first * num_columns
-        place = row_scales + piece.to(tl.int64) * row_scale_stride + first
+        row_place = row_scales + piece.to(tl.int64) * row_scale_stride + first
+        rows = (row_codes + first * num_columns, row_place)
         for step in tl.static_range(4):
             part = v0 if step == 0 else (v1 if step == 1 else (v2 if step == 2 else v3))
             at = row + step
-            store_row_tile(part, target, place, at, at < count, column, num_columns, POW2, HARDWARE_CAST)
+            store_row_tile(part, rows, at, at < count, column, num_columns, POW2, HARDWARE_CAST)
     made = (words, scales, row_words, scale_stride)
     store_columns((v0, v1, v2, v3), made, tile, count, column, num_columns, POW2, HARDWARE_CAST)
 

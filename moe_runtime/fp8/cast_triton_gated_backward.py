@@ -70,11 +70,10 @@ def gated_backward_kernel(
     is_column = column < width
     factors = gate_up_scales + first * source_row_stride
     source = (gate_up + first * code_stride, factors, code_stride, source_row_stride, source_tile_stride)
-    target = row_codes + first * 2 * width
-    target_scales = row_scales + (piece + half * pieces).to(tl.int64) * row_scale_stride + first
-    parts = weight_parts
+    row_tile = (piece + half * pieces).to(tl.int64)
+    rows = (row_codes + first * 2 * width, row_scales + row_tile * row_scale_stride + first)
     if WEIGHTED:
-        parts += piece.to(tl.int64) * num_rows + first
+        parts = weight_parts + piece.to(tl.int64) * num_rows + first
     quarters = ()
     for step in tl.static_range(4):
         row = 4 * tl.arange(0, 32) + step
@@ -84,16 +83,15 @@ def gated_backward_kernel(
         open_part = sigmoid(gate, HARDWARE_CAST)
         slope = gate * open_part
         if half == 0:  # d_gate; `up` is read by this half alone
-            up = decode_quarter(
-                source, row, count, column + width, is_column, piece + pieces, True, HARDWARE_CAST
-            )
+            up_column, up_at = column + width, piece + pieces
+            up = decode_quarter(source, row, count, up_column, is_column, up_at, True, HARDWARE_CAST)
             if WEIGHTED:
                 tl.store(parts + row, tl.sum(pull * slope * up, axis=1), mask=is_row)
             slope = up * open_part * (1.0 + gate * (1.0 - open_part))
         if WEIGHTED:
             pull *= tl.load(row_weights + first + row, mask=is_row, other=0.0)[:, None]
         made = pull * slope
-        store_row_tile(made, target, target_scales, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
+        store_row_tile(made, rows, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
         quarters += (made,)  # type: ignore[assignment]
     columns = (words, scales, row_words, scale_stride)
     store_columns(quarters, columns, tile, count, made_column, 2 * width, True, HARDWARE_CAST)
