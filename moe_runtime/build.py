@@ -26,6 +26,7 @@ from moe_runtime.data.prepare import ensure_prepared
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import ConfigError, DataError
+from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.metrics.recorder import Recorder
@@ -93,10 +94,7 @@ def build_runtime(
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
-    casts = WeightCasts()
-    if config.precision == "fp8":
-        for chunk in chunks.values():
-            use_fp8(chunk, Policy(config.fp8), casts)
+    casts = _use_precision(config, chunks, device)
     tied = _tie_embedding(config, layout, chunks)
     named = _unique_parameters(chunks)
     sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
@@ -173,6 +171,19 @@ def build_chunk(
     )
     chunk.init_weights(config.seed)
     return chunk
+
+
+def _use_precision(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> WeightCasts:
+    """Let the model multiply in FP8 if the config says so; gives what will hold casts of weights."""
+    casts = WeightCasts()
+    if config.precision == "fp8":
+        wanted = config.fp8.backend
+        reason = None if wanted == "auto" else cannot_run(wanted, device)
+        if reason:
+            raise ConfigError(f"fp8.backend: {wanted} expects {reason}; choose another, or auto")
+        for chunk in chunks.values():
+            use_fp8(chunk, Policy(config.fp8), casts)
+    return casts
 
 
 def build_optimizer(runtime: Runtime) -> ZeroOptimizer:

@@ -62,6 +62,14 @@ class Policy:
     def __init__(self, config: Fp8Config | None = None) -> None:
         self._config = Fp8Config() if config is None else config
 
+    def summary(self) -> str:
+        """The choice in a line: which products are FP8, in which modules, and what was taken out."""
+        config = self._config
+        roles = [role for role in ("fprop", "dgrad", "wgrad") if getattr(config, role) == "fp8"]
+        modules = [module for module in FP8_MODULES if self.of(module) is not None]
+        apart = f"; high: {', '.join(config.keep_high)}" if config.keep_high else ""
+        return f"{', '.join(roles) or 'nothing'} of {', '.join(modules) or 'no module'}{apart}"
+
     def of(self, name: str) -> Choice | None:
         """The choice for a module by its canonical name, such as `layers.3.attn.o`; None: it stays high."""
         module = _LAYER.sub("", name)
