@@ -103,7 +103,7 @@ def ways_of(shape: Shape, groups: Any, x: Any) -> dict[str, Any]:
         counts = groups.padded_counts.tolist()
         sides = (x.left_tiles.codes, x.right_tiles.codes)
         return {
-            "one by one": lambda: tokens_one_by_one(x, groups),
+            "one by one": lambda: dense._tokens_one_by_one(x.out, x.left_tiles, x.right_tiles, groups, True),
             "copies alone": lambda: [grouped.group_major(codes, counts) for codes in sides],
         }
     return {}
@@ -119,7 +119,7 @@ def all_padded(x: Any, groups: Any) -> None:
     if not hasattr(x, "padded"):
         first, size = groups.tile_rows.long().unbind(1)
         within = torch.minimum(torch.arange(128, device=first.device), size[:, None] - 1)
-        group = torch.searchsorted(groups.ends.long(), first, right=True).repeat_interleave(128)
+        group = torch.searchsorted(groups.ends.long(), first.contiguous(), right=True).repeat_interleave(128)
         object.__setattr__(x, "padded", ((first[:, None] + within).flatten(), group.int()))
     rows, group = x.padded
     codes = words(x.left_tiles.codes).index_select(0, rows).view(torch.float8_e4m3fn)
@@ -128,21 +128,6 @@ def all_padded(x: Any, groups: Any) -> None:
     right = (x.right_tiles.codes.view(torch.float8_e4m3fn), x.right_tiles.scales)
     _library().m_grouped_fp8_gemm_nt_contiguous((codes, scales), right, made, group, compiled_dims="")
     words(x.out).index_copy_(0, rows, words(made))
-
-
-def tokens_one_by_one(x: Any, groups: Any) -> None:
-    """A dense product for each group's tokens, added to x.out."""
-    from moe_runtime.fp8.gemm_deepgemm import multiply_into
-    from moe_runtime.fp8.tiled import Tiles
-
-    start = 0
-    for out, count in zip(x.out, groups.padded_counts.tolist(), strict=True):
-        sides = [
-            Tiles(side.codes[:, start : start + count], side.scales[:, start // 128 : (start + count) // 128])
-            for side in (x.left_tiles, x.right_tiles)
-        ]
-        multiply_into(out, *sides, True)
-        start += count
 
 
 def part_ways(options: argparse.Namespace) -> None:
@@ -249,6 +234,7 @@ def part_plans(options: argparse.Namespace) -> None:
 
 
 PARTS = {
+    "prepare": lambda options: part_prepare(options),
     "warm": part_warm,
     "counts": part_counts,
     "ways": part_ways,
@@ -275,20 +261,22 @@ def finish(process: subprocess.Popen[bytes], seconds: float, part: str) -> int:
     return process.returncode
 
 
-def run_all(options: argparse.Namespace) -> None:
+def part_prepare(options: argparse.Namespace) -> None:
+    """Compile all kernels of the other parts, and count those for changing counts."""
     end = time.monotonic() + options.seconds
-
-    def left() -> float:
-        return end - time.monotonic()
-
     with tempfile.TemporaryDirectory() as folder:
-        compilers = [start(options, f"compile:{index}") for index in range(len(PLANS))]
-        warmers = [start(options, f"warm:{index}") for index in range(WARMERS)]
-        counts = start(options, "counts", DG_JIT_CACHE_DIR=folder)
-        for process in (*compilers, *warmers, counts):
-            finish(process, min(left() - 12, 35), "warm")
-        finish(start(options, "ways"), left(), "ways")
-        finish(start(options, "plans"), left(), "plans")
+        parts = [*(f"compile:{i}" for i in range(len(PLANS))), *(f"warm:{i}" for i in range(WARMERS))]
+        running = {part: start(options, part) for part in parts}
+        running["counts"] = start(options, "counts", DG_JIT_CACHE_DIR=folder)
+        for part, process in running.items():
+            finish(process, end - time.monotonic(), part)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    part_prepare(options)
+    for part in ("ways", "plans"):
+        finish(start(options, part), options.seconds - (time.monotonic() - begin), part)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_deepgemm_groups import add_tokens, multiply_rows, words
@@ -25,7 +26,8 @@ from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles
 
 _TILES_RECIPE = (1, 1, 128)
 _ROWS = 4  # rows of scales begin at multiples of 16 bytes
-_BYTES = 16  # and rows of codes
+_BYTES = 16  # and rows of codes and of results
+_COLUMNS = 8  # of a BF16 result; the kernel stops the device at another number
 
 
 @cache
@@ -72,10 +74,14 @@ def multiply_into(out: Tensor, left: Tiles, right: Blocks | Tiles, accumulate: b
         right = _as_tiles(right)
     fits = _fits(out)
     if is_blocks:
-        target = out if fits and not accumulate else _room(out, torch.bfloat16)
-        _library().fp8_gemm_nt(operands, (_codes(right.codes), right.scales), target)
+        columns = out.shape[1]
+        spare = -columns % _COLUMNS
+        target = out if fits and not accumulate and not spare else _room(out, torch.bfloat16)
+        codes = right.codes if not spare else pad(right.codes, (0, 0, 0, spare))
+        _library().fp8_gemm_nt(operands, (_codes(codes), right.scales), target)
+        target = target[:, :columns] if spare else target
     else:
-        target = out if fits and out.dtype == torch.float32 else _room(out, torch.float32)
+        target = out if fits and out.dtype == torch.float32 else _room(out, torch.float32)[:, : out.shape[1]]
         if target is not out or not accumulate:
             target.zero_()
         _library().fp8_gemm_nt(
@@ -95,7 +101,7 @@ def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups
     if not left.shape[1]:
         out.zero_()
         return
-    if out.dtype != torch.bfloat16 or out.shape[1] % (_BYTES // out.element_size()):
+    if out.dtype != torch.bfloat16 or out.shape[1] % _COLUMNS:
         _one_by_one(out, left, right, groups)
         return
     num_groups, columns, depth = right.shape
@@ -121,6 +127,9 @@ def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, a
     """Write or add the sums over each group's tokens into out [g, n, k]; left [n, t], right [k, t]."""
     if not out.numel():
         return
+    if out.shape[-1] * torch.float32.itemsize % _BYTES:
+        _tokens_one_by_one(out, left, right, groups, accumulate)
+        return
     is_direct = out.dtype == torch.float32 and out.is_contiguous()
     target = out if is_direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
     if not (is_direct and accumulate):
@@ -135,6 +144,16 @@ def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, a
             out.copy_(target)
 
 
+def _tokens_one_by_one(out: Tensor, left: Tiles, right: Tiles, groups: Groups, accumulate: bool) -> None:
+    """A dense product for each group."""
+    start = 0
+    for group, count in enumerate(groups.padded_counts.tolist()):
+        tokens, tiles = slice(start, start + count), slice(start // TILE, (start + count) // TILE)
+        ours, theirs = (Tiles(x.codes[:, tokens], x.scales[:, tiles]) for x in (left, right))
+        multiply_into(out[group], ours, theirs, accumulate)
+        start += count
+
+
 def _as_tiles(blocks: Blocks) -> Tiles:
     """The same matrix with a scale for each row."""
     return Tiles(blocks.codes, blocks.scales.repeat_interleave(TILE, 0)[: blocks.shape[0]])
@@ -147,10 +166,10 @@ def _fits(out: Tensor) -> bool:
 
 
 def _room(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty matrix of out's size whose rows begin where the library wants them."""
+    """An empty matrix of out's size, and some columns more where rows must begin at multiples of 16 bytes."""
     rows, columns = out.shape
     unit = _BYTES // dtype.itemsize
-    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=out.device)[:, :columns]
+    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=out.device)
 
 
 def _codes(codes: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class Library:
 
     def fp8_gemm_nt(self, a: Any, b: Any, d: Tensor, c: Tensor | None = None, recipe: Any = None) -> None:
         if c is None:
-            assert d.dtype == torch.bfloat16 and d.stride(0) * 2 % 16 == 0
+            assert d.dtype == torch.bfloat16 and d.stride(0) * 2 % 16 == 0 and d.shape[1] % 8 == 0
             gemm_reference.multiply_into(d, tiles(*a), Blocks(plain(b[0]), b[1]), False)
         else:
-            assert c is d and d.dtype == torch.float32 and recipe == (1, 1, 128)
+            assert c is d and d.dtype == torch.float32 and recipe == (1, 1, 128) and d.stride(0) % 4 == 0
             gemm_reference.multiply_into(d, tiles(*a), tiles(*b), True)
 
     def m_grouped_fp8_gemm_nt_contiguous(
@@ -57,7 +57,7 @@ class Library:
     ) -> None:
         left = tiles(*a)
         assert compiled_dims == "" and layout.dtype == torch.int32 and len(layout) == len(d) == len(a[0])
-        assert d.dtype == torch.bfloat16 and d.stride(0) * 2 % 16 == 0
+        assert d.dtype == torch.bfloat16 and d.stride(0) * 2 % 16 == 0 and d.shape[1] % 8 == 0
         for start in range(0, len(d), TILE):
             rows, group = slice(start, start + TILE), int(layout[start])
             part = Tiles(left.codes[rows], left.scales[rows])
@@ -67,7 +67,13 @@ class Library:
     def k_grouped_fp8_gemm_nt_contiguous(
         self, a: Any, b: Any, d: Tensor, counts: list[int], sizes: Tensor, c: Tensor, recipe: Any
     ) -> None:
-        assert c is d and recipe == (1, 1, 128) and counts == sizes.tolist() and sizes.dtype == torch.int32
+        assert (
+            c is d
+            and recipe == (1, 1, 128)
+            and d.shape[-1] % 4 == 0
+            and counts == sizes.tolist()
+            and sizes.dtype == torch.int32
+        )
         start = 0
         for out, count in zip(d, counts, strict=True):
             sides = []
@@ -115,10 +121,11 @@ def test_rows_of_groups_that_begin_anywhere(
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("columns", [132, 130])
 def test_tokens_of_groups(
-    library: Library, counts: tuple[int, ...], dtype: torch.dtype, accumulate: bool
+    library: Library, counts: tuple[int, ...], dtype: torch.dtype, accumulate: bool, columns: int
 ) -> None:
-    shape = Shape("wgrad_groups", 70, 130, sum(counts), counts)
+    shape = Shape("wgrad_groups", 70, columns, sum(counts), counts)
     x = make_operands(shape, CPU, 2)
     groups = groups_of(shape, CPU)
     ours = torch.randn(x.out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -128,6 +135,23 @@ def test_tokens_of_groups(
     gemm_deepgemm.weight_grad_groups(ours, x.left_tiles, x.right_tiles, groups, accumulate)  # type: ignore[arg-type]
     gemm_reference.weight_grad_groups(reference, x.left_tiles, x.right_tiles, groups, accumulate)  # type: ignore[arg-type]
     _close(ours, reference)
+
+
+@pytest.mark.parametrize("role", ["dense", "wgrad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_dense_products_of_any_size(
+    library: Library, role: str, dtype: torch.dtype, accumulate: bool
+) -> None:
+    for m, n, k in ((70, 130, 300), (4, 136, 128), (1, 1, 1), (0, 8, 128), (3, 8, 0)):
+        x = make_operands(Shape(role, m, n, k), CPU, 2)
+        ours = torch.randn(m, n, generator=torch.Generator().manual_seed(1)).to(dtype)
+        reference = ours.clone()
+        if not accumulate:
+            ours.fill_(torch.nan)
+        gemm_deepgemm.multiply_into(ours, x.left_tiles, x.right_tiles, accumulate)
+        gemm_reference.multiply_into(reference, x.left_tiles, x.right_tiles, accumulate)
+        _close(ours, reference)
 
 
 def test_heads_are_the_rows_that_the_first_pass_gives_to_another_group() -> None:
