@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_runtime.optim.counter_rng import MULTIPLIERS, SECOND_MULTIPLIER, SHIFTS, as_signed
+from moe_runtime.optim.counter_rng import MULTIPLIERS, SECOND_MULTIPLIER, SHIFTS, as_signed, kernel_words
 from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SQUARE, Noise, State
 from moe_runtime.optim.statistics import COLUMNS, LANES
 from moe_runtime.optim.update import Factors
@@ -286,18 +286,7 @@ def _launch(
 ) -> None:
     """The unmasked launch, and the masked one if anything is left."""
     count = tensors[0].numel()
-    until_carry = (1 << 32) - noise.offset % (1 << 32)
-    words = [noise.key.words(noise.offset // (1 << 32) + i) for i in range(2)]
-    seeds = [as_signed(word) for first, second in words for word in (noise.offset + first, second)]
-    numbers = (
-        factors.kept,
-        factors.mean_gain,
-        factors.square_kept,
-        factors.square_gain,
-        factors.root_factor,
-        factors.eps,
-        factors.step_size,
-    )
+    words, carry = kernel_words(noise.key, noise.offset)
     whole = count // (rows * BLOCK)
     rest = triton.cdiv(count - whole * rows * BLOCK, rows * BLOCK)
     for grid, first_block, masked in ((whole, 0, False), (rest, whole * rows, True)):
@@ -306,12 +295,12 @@ def _launch(
                 *tensors,
                 count,
                 first_block,
-                *seeds,
-                min(until_carry, count),
-                *numbers,
+                *map(as_signed, words),
+                min(carry, count),
+                *factors.of_an_element(),
                 ROWS=rows,
                 MASKED=masked,
-                CARRIES=until_carry < count,
+                CARRIES=carry < count,
                 enable_fp_fusion=False,
                 **options,
             )
