@@ -30,8 +30,8 @@ from moe_runtime.optim.schedule import lr_at
 
 GATE = 0.0025
 LAST = 200
-SEQ_LEN, BATCH = 64, 8
-PEAK_LR = 3e-3
+SEQ_LEN, BATCH = 64, 16
+PEAK_LR = 3e-4
 STORAGES = ("fp32", "fp8", "control")
 MODEL = ModelConfig(
     vocab_size=264,

@@ -65,9 +65,10 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay and a choice of moment storage.
 
     Args:
-        params: contiguous FP32 (or FP64) tensors of any shape, or group dicts. A group may set any
-            keyword below, and `group_id` (default: its position) and `offset` (default 0), see above;
-            several parameters of a group count as laid out one after the other from `offset`.
+        params: contiguous FP32 (or FP64) tensors of any shape, or group dicts; others must have been
+            replaced by FP32 masters before the first step, as ZeRO does. A group may set any keyword
+            below, and `group_id` (default: its position) and `offset` (default 0), see above; several
+            parameters of a group count as laid out one after the other from `offset`.
         lr: a float; schedulers write floats into the groups.
         betas: decay of m and of v.
         eps: added to sqrt(v), bias-corrected.
@@ -76,7 +77,7 @@ class AdamW(torch.optim.Optimizer):
         seed: of the rounding noise.
 
     Raises:
-        ConfigError: a value out of range or a parameter of another type.
+        ConfigError: a value out of range; at a step, a parameter of another type.
     """
 
     def __init__(
@@ -235,6 +236,7 @@ class AdamW(torch.optim.Optimizer):
         return storage, state
 
     def _step_one(self, param: Tensor, group: dict[str, Any], offset: int) -> None:
+        _check_master(param)
         storage, state = self._settle(param, group)
         # A new tensor, for DeepSpeed may have given one to many parameters; on the CPU, to be read at once.
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.float32, device="cpu") + 1
@@ -291,9 +293,12 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ConfigError(f"optim: expected lr, eps and weight_decay of at least 0, got {found}")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {(beta1, beta2)}")
-    for param in group["params"]:
-        if param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous():
-            raise ConfigError(
-                f"optim: expected contiguous float32 or float64 master weights, got {param.dtype} "
-                f"{list(param.shape)}; give the optimizer the FP32 masters, not the working copy"
-            )
+
+
+def _check_master(param: Tensor) -> None:
+    """At the step, not before: DeepSpeed makes a client over the model's weights, then gives it masters."""
+    if param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous():
+        raise ConfigError(
+            f"optim: expected contiguous float32 or float64 master weights, got {param.dtype} "
+            f"{list(param.shape)}; give the optimizer the FP32 masters, not the working copy"
+        )

@@ -88,7 +88,7 @@ def own_step(group: Group, state: State) -> Tensor:
     """
     steps = group.get(STEPS, {}).get(int(group["group_id"]), [])
     found = torch.as_tensor(state[STEP], dtype=torch.float32).clone().cpu()
-    if not steps or float(found) in steps and len(set(steps)) == 1:
+    if not steps or (float(found) in steps and len(set(steps)) == 1):
         return found
     if len(set(steps)) > 1:
         raise CheckpointError(

@@ -193,9 +193,7 @@ def test_stage_3_may_not_give_all_groups_the_first_ones_weight_decay() -> None:
     saved["param_groups"][0]["lr"] = 0.005  # as a schedule has left it
     other, fresh = two_groups()
     write_as_stage_3_does(other, saved, fresh)
-    with pytest.raises(
-        CheckpointError, match=r"gave all groups the weight_decay of the first, 0\.1, expected"
-    ):
+    with pytest.raises(CheckpointError, match=r"the weight_decay of the first, 0\.1, expected"):
         train(other, fresh[0], range(3, 4))
     other.restore_hyperparameters()
     assert [(g["weight_decay"], g["lr"]) for g in other.param_groups] == [(0.1, 0.005), (0.0, 0.005)]
