@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.optim.counter_rng import kernel_words
-from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SQUARE, Noise, State
+from moe_runtime.optim.moments import BLOCK, MEAN, RATIO_CODES, ROOT_CODES, ROOT_SCALE, SQUARE, Noise, State
 from moe_runtime.optim.native_build import load_library
 from moe_runtime.optim.update import Factors
 
@@ -72,8 +72,8 @@ def fp8_step(
             value[start:].data_ptr(),
             grad[start:].data_ptr(),
             grad.dtype == torch.bfloat16,
-            state[MEAN][block:].data_ptr(),
-            state[SQUARE][block:].data_ptr(),
+            state[RATIO_CODES][block:].data_ptr(),
+            state[ROOT_CODES][block:].data_ptr(),
             state[ROOT_SCALE][block:].data_ptr(),
             None if working is None else working[start:].data_ptr(),
             None if counters is None else counters.data_ptr(),

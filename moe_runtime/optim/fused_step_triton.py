@@ -27,7 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_runtime.optim.counter_rng import MULTIPLIERS, SECOND_MULTIPLIER, SHIFTS, as_signed, kernel_words
-from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SQUARE, Noise, State
+from moe_runtime.optim.moments import (
+    BLOCK,
+    MIN_SCALE_EXPONENT,
+    RATIO_CODES,
+    ROOT_CODES,
+    ROOT_SCALE,
+    SCALE_BIAS,
+    Noise,
+    State,
+)
 from moe_runtime.optim.statistics import COLUMNS, LANES
 from moe_runtime.optim.update import Factors
 
@@ -52,7 +61,7 @@ _RATIO_REBIAS: tl.constexpr = tl.constexpr((127 - 7) << 23)
 _RATIO_NORMAL: tl.constexpr = tl.constexpr((128 - 7) << 23)
 _RATIO_FIXED: tl.constexpr = tl.constexpr(2.0**36)
 _RATIO_EXPONENT: tl.constexpr = tl.constexpr(4)
-_MIN_SCALE: tl.constexpr = tl.constexpr(127 - 96)
+_MIN_SCALE: tl.constexpr = tl.constexpr(SCALE_BIAS + MIN_SCALE_EXPONENT)
 
 # Elements of one launch: positions fit 32 bits, and at most one 2^32 boundary of the noise lies within.
 _LAUNCH_ELEMENTS = 1 << 30
@@ -270,8 +279,8 @@ def fused_step(
         tensors = (
             value[part],
             grad[part],
-            state[MEAN][blocks],
-            state[SQUARE][blocks],
+            state[RATIO_CODES][blocks],
+            state[ROOT_CODES][blocks],
             state[ROOT_SCALE][blocks],
             # Of no use where it is not asked for, but a kernel's pointers point somewhere.
             value[part] if working is None else working[part],

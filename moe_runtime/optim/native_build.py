@@ -11,6 +11,7 @@ point), and torch's JIT extensions (they compile against all of torch's headers,
 three seconds, need ninja, and wait for a lock file that a killed process leaves behind).
 """
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -111,10 +112,9 @@ def _cache_folder() -> Path:
 def _turn(lock: Path) -> Iterator[None]:
     """Hold `lock` among the processes of this machine, where its file system can."""
     with lock.open("w") as file:
-        try:
+        # A file system may have no locks: then each builds its own, and the last to rename wins.
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: each builds its own, and the last to rename wins
         yield
 
 

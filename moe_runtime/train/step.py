@@ -24,6 +24,7 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import ObjectiveWeights
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 from moe_runtime.schedule.action import Program
+from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, record_step
 
 
@@ -93,10 +94,17 @@ class TrainStep:
         scalars = self._forward_backward(plan)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
+        optim, client = runtime.config.optim, self.optimizer.client
+        counts = is_due(optim.numerics, optim.moments, step)
+        client.collect_statistics = counts  # type: ignore[attr-defined]
         result = self.optimizer.step(plan.lr)
         if not result.skipped:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
-        return self._record(plan, scalars, total, result, time.perf_counter() - begun)
+        record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
+        if counts:
+            own = client.take_statistics()  # type: ignore[attr-defined]
+            record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
+        return record
 
     def _start_clocks(self, keep_spans: bool) -> None:
         self.runtime.clock.restart(keep_spans)
