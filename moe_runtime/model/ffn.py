@@ -1,6 +1,6 @@
 """The dense feed-forward network: SwiGLU."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
+class FeedForward(Protocol):
+    """What computes a `SwiGLU`."""
+
+    def __call__(self, ffn: "SwiGLU", x: Tensor, source: Recomputed[Any] | None) -> Tensor: ...
+
+
+def plain_ffn(ffn: "SwiGLU", x: Tensor, source: Recomputed[Any] | None) -> Tensor:
+    """x [..., hidden] -> [..., hidden] through the two linears, each as it multiplies."""
+    gate_up = ffn.gate_up(x, source)
+    again = None
+    if ffn.recompute:
+        kept = gate_up.detach()
+        again = Recomputed(lambda: gated(kept))
+    return ffn.down(swiglu(gate_up), again)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) x up(x)): a dense layer's FFN, and the shared experts taken together.
+
+    `compute` is what computes it; another may be put in its place.
 
     Args:
         hidden_size: width of the stream.
@@ -79,14 +97,10 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.compute: FeedForward = plain_ffn
         self.gate_up = Linear(hidden_size, 2 * width, dtype, device)
         self.down = Linear(width, hidden_size, dtype, device)
 
-    def forward(self, x: Tensor, source: Recomputed[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Recomputed[Any] | None = None) -> Tensor:
         """x [..., hidden] -> [..., hidden]; `source` makes x again in backward and is asked once."""
-        gate_up = self.gate_up(x, source)
-        again = None
-        if self.recompute:
-            kept = gate_up.detach()
-            again = Recomputed(lambda: gated(kept))
-        return self.down(swiglu(gate_up), again)
+        return self.compute(self, x, source)

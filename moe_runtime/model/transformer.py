@@ -12,6 +12,7 @@ import torch
 from moe_comm import autograd as differentiable
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.local import LocalDispatcher
+from moe_comm.wire.carried import carry_over
 from torch import Tensor, nn
 
 from moe_runtime.config.schema import ModelConfig, RecomputeConfig
@@ -207,10 +208,11 @@ class Transformer(nn.Module):
             inputs = [state[slot] for slot in phase.inputs]
             if isinstance(phase, Dispatch):
                 shape = inputs[0].shape
-                received = differentiable.dispatch(self.dispatcher, inputs[0].flatten(0, 1), *inputs[1:])
+                tokens = carry_over(inputs[0], inputs[0].flatten(0, 1))
+                received = differentiable.dispatch(self.dispatcher, tokens, *inputs[1:])
                 outputs: tuple[Tensor, ...] = (received.rows, received.row_weights, received.row_counts)
                 handle = received.handle
-                counts.append(torch.bincount(inputs[2].flatten(), minlength=self.config.num_experts))
+                counts.append(_count(inputs[2].flatten(), self.config.num_experts))
             elif isinstance(phase, Combine):
                 routed = differentiable.combine(self.dispatcher, inputs[0], handle)
                 outputs = (routed.view(shape),)
@@ -224,6 +226,12 @@ class Transformer(nn.Module):
         experts = self.config.num_experts
         stacked = torch.stack(counts) if counts else torch.zeros(0, experts, dtype=torch.int64)
         return Losses(totals[LOSS], totals[LOSS_MTP], totals[BALANCE], stacked)
+
+
+def _count(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is in expert_ids [choices]: int64 [num_experts]; without a wait."""
+    counts = expert_ids.new_zeros(num_experts)
+    return counts.scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
 
 
 def _merge(layer: str) -> Compute:

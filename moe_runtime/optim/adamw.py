@@ -17,8 +17,8 @@ The noise of stochastic rounding depends on (seed, step, group_id, offset + elem
 wherever it lives. Blocks of FP8 scales do begin at the partition's start: other boundaries cost one
 more rounding.
 
-The arithmetic is torch's own fused kernel, on moments read window by window: temporaries stay bounded,
-and the many passes of decoding and encoding find a window in the cache.
+The arithmetic is that of `update.py`, by whichever implementation `step_path.py` finds, all to the same
+bits; FP32 moments are left to torch's own fused kernel.
 
 Non-finite gradients are the caller's to find (the global norm shows them): it skips the step. If it
 does not, FP32 and BF16 behave as torch does; in FP8 the element's state becomes NaN, and the rest of
@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 from moe_runtime.errors import CheckpointError, ConfigError
 from moe_runtime.optim.counter_rng import derive_key
+from moe_runtime.optim.eager_step import eager_step, torch_step, windows
 from moe_runtime.optim.moments import (
-    BLOCK,
     MEAN,
     SQUARE,
     Fp8Moments,
@@ -44,12 +43,14 @@ from moe_runtime.optim.moments import (
     State,
     moment_storage,
 )
+from moe_runtime.optim.statistics import StepStatistics, blank_counters, read_counters
+from moe_runtime.optim.step_path import checked_path, fused_step_for
+from moe_runtime.optim.update import factors_of
 
 STEP = "step"
-# Elements worked on at a time. CPU: a window's temporaries stay in the second-level cache (measured: half
-# and twice this are slower). Other devices: few launches, and 64 MiB of temporaries.
-WINDOW_CPU, WINDOW_DEVICE = 1024 * BLOCK, 16384 * BLOCK
 STREAM_STEP, STREAM_LOAD = 0, 1
+# group_id, counters, elements, 1 - beta1^t: one step of one parameter.
+_Counted = tuple[int, Tensor, int, float]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -65,6 +66,11 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: parameters shrink by lr x weight_decay each step.
         moments: `fp32`, `bf16` or `fp8`.
         seed: of the rounding noise.
+        step_path: `auto`, `eager` or `compiled`; see step_path.py.
+
+    Attributes:
+        collect_statistics: set it, and steps with FP8 moments count what `take_statistics` gives. Off at
+            first, for counting takes time (on a GPU some per cent). Only what is not taken is kept.
 
     Raises:
         ConfigError: a value out of range or a parameter of another type.
@@ -79,7 +85,11 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         moments: str = "fp32",
         seed: int = 0,
+        step_path: str = "auto",
     ) -> None:
+        self.collect_statistics = False
+        self._step_path = checked_path(step_path)
+        self._counted: list[_Counted] = []
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -111,6 +121,15 @@ class AdamW(torch.optim.Optimizer):
                     self._step_one(param, group, offset)
                 offset += param.numel()
         return loss
+
+    def take_statistics(self) -> dict[int, StepStatistics]:
+        """By group_id, what steps counted since the last call, which forgets it; waits for the device."""
+        taken: dict[int, StepStatistics] = {}
+        for group_id, counters, elements, mean_correction in self._counted:
+            found = read_counters(counters, elements, mean_correction)
+            taken[group_id] = taken.get(group_id, StepStatistics()) + found
+        self._counted.clear()
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, with logical `exp_avg` and `exp_avg_sq` in the parameter's type and shape."""
@@ -188,47 +207,21 @@ class AdamW(torch.optim.Optimizer):
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.float32, device="cpu") + 1
         step = int(state[STEP])
         noise = Noise(derive_key(group["seed"], step, group["group_id"], STREAM_STEP), offset)
-        values, grads = param.view(-1), param.grad.reshape(-1)  # type: ignore[union-attr]
-        for start, stop in _windows(param, storage.is_direct):
-            value, grad = values[start:stop], grads[start:stop].to(param.dtype)
-            mean, square = (moment.to(param.dtype) for moment in storage.read(state, start, stop))
-            _update(value, grad, mean, square, group, step)
-            storage.write(state, start, mean, square, noise)
-
-
-def _update(
-    value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any], step: int
-) -> None:
-    """One AdamW step on a window, all four 1-D and of one type, in place. torch's one-pass kernel:
-
-    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
-    value <- (1 - lr weight_decay) value - lr m^ / (sqrt(v^) + eps),
-    with m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step).
-    """
-    steps_before = torch.tensor(float(step - 1), device=value.device)  # the kernel counts it up
-    torch_adamw(
-        [value],
-        [grad],
-        [mean],
-        [square],
-        [],
-        [steps_before],
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-    )
-
-
-def _windows(param: Tensor, is_direct: bool = False) -> Iterable[tuple[int, int]]:
-    """Ranges of the flattened parameter; all of it where no temporaries are needed."""
-    size = WINDOW_CPU if param.device.type == "cpu" else WINDOW_DEVICE
-    size = max(param.numel(), 1) if is_direct else size
-    return ((start, min(start + size, param.numel())) for start in range(0, param.numel(), size))
+        values, grads = param.view(-1), param.grad.reshape(-1).contiguous()  # type: ignore[union-attr]
+        if storage.is_direct:
+            torch_step(values, grads, state, group, step)
+            return
+        factors = factors_of(group, step)
+        counters = None
+        if self.collect_statistics and storage.kind == "fp8":
+            counters = blank_counters(param.device)
+            counted = (group["group_id"], counters, param.numel(), factors.mean_correction)
+            self._counted.append(counted)
+        fused = fused_step_for(self._step_path, storage, param)
+        if fused is None:
+            eager_step(values, grads, storage, state, factors, noise, counters)
+        else:
+            fused(values, grads, state, factors, noise, counters=counters)
 
 
 def _logical(param: Tensor, state: State) -> State:
@@ -238,7 +231,7 @@ def _logical(param: Tensor, state: State) -> State:
     mean, square = state[MEAN], state[SQUARE]
     if not mean.is_floating_point():
         mean, square = (param.new_empty(param.numel()) for _ in range(2))
-        for start, stop in _windows(param):
+        for start, stop in windows(param):
             mean[start:stop], square[start:stop] = Fp8Moments().read(state, start, stop)
     values = {MEAN: mean, SQUARE: square}
     return {STEP: state[STEP].clone()} | {
@@ -255,7 +248,7 @@ def _store_anew(storage: MomentStorage, state: State, param: Tensor, noise: Nois
             f"{storage.kind} moments, got {mean.dtype} {list(mean.shape)}; was optim.moments changed?"
         )
     state.update(storage.blank(param))
-    for start, stop in _windows(param):
+    for start, stop in windows(param):
         means, squares = (moment.reshape(-1)[start:stop].to(param.dtype) for moment in (mean, square))
         storage.write(state, start, means, squares, noise)
 
