@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_runtime.config.derive import batch_size_at, tokens_before
 from moe_runtime.data.loader import BatchLoader
+from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
@@ -57,9 +58,17 @@ class TrainStep:
         runtime: this rank's part of the run.
         optimizer: ZeRO over the runtime's parameters.
         loader: gives any sequence of training by its number.
+        ema: average of the weights; the next update waits for it, nothing else does.
     """
 
-    def __init__(self, runtime: Runtime, optimizer: ZeroOptimizer, loader: BatchLoader) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        optimizer: ZeroOptimizer,
+        loader: BatchLoader,
+        ema: HostEma | None = None,
+    ) -> None:
+        self.ema = ema
         self.runtime = runtime
         self.optimizer = optimizer
         self.loader = loader
@@ -97,9 +106,13 @@ class TrainStep:
         optim, client = runtime.config.optim, self.optimizer.client
         counts = is_due(optim.numerics, optim.moments, step)
         client.collect_statistics = counts  # type: ignore[attr-defined]
+        if self.ema is not None:
+            self.ema.join()
         result = self.optimizer.step(plan.lr)
         if not result.skipped:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
+            if self.ema is not None:
+                self.ema.start()
         record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
         if counts:
             own = client.take_statistics()  # type: ignore[attr-defined]

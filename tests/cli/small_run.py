@@ -38,6 +38,7 @@ def write_config(folder: Path, **changes: object) -> Path:
             "checkpoint_every": 2,
             "keep_checkpoints": 3,
             "sample_tokens": 4,
+            "ema_decay": 0.5,
             "log_every": 1,
             "peer_timeout_s": 60,
         },

@@ -161,7 +161,7 @@ def exported(folder: Path, tag: str) -> dict[str, dict[str, Tensor]]:
     """Parameter -> fp32, exp_avg, exp_avg_sq of a universal checkpoint, flat."""
     found: dict[str, dict[str, Tensor]] = {}
     for path in sorted((folder / tag / "zero").glob("*/*.pt")):
-        value = torch.load(path, weights_only=False)
+        value = torch.load(path, weights_only=True)
         value = value["param"] if isinstance(value, dict) else value
         found.setdefault(path.parent.name, {})[path.stem] = torch.as_tensor(value).flatten()
     return found
