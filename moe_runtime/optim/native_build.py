@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -111,10 +111,9 @@ def _cache_folder() -> Path:
 def _turn(lock: Path) -> Iterator[None]:
     """Hold `lock` among the processes of this machine, where its file system can."""
     with lock.open("w") as file:
-        try:
+        # Where the file system has no locks, each builds its own, and the last to rename wins.
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: each builds its own, and the last to rename wins
         yield
 
 
