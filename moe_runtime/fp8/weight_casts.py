@@ -54,9 +54,13 @@ class WeightCasts:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """What is held now."""
         held = [entry.blocks for entry in self._entries.values()]
         held += [entry.transposed for entry in self._entries.values() if entry.transposed is not None]
-        return sum(blocks.nbytes for blocks in held)
+        return [tensor for blocks in held for tensor in (blocks.codes, blocks.scales)]
 
     def _entry(self, weight: Tensor) -> _Entry:
         place = (weight.data_ptr(), weight._version)

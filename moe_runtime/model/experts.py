@@ -57,7 +57,8 @@ class _AllExperts:
 
     def __init__(self, counts: Tensor, device: torch.device) -> None:
         self.rows = slice(0, None)
-        self.ends = counts.cumsum(0).to(device, torch.int32)
+        # Not blocking: else the host would wait for all kernels before this copy.
+        self.ends = counts.cumsum(0).to(torch.int32).to(device, non_blocking=True)
         self._counts = counts
 
     def lift(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
