@@ -243,12 +243,13 @@ def run_all(options: argparse.Namespace) -> None:
         for compiler in compilers:
             finish(compiler, min(left(), 40), "compile")
         finish(start(options, "peaks", None), min(left(), 40), "peaks")
-        for part in ("specialised", "plain", "scaled_mm"):
+        for part in ("scaled_mm", "specialised"):
             finish(start(options, part, None), min(left(), 45), part)
         for warmer in warmers:
             finish(warmer, left() - 25, "warm")
         if loaded:
             finish(start(options, "deepgemm", loaded[0]), min(left(), 45), "deepgemm")
+        finish(start(options, "plain", None), left(), "plain")
 
 
 def main() -> None:

@@ -154,6 +154,29 @@ def wide_products() -> None:
             note(name, f"{type(error).__name__}: {str(error)[:200]}")
 
 
+def norms() -> None:
+    """RMSNorm of the stream: torch's kernel against FP64 on the CPU, values and gradients."""
+    from moe_runtime.model.norm import RMSNorm
+
+    x = torch.randn(64, 7232, dtype=BF16)
+    pull = torch.randn(64, 7168, dtype=BF16)
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", BF16)):
+        norm = RMSNorm(7168, 1e-6, dtype=dtype, device=device)
+        leaf = x.to(device, dtype).requires_grad_()
+        out = norm(leaf[:, :7168])  # rows apart, as those of the latent are
+        out.backward(pull.to(device, dtype))
+        found.append([t.detach().cpu().double() for t in (out, leaf.grad, norm.weight.grad)])
+    apart = [f"{float((a - b).norm() / a.norm()):.1e}" for a, b in zip(*found, strict=True)]
+    note("norm, relative error of output, d_x, d_gain (BF16: 2e-3)", apart)
+    wide = torch.randn(4096, 7168, device="cuda", dtype=BF16, requires_grad=True)
+    norm = RMSNorm(7168, 1e-6, dtype=BF16, device="cuda")
+    out, d_out = norm(wide), torch.randn_like(wide)
+    note("norm of 4096 x 7168, ms", round(timed_ms(lambda: norm(wide)), 3))
+    back = timed_ms(lambda: torch.autograd.grad(out, [wide, norm.weight], d_out, retain_graph=True))
+    note("its backward, ms", round(back, 3))
+
+
 def open_slice(experts: int, vocab: int) -> Any:
     """A DeepSeek-V3 slice of one dense and two MoE layers, true widths, random weights."""
     from moe_runtime.config.schema import ModelConfig
@@ -331,6 +354,7 @@ def main() -> int:
         "attention": attention,
         "grouped": grouped,
         "wide": wide_products,
+        "norms": norms,
         "model": lambda: model_steps(given.experts, given.seq, given.sequences),
         "update": fp8_update,
     }

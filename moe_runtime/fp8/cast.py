@@ -9,6 +9,7 @@
     gated_backward_cast   d_product [m, f]    -> Tiles of both kinds      gradient of gate_up
     cast_normed           x [m, k]            -> RMSNorm's output, and Tiles of it
     cast_weight           w [..., n, k]       -> Blocks [..., n, k]
+    cast_weight_both      w [..., n, k]       -> Blocks of it and of its transposed
     decode                Tiles or Blocks     -> values
 
 The law of a tile (rounding, scale, special values) is that of `moe_comm.wire.tile`, whatever the axis: a
@@ -41,7 +42,7 @@ from moe_runtime.fp8.tiled import Blocks, Groups, Tiles
 
 
 def _kernels() -> ModuleType:
-    from moe_runtime.fp8 import cast_triton  # type: ignore[attr-defined]
+    from moe_runtime.fp8 import cast_triton
 
     return cast_triton
 
@@ -178,6 +179,16 @@ def cast_weight(weight: Tensor) -> Blocks:
         blocks: Blocks = _kernels().cast_weight_on_device(weight)
         return blocks
     return block.cast_weight_on_cpu(weight)
+
+
+@torch.no_grad()
+def cast_weight_both(weight: Tensor) -> tuple[Blocks, Blocks]:
+    """Blocks of weight [..., n, k] and of its transposed [..., k, n], from one read: Fprop's and Dgrad's."""
+    if weight.is_cuda:
+        both: tuple[Blocks, Blocks] = _kernels().cast_weight_both_on_device(weight)
+        return both
+    blocks = block.cast_weight_on_cpu(weight)
+    return blocks, blocks.transposed()
 
 
 @torch.no_grad()

@@ -34,44 +34,29 @@ RETILE_COLUMNS, RETILE_WARPS = 128, 8
 
 
 @triton.jit
-def column_scales(
-    v0: tl.tensor,
-    v1: tl.tensor,
-    v2: tl.tensor,
-    v3: tl.tensor,
-    POW2: tl.constexpr,
-    HARDWARE_CAST: tl.constexpr,
-) -> Any:
-    """(inverse, scale) of each column of four quarters [32, columns]."""
-    low = larger_of(magnitude_of(v0, HARDWARE_CAST), magnitude_of(v1, HARDWARE_CAST), HARDWARE_CAST)
-    high = larger_of(magnitude_of(v2, HARDWARE_CAST), magnitude_of(v3, HARDWARE_CAST), HARDWARE_CAST)
-    return scales_of(amax_bits(larger_of(low, high, HARDWARE_CAST), 0, HARDWARE_CAST), POW2)
-
-
-@triton.jit
 def store_columns(
-    v0: tl.tensor,
-    v1: tl.tensor,
-    v2: tl.tensor,
-    v3: tl.tensor,
-    words: tl.tensor,
-    scales: tl.tensor,
+    quarters: tl.tuple,
+    target: tl.tuple,
     tile: tl.tensor,
     count: tl.tensor,
     column: tl.tensor,
     num_columns: tl.tensor,
-    row_words: tl.tensor,
-    scale_stride: tl.tensor,
     POW2: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,
 ) -> None:
-    """Cast four quarters [32, columns] of 128 tokens along the tokens and write them transposed.
+    """Cast 128 tokens along the tokens and write them transposed.
 
     Args:
-        words: int32 [num_columns, row_words], four codes a word.
-        scales: float32 at [tile, column], tiles `scale_stride` apart.
+        quarters: four of float32 [32, columns]; rows from `count` on are a gap.
+        target: (int32 words [num_columns, row_words], float32 scales at [tile, column], row_words, distance
+            of the tiles' scales).
     """
-    inverse, scale = column_scales(v0, v1, v2, v3, POW2, HARDWARE_CAST)
+    v0, v1, v2, v3 = quarters
+    words, scales, row_words, scale_stride = target
+    low = larger_of(magnitude_of(v0, HARDWARE_CAST), magnitude_of(v1, HARDWARE_CAST), HARDWARE_CAST)
+    high = larger_of(magnitude_of(v2, HARDWARE_CAST), magnitude_of(v3, HARDWARE_CAST), HARDWARE_CAST)
+    bits = amax_bits(larger_of(low, high, HARDWARE_CAST), 0, HARDWARE_CAST)
+    inverse, scale = scales_of(bits, POW2)
     factor = inverse[None, :]
     packed = encode_joined(v0 * factor, v1 * factor, v2 * factor, v3 * factor, HARDWARE_CAST)
     packed &= word_mask(count)[:, None]
@@ -84,8 +69,7 @@ def store_columns(
 @triton.jit
 def store_row_tile(
     values: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
+    target: tl.tuple,
     row: tl.tensor,
     is_row: tl.tensor,
     column: tl.tensor,
@@ -96,8 +80,9 @@ def store_row_tile(
     """Cast rows [32, 128], one tile each, and write them at `row` and `column` of [.., num_columns].
 
     Args:
-        scales: where the tile's scale of row 0 lies.
+        target: (codes of row 0, scale of this tile in row 0).
     """
+    codes, scales = target
     inverse, scale = scales_of(amax_bits(magnitude_of(values, HARDWARE_CAST), 1, HARDWARE_CAST), POW2)
     place = codes + row[:, None] * num_columns + column[None, :]
     is_inside = is_row[:, None] & (column < num_columns)[None, :]
@@ -117,6 +102,39 @@ def read_quarter(
     """float32 [32, columns] of rows of a matrix; zeros from row `count` on and beside it."""
     is_inside = (row < count)[:, None] & (column < width)[None, :]
     return tl.load(values + row[:, None] * stride + column[None, :], mask=is_inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decode_quarter(
+    source: tl.tuple,
+    row: tl.tensor,
+    count: tl.tensor,
+    column: tl.tensor,
+    is_column: tl.tensor,
+    tile: tl.tensor,
+    ONE_TILE: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr,
+) -> Any:
+    """float32 [32, columns] of rows of cached tiles; zeros where there is none.
+
+    Args:
+        source: (codes, scales, distance of rows of codes, of rows of scales, of tiles of scales).
+        tile: which the first column lies in.
+        ONE_TILE: all columns lie in it, so a row has one scale here.
+    """
+    codes, scales, code_stride, row_stride, tile_stride = source
+    is_row = row < count
+    is_inside = is_row[:, None] & is_column[None, :]
+    block = tl.load(codes + row[:, None] * code_stride + column[None, :], mask=is_inside, other=0)
+    if ONE_TILE:
+        place = scales + row * row_stride + tile.to(tl.int64) * tile_stride
+        values = values_of(block, tl.load(place, mask=is_row, other=0.0), HARDWARE_CAST)
+    else:
+        tiles = (column // _TILE).to(tl.int64)
+        place = scales + row[:, None] * row_stride + tiles[None, :] * tile_stride
+        ones = tl.full(row.shape, 1.0, tl.float32)
+        values = values_of(block, ones, HARDWARE_CAST) * tl.load(place, mask=is_inside, other=0.0)
+    return values
 
 
 @triton.jit
@@ -151,63 +169,14 @@ def cast_columns_kernel(
     v2 = read_quarter(source, row + 2, count, row_stride, column, num_columns)
     v3 = read_quarter(source, row + 3, count, row_stride, column, num_columns)
     if BOTH:
-        target = row_codes + first * num_columns
-        place = row_scales + piece.to(tl.int64) * row_scale_stride + first
+        row_place = row_scales + piece.to(tl.int64) * row_scale_stride + first
+        rows = (row_codes + first * num_columns, row_place)
         for step in tl.static_range(4):
             part = v0 if step == 0 else (v1 if step == 1 else (v2 if step == 2 else v3))
             at = row + step
-            store_row_tile(part, target, place, at, at < count, column, num_columns, POW2, HARDWARE_CAST)
-    store_columns(
-        v0,
-        v1,
-        v2,
-        v3,
-        words,
-        scales,
-        tile,
-        count,
-        column,
-        num_columns,
-        row_words,
-        scale_stride,
-        POW2,
-        HARDWARE_CAST,
-    )
-
-
-@triton.jit
-def decode_quarter(
-    codes: tl.tensor,
-    scales: tl.tensor,
-    row: tl.tensor,
-    count: tl.tensor,
-    code_stride: tl.tensor,
-    row_scale_stride: tl.tensor,
-    tile_scale_stride: tl.tensor,
-    column: tl.tensor,
-    is_column: tl.tensor,
-    tile: tl.tensor,
-    ONE_TILE: tl.constexpr,
-    HARDWARE_CAST: tl.constexpr,
-) -> Any:
-    """float32 [32, columns] of rows of cached tiles; zeros where there is none.
-
-    Args:
-        tile: which the first column lies in.
-        ONE_TILE: all columns lie in it, so a row has one scale here.
-    """
-    is_row = row < count
-    is_inside = is_row[:, None] & is_column[None, :]
-    block = tl.load(codes + row[:, None] * code_stride + column[None, :], mask=is_inside, other=0)
-    if ONE_TILE:
-        place = scales + row * row_scale_stride + tile.to(tl.int64) * tile_scale_stride
-        values = values_of(block, tl.load(place, mask=is_row, other=0.0), HARDWARE_CAST)
-    else:
-        tiles = (column // _TILE).to(tl.int64)
-        place = scales + row[:, None] * row_scale_stride + tiles[None, :] * tile_scale_stride
-        ones = tl.full(row.shape, 1.0, tl.float32)
-        values = values_of(block, ones, HARDWARE_CAST) * tl.load(place, mask=is_inside, other=0.0)
-    return values
+            store_row_tile(part, rows, at, at < count, column, num_columns, POW2, HARDWARE_CAST)
+    made = (words, scales, row_words, scale_stride)
+    store_columns((v0, v1, v2, v3), made, tile, count, column, num_columns, POW2, HARDWARE_CAST)
 
 
 @triton.jit
@@ -235,41 +204,15 @@ def columns_of_kernel(
     column = piece * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < num_columns
     row = 4 * tl.arange(0, 32)
-    source = codes + first * code_stride
     factors = row_scales + first * row_scale_stride
-    quarters = ()
-    for step in tl.static_range(4):
-        quarter = decode_quarter(
-            source,
-            factors,
-            row + step,
-            count,
-            code_stride,
-            row_scale_stride,
-            tile_scale_stride,
-            column,
-            is_column,
-            piece * COLUMNS // _TILE,
-            True,
-            HARDWARE_CAST,
-        )
-        quarters += (quarter,)  # type: ignore[assignment]
-    store_columns(
-        quarters[0],
-        quarters[1],
-        quarters[2],
-        quarters[3],
-        words,
-        scales,
-        tile,
-        count,
-        column,
-        num_columns,
-        row_words,
-        scale_stride,
-        True,
-        HARDWARE_CAST,
-    )
+    source = (codes + first * code_stride, factors, code_stride, row_scale_stride, tile_scale_stride)
+    at = piece * COLUMNS // _TILE
+    v0 = decode_quarter(source, row, count, column, is_column, at, True, HARDWARE_CAST)
+    v1 = decode_quarter(source, row + 1, count, column, is_column, at, True, HARDWARE_CAST)
+    v2 = decode_quarter(source, row + 2, count, column, is_column, at, True, HARDWARE_CAST)
+    v3 = decode_quarter(source, row + 3, count, column, is_column, at, True, HARDWARE_CAST)
+    made = (words, scales, row_words, scale_stride)
+    store_columns((v0, v1, v2, v3), made, tile, count, column, num_columns, True, HARDWARE_CAST)
 
 
 def as_words(codes: Tensor) -> Tensor:
@@ -343,7 +286,7 @@ def cast_both_on_device(
 ) -> tuple[Tiles, Tiles]:
     """Rows and columns of one matrix, read once; arguments as in `cast_columns_on_device`."""
     x = readable(x)
-    rows = empty_tiles(*x.shape, x.device)
+    rows = empty_tiles(x.shape[0], x.shape[1], x.device)
     return rows, _cast(x, groups, rows, hardware_cast, TILE, num_warps, True)
 
 

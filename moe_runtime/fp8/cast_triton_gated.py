@@ -93,59 +93,21 @@ def cast_gated_tiles_kernel(
     count = tl.load(tile_rows + 2 * tile + 1)
     column = piece * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < width
-    source, factors = gate_up + first * code_stride, gate_up_scales + first * row_scale_stride
+    factors = gate_up_scales + first * row_scale_stride
+    source = (gate_up + first * code_stride, factors, code_stride, row_scale_stride, tile_scale_stride)
+    gate_at, up_at = piece * COLUMNS // _TILE, (width + piece * COLUMNS) // _TILE
     quarters = ()
     for step in tl.static_range(4):
         row = 4 * tl.arange(0, 32) + step
-        gate = decode_quarter(
-            source,
-            factors,
-            row,
-            count,
-            code_stride,
-            row_scale_stride,
-            tile_scale_stride,
-            column,
-            is_column,
-            piece * COLUMNS // _TILE,
-            True,
-            HARDWARE_CAST,
-        )
-        up = decode_quarter(
-            source,
-            factors,
-            row,
-            count,
-            code_stride,
-            row_scale_stride,
-            tile_scale_stride,
-            column + width,
-            is_column,
-            (width + piece * COLUMNS) // _TILE,
-            ALIGNED,
-            HARDWARE_CAST,
-        )
+        gate = decode_quarter(source, row, count, column, is_column, gate_at, True, HARDWARE_CAST)
+        up = decode_quarter(source, row, count, column + width, is_column, up_at, ALIGNED, HARDWARE_CAST)
         product = gate * sigmoid(gate, HARDWARE_CAST) * up
         if WEIGHTED:
             weights = tl.load(row_weights + first + row, mask=row < count, other=0.0).to(tl.float32)
             product *= weights[:, None]
         quarters += (product,)  # type: ignore[assignment]
-    store_columns(
-        quarters[0],
-        quarters[1],
-        quarters[2],
-        quarters[3],
-        words,
-        scales,
-        tile,
-        count,
-        column,
-        width,
-        row_words,
-        scale_stride,
-        True,
-        HARDWARE_CAST,
-    )
+    made = (words, scales, row_words, scale_stride)
+    store_columns(quarters, made, tile, count, column, width, True, HARDWARE_CAST)
 
 
 def cast_gated_on_device(

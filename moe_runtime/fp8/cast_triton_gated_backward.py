@@ -63,77 +63,38 @@ def gated_backward_kernel(
     half = tl.program_id(0) % 2
     piece = tl.program_id(0) // 2 % pieces
     tile = tl.program_id(0) // 2 // pieces
-    is_gate = half == 0
     first = tl.load(tile_rows + 2 * tile).to(tl.int64)
     count = tl.load(tile_rows + 2 * tile + 1)
     column = piece * _TILE + tl.arange(0, _TILE)
     made_column = column + half * width
-    d_source = d_product + first * d_stride
-    source, factors = gate_up + first * code_stride, gate_up_scales + first * source_row_stride
-    target = row_codes + first * 2 * width
-    target_scales = row_scales + (piece + half * pieces).to(tl.int64) * row_scale_stride + first
+    is_column = column < width
+    factors = gate_up_scales + first * source_row_stride
+    source = (gate_up + first * code_stride, factors, code_stride, source_row_stride, source_tile_stride)
+    row_tile = (piece + half * pieces).to(tl.int64)
+    rows = (row_codes + first * 2 * width, row_scales + row_tile * row_scale_stride + first)
+    if WEIGHTED:
+        parts = weight_parts + piece.to(tl.int64) * num_rows + first
     quarters = ()
     for step in tl.static_range(4):
         row = 4 * tl.arange(0, 32) + step
         is_row = row < count
-        pull = read_quarter(d_source, row, count, d_stride, column, width)
-        gate = decode_quarter(
-            source,
-            factors,
-            row,
-            count,
-            code_stride,
-            source_row_stride,
-            source_tile_stride,
-            column,
-            column < width,
-            piece,
-            True,
-            HARDWARE_CAST,
-        )
+        pull = read_quarter(d_product + first * d_stride, row, count, d_stride, column, width)
+        gate = decode_quarter(source, row, count, column, is_column, piece, True, HARDWARE_CAST)
         open_part = sigmoid(gate, HARDWARE_CAST)
-        active = gate * open_part
-        slope = active
-        if is_gate:  # `up` is read by this half alone
-            up = decode_quarter(
-                source,
-                factors,
-                row,
-                count,
-                code_stride,
-                source_row_stride,
-                source_tile_stride,
-                column + width,
-                column < width,
-                piece + pieces,
-                True,
-                HARDWARE_CAST,
-            )
-            slope = up * open_part * (1.0 + gate * (1.0 - open_part))
+        slope = gate * open_part
+        if half == 0:  # d_gate; `up` is read by this half alone
+            up_column, up_at = column + width, piece + pieces
+            up = decode_quarter(source, row, count, up_column, is_column, up_at, True, HARDWARE_CAST)
             if WEIGHTED:
-                part = tl.sum(pull * active * up, axis=1)
-                tl.store(weight_parts + piece.to(tl.int64) * num_rows + first + row, part, mask=is_row)
+                tl.store(parts + row, tl.sum(pull * slope * up, axis=1), mask=is_row)
+            slope = up * open_part * (1.0 + gate * (1.0 - open_part))
         if WEIGHTED:
             pull *= tl.load(row_weights + first + row, mask=is_row, other=0.0)[:, None]
         made = pull * slope
-        store_row_tile(made, target, target_scales, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
+        store_row_tile(made, rows, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
         quarters += (made,)  # type: ignore[assignment]
-    store_columns(
-        quarters[0],
-        quarters[1],
-        quarters[2],
-        quarters[3],
-        words,
-        scales,
-        tile,
-        count,
-        made_column,
-        2 * width,
-        row_words,
-        scale_stride,
-        True,
-        HARDWARE_CAST,
-    )
+    columns = (words, scales, row_words, scale_stride)
+    store_columns(quarters, columns, tile, count, made_column, 2 * width, True, HARDWARE_CAST)
 
 
 def gated_backward_cast_on_device(

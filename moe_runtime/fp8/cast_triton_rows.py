@@ -114,7 +114,7 @@ def cast_rows_on_device(
     Ref: DSV3 §3.3.2
     """
     x = readable(x)
-    made = empty_tiles(*x.shape, x.device)
+    made = empty_tiles(x.shape[0], x.shape[1], x.device)
     if x.numel():
         cast_rows_kernel[(triton.cdiv(x.shape[0], rows) * num_tiles(x.shape[1]),)](
             x,

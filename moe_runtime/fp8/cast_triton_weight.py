@@ -75,13 +75,11 @@ def cast_weight_kernel(
             mirrored = transposed + start + column.to(tl.int64)[:, None] * num_rows + (first + at)[None, :]
             tl.store(mirrored, tl.trans(part), mask=is_column[:, None] & (at < count)[None, :])
     if BOTH and WORDS:
-        packed = tl.trans(
-            encode_joined(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse, HARDWARE_CAST)
-        )
+        words = encode_joined(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse, HARDWARE_CAST)
         word = band * 32 + tl.arange(0, 32)
         mirror = transposed + matrix * row_words * num_columns
         place = mirror + column.to(tl.int64)[:, None] * row_words + word[None, :]
-        tl.store(place, packed, mask=is_column[:, None] & (word < row_words)[None, :])
+        tl.store(place, tl.trans(words), mask=is_column[:, None] & (word < row_words)[None, :])
 
 
 def _cast(weight: Tensor, both: bool, hardware_cast: bool | None, num_warps: int) -> tuple[Blocks, Tensor]:

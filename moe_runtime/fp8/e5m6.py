@@ -22,13 +22,14 @@ infinite. Infinity or NaN anywhere in a tile: the scale is NaN, all codes are 0x
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from moe_comm.wire.formats import FP32_MAGNITUDE, FP32_MANTISSA_BITS
 from torch import Tensor
 
 from moe_runtime.errors import NumericsError
-from moe_runtime.fp8 import cast, cast_cpu
+from moe_runtime.fp8 import cast_cpu
 from moe_runtime.fp8.scales import ScaleLaw
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
@@ -77,6 +78,9 @@ def pack_e5m6(x: Tensor) -> Packed:
             "E5M6: expected values [rows, columns] of a floating dtype of 16 to 64 bits, "
             f"got {list(x.shape)} of {x.dtype}"
         )
+    if x.is_cuda:
+        packed: Packed = _kernels().pack_e5m6_on_device(x)
+        return packed
     rows, columns = x.shape
     data = torch.empty(rows, packed_width(columns), dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows, num_tiles(columns), device=x.device)
@@ -89,6 +93,9 @@ def pack_e5m6(x: Tensor) -> Packed:
 @torch.no_grad()
 def unpack_e5m6(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [m, k]; code x scale in FP32, then rounded to dtype (BF16: exact)."""
+    if packed.data.is_cuda:
+        on_device: Tensor = _kernels().unpack_e5m6_on_device(packed, dtype)
+        return on_device
     rows, columns = packed.shape
     values = torch.empty(rows, columns, dtype=dtype, device=packed.data.device)
     for part in _row_chunks(rows, columns):
@@ -108,11 +115,19 @@ def columns_of_packed(packed: Packed, groups: Groups | None = None) -> Tiles:
     if groups.num_rows != rows:
         raise NumericsError(f"E5M6 retiling: expected groups of {rows} rows in all, got {groups.num_rows}")
     if packed.data.is_cuda:
-        return cast.cast_columns(unpack_e5m6(packed, torch.bfloat16), groups)
+        tiles: Tiles = _kernels().columns_of_packed_on_device(packed, groups)
+        return tiles
     made = cast_cpu.Columns(columns, groups)
     for chunk in cast_cpu.chunks(groups, columns):
         made.write(chunk.padded, _decode(packed, chunk.rows))
     return made.done()
+
+
+def _kernels() -> ModuleType:
+    """The Triton form, imported when it is first needed."""
+    from moe_runtime.fp8 import e5m6_triton
+
+    return e5m6_triton
 
 
 def packed_width(columns: int) -> int:
@@ -121,7 +136,10 @@ def packed_width(columns: int) -> int:
 
 
 def _row_chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // max(columns, 1))
+    """Rows that fit the cache, none where there is nothing to read."""
+    if not columns:
+        return []
+    size = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // columns)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 

@@ -100,7 +100,8 @@ def row_places(groups: Groups, block_m: int) -> Tensor:
         within = torch.arange(len(group)) - (tiles.cumsum(0) - tiles)[group]
         first_row = (ends - groups.counts)[group] + within * block_m
         places = torch.stack((group, first_row, ends[group]), 1)
-        kept[block_m] = places.to(groups.device, torch.int32)
+        # Not blocking: else the host would wait for all kernels before this copy.
+        kept[block_m] = places.to(torch.int32).to(groups.device, non_blocking=True)
     return kept[block_m]
 
 

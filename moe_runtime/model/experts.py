@@ -49,11 +49,17 @@ class _OneExpert:
 
 
 class _AllExperts:
-    """All rows in one block, multiplied by grouped GEMMs."""
+    """All rows in one block, multiplied by grouped GEMMs.
+
+    But weight gradients, which are added in FP32 while they are made: a grouped GEMM would round them to
+    BF16 and leave the addition to another pass over all of them.
+    """
 
     def __init__(self, counts: Tensor, device: torch.device) -> None:
         self.rows = slice(0, None)
-        self.ends = counts.cumsum(0).to(device, torch.int32)
+        # Not blocking: else the host would wait for all kernels before this copy.
+        self.ends = counts.cumsum(0).to(torch.int32).to(device, non_blocking=True)
+        self._counts = counts
 
     def lift(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=self.ends))
@@ -62,14 +68,8 @@ class _AllExperts:
         out.copy_(nn.functional.grouped_mm(d_out, weight, offs=self.ends))
 
     def write_weight_grad(self, out: Tensor, d_out: Tensor, x: Tensor, accumulate: bool) -> None:
-        grad = nn.functional.grouped_mm(d_out.t(), x, offs=self.ends)
-        # What the kernel leaves for a group without rows is not promised.
-        starts = nn.functional.pad(self.ends[:-1], (1, 0))
-        grad.masked_fill_((self.ends == starts).view(-1, 1, 1), 0)
-        if accumulate:
-            out.add_(grad)
-        else:
-            out.copy_(grad)
+        each = blocks_of(self._counts, out.device, False)
+        write_blocks(out, accumulate, each, lambda span: (d_out[span], x[span]))
 
 
 Block = _OneExpert | _AllExperts
@@ -104,8 +104,9 @@ def write_blocks(
     if not accumulate:
         touched = {block.expert for block in blocks if isinstance(block, _OneExpert)}
         together = any(isinstance(block, _AllExperts) for block in blocks)
-        idle = [] if together else [e for e in range(out.shape[0]) if e not in touched]
-        out[idle] = 0
+        for expert in range(0 if together else out.shape[0]):
+            if expert not in touched:
+                out[expert] = 0
     for block in blocks:
         block.write_weight_grad(out, *operands(block.rows), accumulate)
 

@@ -11,14 +11,23 @@ from moe_runtime.model.recompute import Recomputed
 
 # normalise(x, gain, eps): output in the dtype of x, reciprocal root mean square in at least FP32, any shape.
 Normalise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+_KERNEL = "_fused_rms_norm_backward"
 
 
 def normalise(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(output in the dtype of x, reciprocal root mean square [..., 1]), computed in at least FP32."""
+    if _has_kernel(x, gain):
+        out, rstd = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, eps)
+        return out, rstd
     high = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(high, rstd).mul_(gain).to(x.dtype), rstd
+
+
+def _has_kernel(x: Tensor, gain: Tensor) -> bool:
+    """True where torch norms in one pass, with FP32 inside."""
+    return x.is_cuda and x.dtype == gain.dtype != torch.float64 and hasattr(torch.ops.aten, _KERNEL)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -33,6 +42,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, gain, rstd = ctx.saved_tensors
         dim = x.shape[-1]
+        if _has_kernel(x, gain):
+            backward = torch.ops.aten._fused_rms_norm_backward
+            return *backward(d_out.to(x.dtype), x, [dim], rstd, gain, [True, True]), None, None
         high = x.to(rstd.dtype).reshape(-1, dim)
         scale = rstd.reshape(-1, 1)
         d_out = d_out.to(rstd.dtype).reshape(-1, dim)

@@ -24,9 +24,9 @@ from torch import Tensor
 _MASK_64 = (1 << 64) - 1
 _WORD = 1 << 32
 # Odd multipliers and shifts known for good avalanche in two rounds; the tests measure it.
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
-_SHIFTS = (16, 15, 16)
-_SECOND_MULTIPLIER = 741103597
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+SHIFTS = (16, 15, 16)
+SECOND_MULTIPLIER = 741103597
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,29 @@ def random_bits(key: NoiseKey, start: int, count: int, device: torch.device | st
         head = random_bits(key, start, until_carry, device)
         return torch.cat([head, random_bits(key, start + until_carry, count - until_carry, device)])
     first, second = key.words(start // _WORD)
-    bits = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start + first))
+    bits = torch.arange(count, dtype=torch.int32, device=device).add_(as_signed(start + first))
     scratch = torch.empty_like(bits)
-    _fold(bits, _SHIFTS[0], scratch).mul_(_signed(_MULTIPLIERS[0])).add_(_signed(second))
-    _fold(bits, _SHIFTS[1], scratch).mul_(_signed(_MULTIPLIERS[1]))
-    return _fold(bits, _SHIFTS[2], scratch)
+    _fold(bits, SHIFTS[0], scratch).mul_(as_signed(MULTIPLIERS[0])).add_(as_signed(second))
+    _fold(bits, SHIFTS[1], scratch).mul_(as_signed(MULTIPLIERS[1]))
+    return _fold(bits, SHIFTS[2], scratch)
+
+
+def kernel_words(key: NoiseKey, start: int) -> tuple[tuple[int, int, int, int], int]:
+    """What a kernel needs to make the bits of elements start, start + 1, ... for itself.
+
+    Element start + i of `random_bits` is the hash of i + first with second, all in 32 bits.
+
+    Args:
+        start: global index of the first element.
+
+    Returns:
+        ((first, second, next_first, next_second), carry): 32-bit words; the first two up to element
+        start + carry, which is the next multiple of 2^32, the other two for the 2^32 elements from there.
+    """
+    first, second = key.words(start // _WORD)
+    next_first, next_second = key.words(start // _WORD + 1)
+    shifted = (start + first) % _WORD, (start + next_first) % _WORD
+    return (shifted[0], second, shifted[1], next_second), _WORD - start % _WORD
 
 
 def second_draw(bits: Tensor) -> Tensor:
@@ -87,7 +105,7 @@ def second_draw(bits: Tensor) -> Tensor:
     Pairs (u, a u mod 2^k) of the lower k bits lie on a lattice; this a is one of L'Ecuyer's for which
     it has no gaps worth naming, so the two are independent for all that rounding can tell.
     """
-    return bits.mul_(_SECOND_MULTIPLIER)
+    return bits.mul_(SECOND_MULTIPLIER)
 
 
 def _fold(bits: Tensor, shift: int, scratch: Tensor) -> Tensor:
@@ -104,6 +122,6 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _signed(word: int) -> int:
+def as_signed(word: int) -> int:
     """The int32 with the bits of `word` modulo 2^32."""
     return (word + _WORD // 2) % _WORD - _WORD // 2

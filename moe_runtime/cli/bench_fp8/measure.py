@@ -68,4 +68,4 @@ def check(
 
 
 def _tflops(shape: Shape, seconds: float) -> float:
-    return round(shape.flops / seconds / 1e12, 1)
+    return round(shape.flops / seconds / 1e12, 5)

@@ -10,6 +10,7 @@ import math
 import sys
 import traceback
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,11 +180,11 @@ def case_the_comparison_sees_a_gap_that_is_not_zero() -> None:
     assert not same(tiles, wanted)
 
 
-def main() -> None:
+def main(module: dict[str, Any]) -> None:
     # NumPy, which the interpreter computes with, warns of products that the poisoned tiles discard.
     warnings.simplefilter("ignore", RuntimeWarning)
     results = {}
-    for name, case in sorted(globals().items()):
+    for name, case in sorted(module.items()):
         if name.startswith("case_") and (len(sys.argv) < 2 or sys.argv[1] in name):
             try:
                 case()
@@ -194,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

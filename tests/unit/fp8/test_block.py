@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_runtime.fp8.cast import cast_weight, decode
+from moe_runtime.fp8.cast import cast_weight, cast_weight_both, decode
 from moe_runtime.fp8.cast_reference import E4M3_LAW, reference_blocks, reference_value
 from moe_runtime.fp8.tiled import TILE, Blocks
 from tests.unit.comm.wire_values import same_bits, special_tiles
@@ -57,4 +57,6 @@ def test_decoding_says_code_times_scale() -> None:
 def test_the_cast_of_a_transposed_weight_is_the_transposed_cast() -> None:
     weight = mixed(130, 300, seed=4)
     assert same(cast_weight(weight.t()), cast_weight(weight).transposed())
+    both = cast_weight_both(weight)
+    assert same(both[0], cast_weight(weight)) and same(both[1], cast_weight(weight.t()))
     assert same_bits(decode(cast_weight(weight).transposed()), decode(cast_weight(weight)).t().contiguous())

@@ -106,6 +106,13 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(unpack_e5m6(again, torch.bfloat16), unpack_e5m6(whole).bfloat16())
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_nothing_is_packed_as_nothing(shape: tuple[int, int]) -> None:
+    packed = pack_e5m6(torch.ones(shape))
+    assert unpack_e5m6(packed).shape == shape
+    assert columns_of_packed(packed).shape == (shape[1], -(-shape[0] // TILE) * TILE)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(NumericsError, match=r"expected values \[rows, columns\]"):
         pack_e5m6(torch.ones(3, dtype=torch.float32))

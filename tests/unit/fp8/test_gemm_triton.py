@@ -96,7 +96,17 @@ def instructions(made: Any, folder: Path) -> list[str]:
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.role)
+# Variants whose code differs little from another's.
+_SLOW = ("groups", "wgrad")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=shape.role, marks=[pytest.mark.slow] if shape.role in _SLOW else [])
+        for shape in SHAPES
+    ],
+)
 def test_compiles_for_sm_90_to_fp8_products_without_spills(
     shape: Shape, launches: list[tuple[Any, dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.optim import adamw
+from moe_runtime.optim import eager_step
 from moe_runtime.optim.adamw import AdamW
 
 KINDS = ["fp32", "bf16", "fp8"]
@@ -121,10 +121,10 @@ def test_fp8_root_of_v_follows_a_tenfold_drop_of_gradients() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_do_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for window in (adamw.WINDOW_CPU, 256):
-        monkeypatch.setattr(adamw, "WINDOW_CPU", window)
+    for window in (eager_step.WINDOW_CPU, 256):
+        monkeypatch.setattr(eager_step, "WINDOW_CPU", window)
         param = parameter(1930)
-        train(AdamW([param], moments=kind), param, range(3))
+        train(AdamW([param], moments=kind, step_path="eager"), param, range(3))
         results.append(param.detach())
     torch.testing.assert_close(results[0], results[1], rtol=3e-7, atol=0)
 
@@ -195,5 +195,6 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 def test_working_copies_in_bf16_are_refused() -> None:
+    optimizer = AdamW([parameter(4, dtype=torch.bfloat16)])
     with pytest.raises(ConfigError, match="master weights, got torch"):
-        AdamW([parameter(4, dtype=torch.bfloat16)])
+        train(optimizer, optimizer.param_groups[0]["params"][0], range(1))
