@@ -121,7 +121,7 @@ def optim(
     sweep: Annotated[bool, typer.Option("--sweep", help="cuda: other shapes of programs too")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
-    """The AdamW step with FP8 moments: on the CPU against others' optimizers, on CUDA against the copy bandwidth.
+    """The AdamW step with FP8 moments: on the CPU against other optimizers, on CUDA against the copy.
 
     Defaults: 4 Mi and 16 Mi elements with 1 and 2 threads (cpu); 256 Mi and 1 Gi elements (cuda). Peers:
     DeepSpeedCPUAdam, torch, and of the extra `bench` torchao and bitsandbytes; the absent are named.
