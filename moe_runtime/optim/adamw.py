@@ -263,7 +263,7 @@ class AdamW(torch.optim.Optimizer):
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.float32, device="cpu") + 1
         step = int(state[STEP])
         noise = Noise(derive_key(group["seed"], step, group["group_id"], STREAM_STEP), offset)
-        values, grads = param.view(-1), param.grad.reshape(-1)  # type: ignore[union-attr]
+        values, grads = param.view(-1), param.grad.reshape(-1).contiguous()  # type: ignore[union-attr]
         if storage.is_direct:
             torch_step(values, grads, state, group, step)
             return
