@@ -123,19 +123,20 @@ struct Seen {
 };
 
 void count_block(const Seen& seen, const uint8_t* means, const uint8_t* roots, int scale, int64_t size, Counts& to) {
-    int64_t found[kColumns] = {0, 0, 0, 0, 0, 255, -1, 0};
-    bool is_used = false;
+    int32_t zeros = 0, lost = 0, saturated = 0, stalled = 0, nans = 0, most = 0;
     for (int64_t i = 0; i < size; ++i) {
-        const bool is_zero = roots[i] == 0, is_nan = roots[i] == 0xFF;
-        found[0] += is_zero;
-        found[1] += is_zero && seen.exact[i] > 0;
-        found[2] += (means[i] & 0x7F) == 0x7E;
-        found[3] += !is_nan && seen.stored[i] == seen.before[i] && seen.exact[i] != seen.before[i];
-        found[4] += is_nan;
-        found[7] = std::max<int64_t>(found[7], as_bits(seen.quotient[i]) & kMagnitude);
-        is_used |= !is_zero;
+        const int32_t code = roots[i], is_zero = code == 0, is_nan = code == 0xFF;
+        const int32_t is_kept = seen.stored[i] == seen.before[i], is_new = seen.exact[i] != seen.before[i];
+        zeros += is_zero;
+        lost += is_zero & (seen.exact[i] > 0);
+        saturated += (means[i] & 0x7F) == 0x7E;
+        stalled += is_kept & is_new & (is_nan ^ 1);
+        nans += is_nan;
+        most = std::max(most, as_bits(seen.quotient[i]) & kMagnitude);
     }
-    if (is_used) found[5] = found[6] = scale;
+    const bool is_used = zeros < size;
+    const int64_t found[kColumns] = {zeros, lost, saturated, stalled, nans, is_used ? scale : 255,
+                                     is_used ? scale : -1, most};
     to.add(found);
 }
 
