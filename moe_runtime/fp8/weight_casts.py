@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_runtime.fp8.cast import cast_weight
+from moe_runtime.fp8.cast import cast_weight, cast_weight_both
 from moe_runtime.fp8.tiled import Blocks
 
 
@@ -66,5 +66,11 @@ class WeightCasts:
         place = (weight.data_ptr(), weight._version)
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight is not weight or entry.place != place:
-            entry = self._entries[id(weight)] = _Entry(weight, self._cast(weight.detach()), place)
+            if weight.is_cuda and weight.requires_grad:
+                # Both from one read: moving bytes across in torch costs several times as much.
+                blocks, across = cast_weight_both(weight.detach())
+                entry = _Entry(weight, blocks, place, across)
+            else:
+                entry = _Entry(weight, self._cast(weight.detach()), place)
+            self._entries[id(weight)] = entry
         return entry
