@@ -183,7 +183,9 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@cache
 def _give_descriptors_memory() -> None:
-    """Let kernels make their descriptors in memory of torch's allocator."""
+    """Let kernels make their descriptors in memory of torch's allocator.
+
+    At every launch: Triton keeps the allocator in a context variable, and autograd's threads have their own.
+    """
     triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
