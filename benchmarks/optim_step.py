@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from moe_runtime.cli.bench_optim_cuda import describe, measure
+from moe_runtime.cli.bench_optim.cuda import describe, measure
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Whatever one rank finds wrong here, all ranks say alike.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from moe_comm.placement import Placement
 from torch.nn import Parameter
 
 from moe_runtime.checkpoint.store import CheckpointStore
+from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
@@ -34,6 +36,7 @@ from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
+from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.groups import parameter_groups
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
@@ -338,6 +341,9 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     run_dir = Path(config.out_dir) / config.name
     lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
     state = TrainingState(runtime, optimizer, peers, tokenizer)
+    if config.train.ema_decay is not None:
+        owned = weights_to_save(state.weights(), state.first_expert, peers)
+        state = replace(state, ema=HostEma(owned, config.train.ema_decay))
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, said = resume(store, state, fresh)
     recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
@@ -347,7 +353,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader),
+        TrainStep(runtime, optimizer, train_loader, state.ema),
         tokenizer,
         validation_loader,
         store,

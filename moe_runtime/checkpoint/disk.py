@@ -4,19 +4,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_runtime.checkpoint.folder import OLD_PREFIX, sha256_of
-from moe_runtime.checkpoint.manifest import FileEntry
+from moe_runtime.checkpoint.manifest import FileEntry, Kind
 from moe_runtime.checkpoint.tensors import describe_tensors
 
 
-def write_tensors(
-    path: Path, kind: Literal["weights", "optimizer"], tensors: Mapping[str, Tensor]
-) -> FileEntry:
+def write_tensors(path: Path, kind: Kind, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write a safetensors file and force it to disk.
 
     Raises:
@@ -37,7 +35,7 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
     return _sync_and_hash(path, "extra", {})
 
 
-def _sync_and_hash(path: Path, kind: Literal["weights", "optimizer", "extra"], tensors: Any) -> FileEntry:
+def _sync_and_hash(path: Path, kind: Kind, tensors: Any) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(kind=kind, bytes=path.stat().st_size, sha256=sha256_of(path), tensors=tensors)

@@ -15,7 +15,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64,
 
 
 def load_model(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
 ) -> Transformer:
     """Load a model: `model(tokens) -> logits` for int64 tokens [batch, seq].
 
@@ -23,15 +26,19 @@ def load_model(
         path: a run folder, of which the last good checkpoint is taken, or a checkpoint folder.
         device: where its parameters go.
         dtype: of its parameters; None: as it was trained, BF16 where products were FP8.
+        ema: take the average of the weights over steps instead of the last ones.
 
     Raises:
         CheckpointError: there is no good checkpoint, or its model cannot be built.
     """
-    return model_from(open_checkpoint(path), device, dtype)
+    return model_from(open_checkpoint(path), device, dtype, ema)
 
 
 def model_from(
-    checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
 ) -> Transformer:
     """The same, from a checkpoint that is open."""
     config = config_of(checkpoint)
@@ -42,7 +49,7 @@ def model_from(
         device=device,
         document_separator=separator,
     )
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, kind="ema" if ema else "weights")
     return model.eval()
 
 

@@ -45,6 +45,7 @@ DtypeWord = Literal[
     "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"
 ]
 Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
+Kind = Literal["weights", "ema", "optimizer", "extra"]
 
 
 class Entry(BaseModel):
@@ -67,11 +68,12 @@ class TensorEntry(Entry):
 class FileEntry(Entry):
     """One file of the folder.
 
-    `weights` files hold canonical parameters, each in one file only; `optimizer` files hold the
-    partitions of one rank; `extra` files are bytes that the checkpoint only carries.
+    `weights` files hold canonical parameters, each in one file only, and `ema` files their averages over
+    steps, likewise; `optimizer` files hold the partitions of one rank; `extra` files are bytes that the
+    checkpoint only carries.
     """
 
-    kind: Literal["weights", "optimizer", "extra"]
+    kind: Kind
     bytes: Count
     sha256: Digest
     tensors: dict[TensorName, TensorEntry] = {}
@@ -149,11 +151,12 @@ class Manifest(Entry):
     def _is_consistent(self) -> Self:
         if MANIFEST_NAME in self.files:
             raise ValueError(f"{MANIFEST_NAME} cannot list itself")
-        seen: set[str] = set()
-        for name, _, _ in self.weights():
-            if name in seen:
-                raise ValueError(f"{name} lies in two files")
-            seen.add(name)
+        for kind in ("weights", "ema"):
+            seen: set[str] = set()
+            for name, _, _ in self.weights(kind):
+                if name in seen:
+                    raise ValueError(f"{name} lies in two files")
+                seen.add(name)
         for part in self.partitions:
             if part.layout >= len(self.layouts) or part.start > part.end or not self._holds(part):
                 raise ValueError(f"the partition of rank {part.rank}, group {part.group} is inconsistent")
@@ -163,10 +166,10 @@ class Manifest(Entry):
         file = self.files.get(part.file)
         return file is not None and all(f"{part.group}.{key}" in file.tensors for key in part.keys)
 
-    def weights(self) -> Iterator[tuple[str, str, TensorEntry]]:
-        """(canonical name, file, entry) of every parameter and saved buffer."""
+    def weights(self, kind: str = "weights") -> Iterator[tuple[str, str, TensorEntry]]:
+        """(canonical name, file, entry) of every parameter and saved buffer, or (`ema`) of its average."""
         for file, entry in self.files.items():
-            if entry.kind == "weights":
+            if entry.kind == kind:
                 for name, tensor in entry.tensors.items():
                     yield name, file, tensor
 

@@ -46,7 +46,7 @@ from moe_runtime.parallel.peers import Peers
 # Room that the check for free space leaves: the file system's own blocks, headers and the manifest.
 _SLACK_BYTES_PER_FILE = 16 << 10
 _HEADER_BYTES_PER_TENSOR = 512
-_KINDS = ("weights", "optimizer")
+_KINDS = ("weights", "optimizer", "ema")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Contribution:
 
     Args:
         weights: canonical name -> tensor, from `weights.weights_to_save`: one rank only writes each.
+        ema: canonical name -> average of the weight over steps, likewise; empty where none is kept.
         partitions: this rank's share of the optimizer, from `optimizer.capture_partition`.
         extras: file name -> bytes that the checkpoint only carries, such as `tokenizer.json`; one rank
             only gives each.
@@ -63,11 +64,12 @@ class Contribution:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     partitions: Sequence[PartitionState] = ()
     extras: Mapping[str, bytes] = field(default_factory=dict)
+    ema: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank's files take, about."""
-        tensors = [*self.weights.values(), *self.optimizer().values()]
+        tensors = [*self.weights.values(), *self.optimizer().values(), *self.ema.values()]
         headers = _SLACK_BYTES_PER_FILE + _HEADER_BYTES_PER_TENSOR * len(tensors)
         return sum(t.nbytes for t in tensors) + sum(len(data) for data in self.extras.values()) + headers
 
@@ -214,13 +216,17 @@ class CheckpointStore:
     def _write_own(self, tmp: Path, own: Contribution) -> tuple[dict[str, Any], str | None]:
         """Write this rank's files; (what the manifest needs of them, first failure of any rank)."""
         files: dict[str, FileEntry] = {}
-        weights_file, optimizer_file = (f"{kind}-{self.peers.rank:05d}.safetensors" for kind in _KINDS)
+        weights_file, optimizer_file, ema_file = (
+            f"{kind}-{self.peers.rank:05d}.safetensors" for kind in _KINDS
+        )
 
         def write() -> None:
             if own.weights:
                 files[weights_file] = write_tensors(tmp / weights_file, "weights", own.weights)
             if own.partitions:
                 files[optimizer_file] = write_tensors(tmp / optimizer_file, "optimizer", own.optimizer())
+            if own.ema:
+                files[ema_file] = write_tensors(tmp / ema_file, "ema", own.ema)
             for name, data in own.extras.items():
                 files[name] = write_bytes(tmp / name, data)
 

@@ -63,18 +63,21 @@ def read_file(folder: Path, file: str, wanted: Mapping[str, TensorEntry]) -> Ite
         raise CheckpointError(f"{folder / file}: cannot be read: {error}") from None
 
 
-def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], kind: str = "weights"
+) -> Iterator[tuple[str, Tensor]]:
     """Parameters by canonical name, file by file, one in memory at a time.
 
     Args:
         checkpoint: a verified checkpoint.
         names: canonical names as the checkpoint has them: one tensor per expert, such as
             `layers.3.moe.experts.5.gate_up`. The order of the result is that of the files.
+        kind: `weights`, or `ema` for their averages.
 
     Raises:
         CheckpointError: a name is not in the checkpoint, or a file is damaged.
     """
-    index = {name: (file, entry) for name, file, entry in checkpoint.manifest.weights()}
+    index = {name: (file, entry) for name, file, entry in checkpoint.manifest.weights(kind)}
     by_file: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     missing = []
     for name in names:

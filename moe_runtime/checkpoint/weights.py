@@ -75,7 +75,10 @@ def weights_to_save(state: Mapping[str, Tensor], first_expert: int, peers: Peers
 
 
 def load_weights(
-    module: nn.Module | Mapping[str, Tensor], checkpoint: Checkpoint, first_expert: int = 0
+    module: nn.Module | Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    first_expert: int = 0,
+    kind: str = "weights",
 ) -> None:
     """Fill a module, whole or any slice of the model, from a checkpoint.
 
@@ -85,20 +88,25 @@ def load_weights(
         module: a module with canonical names, or its `state_dict()`.
         checkpoint: a verified checkpoint.
         first_expert: global number of the module's first local expert.
+        kind: `weights`, or `ema` for their averages over steps.
 
     Raises:
         CheckpointError: a parameter is missing there or has another shape; nothing has been changed then.
     """
     state = module.state_dict() if isinstance(module, nn.Module) else module
     targets = split_experts(state, first_expert)
-    _check_shapes(targets, checkpoint)
+    _check_shapes(targets, checkpoint, kind)
     with torch.no_grad():
-        for name, tensor in read_tensors(checkpoint, targets):
+        for name, tensor in read_tensors(checkpoint, targets, kind):
             targets[name].copy_(tensor)
 
 
-def _check_shapes(targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    saved = {name: entry.shape for name, _, entry in checkpoint.manifest.weights()}
+def _check_shapes(targets: Mapping[str, Tensor], checkpoint: Checkpoint, kind: str) -> None:
+    saved = {name: entry.shape for name, _, entry in checkpoint.manifest.weights(kind)}
+    if kind == "ema" and not saved:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected averaged weights, got none; train with train.ema_decay set"
+        )
     for name, tensor in targets.items():
         if name in saved and saved[name] != tuple(tensor.shape):
             raise CheckpointError(

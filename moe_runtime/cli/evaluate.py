@@ -22,6 +22,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="folder of prepared data; its validation split is read")],
     sequences: Annotated[int, typer.Option(min=1, help="at most so many sequences")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ema: Annotated[bool, typer.Option("--ema", help="the average of the weights over steps")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Measure a checkpoint on validation text."""
@@ -42,9 +43,14 @@ def evaluate(
     loader = BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
     batches = loader.validation_batches(sequences, BATCH_SEQUENCES)
     counter = ByteCounter(dataset.load_tokenizer())
-    result = measure(model_from(checkpoint, device), batches, counter.bytes_of)
+    result = measure(model_from(checkpoint, device, ema=ema), batches, counter.bytes_of)
     if as_json:
-        where = {"checkpoint": str(checkpoint.path), "step": checkpoint.manifest.step, "data": str(data)}
+        where = {
+            "checkpoint": str(checkpoint.path),
+            "step": checkpoint.manifest.step,
+            "data": str(data),
+            "ema": ema,
+        }
         typer.echo(json.dumps(where | asdict(result)))
         return
     typer.echo(

@@ -24,6 +24,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed draws the same text")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ema: Annotated[bool, typer.Option("--ema", help="the average of the weights over steps")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object at the end")] = False,
 ) -> None:
     """Continue a prompt; the tokenizer comes from the checkpoint."""
@@ -39,7 +40,7 @@ def generate(
     check_device(device)
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
-    model = model_from(checkpoint, device)
+    model = model_from(checkpoint, device, ema=ema)
     began = time.monotonic()
     ids = stream(
         model,

@@ -197,6 +197,28 @@ class BatchConfig(Section):
         return found
 
 
+class NumericsLimits(Section):
+    """Bounds on what steps with FP8 moments count; null: none. Shares are of a group's elements."""
+
+    zeros: Fraction | None = Field(None, description="share of elements whose sqrt(v) is stored as zero")
+    underflows: Fraction | None = Field(None, description="share of elements whose v is not zero, stored so")
+    saturated: Fraction | None = Field(None, description="share of elements whose m is at the largest code")
+    stalled: Fraction | None = Field(None, description="share of elements whose v changed, its code not")
+    nonfinite: Fraction | None = Field(None, description="share of elements whose v is stored as NaN")
+    largest_update: PositiveFloat | None = Field(None, description="largest update, in learning rates")
+
+
+class NumericsConfig(Section):
+    """The report on FP8 moments: how often, and what is too much."""
+
+    every: Count = Field(10, description="steps between reports; 0: none")
+    warn: NumericsLimits = Field(
+        NumericsLimits(underflows=0.01, saturated=0.01, largest_update=10.0),
+        description="beyond these: a warning",
+    )
+    stop: NumericsLimits = Field(NumericsLimits(nonfinite=0.0), description="beyond these: the run ends")
+
+
 class OptimConfig(Section):
     """AdamW and its storage. Ref: DSV3 §4.2; FP8 moments go beyond the report."""
 
@@ -206,6 +228,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
     moments: Literal["fp32", "bf16", "fp8"] = "bf16"
+    numerics: NumericsConfig = NumericsConfig()
 
     def findings(self) -> list[Finding]:
         """A beta of 1 would divide by zero in the bias correction."""
@@ -272,6 +295,9 @@ class TrainConfig(Section):
     peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
     watchdog_s: PositiveFloat = Field(
         60.0, description="a rank so long in one phase of a program: every rank's action is printed"
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="decay of the average of weights kept in host memory; null: none"
     )
 
 

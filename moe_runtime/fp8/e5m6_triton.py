@@ -151,22 +151,9 @@ def columns_of_packed_kernel(
     v1 = read_packed(source, factors, row + 1, count, num_columns, row_bytes, piece, 32)
     v2 = read_packed(source, factors, row + 2, count, num_columns, row_bytes, piece, 32)
     v3 = read_packed(source, factors, row + 3, count, num_columns, row_bytes, piece, 32)
-    store_columns(
-        v0,
-        v1,
-        v2,
-        v3,
-        words,
-        scales,
-        tile,
-        count,
-        piece * _TILE + tl.arange(0, _TILE),
-        num_columns,
-        row_words,
-        scale_stride,
-        True,
-        HARDWARE_CAST,
-    )
+    target = (words, scales, row_words, scale_stride)
+    column = piece * _TILE + tl.arange(0, _TILE)
+    store_columns((v0, v1, v2, v3), target, tile, count, column, num_columns, True, HARDWARE_CAST)
 
 
 def pack_e5m6_on_device(x: Tensor, *, rows: int = ROWS, num_warps: int = WARPS) -> Packed:

@@ -90,5 +90,6 @@ def cpu_multiplies_bf16() -> bool:
 
 def _in_bf16(left: Tiles, right: Right) -> bool:
     """True if BF16 units serve and lose nothing: a decoded value is a code times a power of two."""
-    is_fast = left.codes.device.type != "cpu" or cpu_multiplies_bf16()
+    # Not on a GPU: its library may round partial sums to BF16.
+    is_fast = left.codes.device.type == "cpu" and cpu_multiplies_bf16()
     return is_fast and are_powers_of_two(left.scales) and are_powers_of_two(right.scales)

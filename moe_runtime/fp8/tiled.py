@@ -17,7 +17,7 @@ is exact in BF16.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -107,12 +107,12 @@ class Groups:
     @cached_property
     def ends(self) -> Tensor:
         """int32 [groups] on the device: where each group's rows end."""
-        return self.counts.cumsum(0).to(self.device, torch.int32)
+        return self._put(self.counts.cumsum(0))
 
     @cached_property
     def padded_ends(self) -> Tensor:
         """int32 [groups] on the device: where each group's tokens end in the padded layout."""
-        return self.padded_counts.cumsum(0).to(self.device, torch.int32)
+        return self._put(self.padded_counts.cumsum(0))
 
     @cached_property
     def tile_rows(self) -> Tensor:
@@ -122,9 +122,14 @@ class Groups:
         within = (torch.arange(group.numel()) - (tiles.cumsum(0) - tiles)[group]) * TILE
         first = (self.counts.cumsum(0) - self.counts)[group] + within
         size = (self.counts[group] - within).clamp(max=TILE)
-        return torch.stack((first, size), dim=1).to(self.device, torch.int32)
+        return self._put(torch.stack((first, size), dim=1))
 
-    @classmethod
-    def one(cls, rows: int, device: torch.device) -> "Groups":
-        """All rows in one group."""
-        return cls(torch.tensor([rows]), device)
+    def _put(self, numbers: Tensor) -> Tensor:
+        """As int32 on the device; the host waits for no kernel."""
+        return numbers.to(torch.int32).to(self.device, non_blocking=True)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def one(rows: int, device: torch.device) -> "Groups":
+        """All rows in one group; the same object again, for each linear asks for it."""
+        return Groups(torch.tensor([rows]), device)

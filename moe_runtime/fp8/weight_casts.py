@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_runtime.fp8.cast import cast_weight
+from moe_runtime.fp8.cast import cast_weight, cast_weight_both
 from moe_runtime.fp8.tiled import Blocks
 
 
@@ -54,13 +54,23 @@ class WeightCasts:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """What is held now."""
         held = [entry.blocks for entry in self._entries.values()]
         held += [entry.transposed for entry in self._entries.values() if entry.transposed is not None]
-        return sum(blocks.nbytes for blocks in held)
+        return [tensor for blocks in held for tensor in (blocks.codes, blocks.scales)]
 
     def _entry(self, weight: Tensor) -> _Entry:
         place = (weight.data_ptr(), weight._version)
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight is not weight or entry.place != place:
-            entry = self._entries[id(weight)] = _Entry(weight, self._cast(weight.detach()), place)
+            if weight.is_cuda and weight.requires_grad:
+                # Both from one read: moving bytes across in torch costs several times as much.
+                blocks, across = cast_weight_both(weight.detach())
+                entry = _Entry(weight, blocks, place, across)
+            else:
+                entry = _Entry(weight, self._cast(weight.detach()), place)
+            self._entries[id(weight)] = entry
         return entry

@@ -32,10 +32,13 @@ KEYS = {
     "comm_rows_intra": "rows sent between ranks of a node; in two_hop a token counts once for each rank",
     "comm_rows_self": "rows that stayed on their rank",
     "max_violation": "mean over MoE layers of (max load - mean) / mean",
+    "optim_numerics": "FP8 moments by parameter group, on reporting steps: see NUMERICS_KEYS",
     "layers": "per MoE layer, by its canonical prefix: see LAYER_KEYS",
     "val_loss": "validation cross-entropy, nats a token; on evaluation steps",
     "val_bpb": "validation bits per byte; on evaluation steps",
 }
+
+_NESTED = ("optim_numerics", "layers")
 
 LAYER_KEYS = {
     "load_max": "load of the busiest expert over the mean load",
@@ -43,6 +46,17 @@ LAYER_KEYS = {
     "violation": "(max load - mean) / mean",
     "bias_min": "smallest routing bias after the step",
     "bias_max": "largest routing bias after the step",
+}
+
+NUMERICS_KEYS = {
+    "zeros": "share of elements whose sqrt(v) is stored as zero",
+    "underflows": "share of elements whose v is not zero but stored so",
+    "saturated": "share of elements whose m / sqrt(v) is at the largest code",
+    "stalled": "share of elements whose v changed and whose code did not; high is normal, 1 is not",
+    "nonfinite": "share of elements whose v is stored as NaN",
+    "min_scale": "smallest exponent of a block's scale, over blocks that are not all zero",
+    "max_scale": "largest such exponent",
+    "largest_update": "largest update of an element, in learning rates, weight decay apart",
 }
 
 
@@ -54,9 +68,11 @@ def to_line(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     unknown = record.keys() - KEYS.keys()
     assert not unknown, f"metrics.record.KEYS does not know {sorted(unknown)}"
-    layers = {name: _measured(detail) for name, detail in (record.get("layers") or {}).items()}
-    line = _measured({key: value for key, value in record.items() if key != "layers"})
-    return line | {"layers": layers} if layers else line
+    line = _measured({key: value for key, value in record.items() if key not in _NESTED})
+    for key in _NESTED:
+        parts = {name: _measured(detail) for name, detail in (record.get(key) or {}).items()}
+        line |= {key: parts} if parts else {}
+    return line
 
 
 def _measured(values: Mapping[str, Any]) -> dict[str, Any]:

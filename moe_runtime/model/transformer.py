@@ -131,12 +131,12 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits [batch, seq, vocab] for int64 tokens [batch, seq]; MTP takes no part."""
         state = {"tokens": tokens}
-        self._run((*self._trunk(extra=0), self._final_norm()), state)
+        self.run_phases((*self._trunk(extra=0), self._final_norm()), state)
         return self.head(state["hidden"])
 
     def losses(self, tokens: Tensor) -> Losses:
         """Losses of int64 tokens [batch, seq + 1 + mtp_depth], differentiable by plain autograd."""
-        return self._run(self.phases(), {"tokens": tokens})
+        return self.run_phases(self.phases(), {"tokens": tokens})
 
     def _mtp(self) -> list[MTP]:
         return [mtp for mtp in self.mtp.values() if isinstance(mtp, MTP)] if self.has_head else []
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
 
         return Compute("mtp_in", mtp.name, mtp_in, ("hidden", "tokens"), ("resid",))
 
-    def _run(self, phases: tuple[Phase, ...], state: dict[str, Tensor]) -> Losses:
+    def run_phases(self, phases: tuple[Phase, ...], state: dict[str, Tensor]) -> Losses:
         """Run phases under plain autograd; `state` holds the input slots and receives the others."""
         totals = {slot: torch.zeros((), device=state["tokens"].device) for slot in SCALARS}
         counts: list[Tensor] = []

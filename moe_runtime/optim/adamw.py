@@ -6,10 +6,10 @@ any even length that cuts through parameters anywhere. DeepSpeed rebinds `param_
 tensors there), may share one `step` tensor between parameters, and sends what `state_dict` gives
 through a cast to the parameter's type. Hence:
 
-- nothing is kept outside `state` and `param_groups`: no counters, no lists, nothing keyed by id;
+- nothing is kept outside `state` and the groups: no counters, nothing keyed by id;
 - `step` is a tensor of each parameter and is replaced, never changed in place;
 - `state_dict` gives logical values (m, v, step) in the parameter's type, whatever the storage;
-  state in that form is stored anew at the top of the next step, wherever it came from;
+  state in that form is stored anew at the top of the next step, wherever it came from (`exchange.py`);
 - `native_state` and `load_native_state` carry the stored bits, for checkpoints that resume bitwise.
 
 The noise of stochastic rounding depends on (seed, step, group_id, offset + element): a group says with
@@ -33,11 +33,21 @@ from torch import Tensor
 
 from moe_runtime.errors import CheckpointError, ConfigError
 from moe_runtime.optim.counter_rng import derive_key
-from moe_runtime.optim.eager_step import eager_step, torch_step, windows
+from moe_runtime.optim.eager_step import eager_step, torch_step
+from moe_runtime.optim.exchange import (
+    LOCAL,
+    STEPS,
+    check_hyperparameters,
+    exported_group,
+    logical_state,
+    own_step,
+    remember_own,
+    restore_own,
+    steps_of,
+    store_anew,
+)
 from moe_runtime.optim.moments import (
-    MEAN,
-    SQUARE,
-    Fp8Moments,
+    STEP,
     MomentStorage,
     Noise,
     State,
@@ -47,7 +57,6 @@ from moe_runtime.optim.statistics import StepStatistics, blank_counters, read_co
 from moe_runtime.optim.step_path import checked_path, fused_step_for
 from moe_runtime.optim.update import factors_of
 
-STEP = "step"
 STREAM_STEP, STREAM_LOAD = 0, 1
 # group_id, counters, elements, 1 - beta1^t: one step of one parameter.
 _Counted = tuple[int, Tensor, int, float]
@@ -57,9 +66,10 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay and a choice of moment storage.
 
     Args:
-        params: contiguous FP32 (or FP64) tensors of any shape, or group dicts. A group may set any
-            keyword below, and `group_id` (default: its position) and `offset` (default 0), see above;
-            several parameters of a group count as laid out one after the other from `offset`.
+        params: contiguous FP32 (or FP64) tensors of any shape, or group dicts; others must have been
+            replaced by FP32 masters before the first step, as ZeRO does. A group may set any keyword
+            below, and `group_id` (default: its position) and `offset` (default 0), see above; several
+            parameters of a group count as laid out one after the other from `offset`.
         lr: a float; schedulers write floats into the groups.
         betas: decay of m and of v.
         eps: added to sqrt(v), bias-corrected.
@@ -73,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
             first, for counting takes time (on a GPU some per cent). Only what is not taken is kept.
 
     Raises:
-        ConfigError: a value out of range or a parameter of another type.
+        ConfigError: a value out of range; at a step, a parameter of another type.
     """
 
     def __init__(
@@ -99,13 +109,24 @@ class AdamW(torch.optim.Optimizer):
             "seed": seed,
             "offset": 0,
         }
+        self._all_groups: list[dict[str, Any]] = []
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a copy, and after torch has loaded a state_dict: the groups are other dicts then."""
+        super().__setstate__(state)
+        self._all_groups = list(self.param_groups)
+        for name, value in (("collect_statistics", False), ("_step_path", "auto"), ("_counted", [])):
+            self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group and add it; called by the constructor too."""
         param_group.setdefault("group_id", len(self.param_groups))
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        _check_group(group)
+        remember_own(group)
+        self._all_groups.append(group)  # the dicts themselves: DeepSpeed shows one of them at a time
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -114,6 +135,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle_all()
         for group in self.param_groups:
             offset = int(group["offset"])
             for param in group["params"]:
@@ -137,7 +159,11 @@ class AdamW(torch.optim.Optimizer):
         names = [name for group in packed["param_groups"] for name in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         owners = dict(zip(names, params, strict=True))
-        packed["state"] = {name: _logical(owners[name], state) for name, state in packed["state"].items()}
+        packed["state"] = {
+            name: logical_state(owners[name], state) for name, state in packed["state"].items()
+        }
+        steps = steps_of(self.param_groups, self.state)
+        packed["param_groups"] = [exported_group(group, steps) for group in packed["param_groups"]]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,11 +175,26 @@ class AdamW(torch.optim.Optimizer):
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, before, strict=True):
-            group.update({key: own[key] for key in ("moments", "offset", "group_id")})
+            group.update({key: own[key] for key in LOCAL})
             group.setdefault("seed", own["seed"])
-            for param in group["params"]:
-                if self.state.get(param):
-                    self._settle(param, group, int(group["offset"]))
+            group.pop(STEPS, None)
+        self._settle_all(spoil=False)  # these tensors may still be the caller's
+
+    def restore_hyperparameters(self) -> None:
+        """Give every group the lr, betas, eps and weight decay back that it was made with.
+
+        For ZeRO stage 3 after a universal checkpoint, which gives all groups those of the first. Learning
+        rates keep the progress of their schedule: the first group's loaded rate over its own.
+        """
+        restore_own(self.param_groups)
+
+    def logical_state(self, param: Tensor) -> State:
+        """`step`, `exp_avg` and `exp_avg_sq` as numbers in the parameter's type and shape, copies.
+
+        Args:
+            param: as in `param_groups`; under ZeRO a flat partition. Empty before its first step.
+        """
+        return {key: value.clone() for key, value in logical_state(param, self.state.get(param, {})).items()}
 
     def native_state(self, param: Tensor) -> State:
         """The state of `param` as stored: `step` and the tensors of its storage, not copies.
@@ -184,30 +225,45 @@ class AdamW(torch.optim.Optimizer):
         }
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
-        for group in self.param_groups:
+        for group in self._all_groups:
             if any(param is own for own in group["params"]):
                 return group
         raise CheckpointError("optimizer state: this parameter is in no group of the optimizer")
 
-    def _settle(self, param: Tensor, group: dict[str, Any], offset: int) -> tuple[MomentStorage, State]:
-        """Make the state of `param` exist in the group's storage form."""
+    def _settle_all(self, spoil: bool = True) -> None:
+        """Store anew what came in from outside, in all groups at once.
+
+        Not group by group: after the first group's step DeepSpeed takes views of whatever then lies under
+        `exp_avg` in the state of the others.
+        """
+        check_hyperparameters(self.param_groups)
+        for group in self._all_groups:
+            storage, offset = moment_storage(group["moments"]), int(group["offset"])
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and not storage.holds(state, param):
+                    state[STEP] = own_step(group, state)
+                    key = derive_key(group["seed"], int(state[STEP]), group["group_id"], STREAM_LOAD)
+                    store_anew(storage, state, param, Noise(key, offset), spoil)
+                offset += param.numel()
+
+    def _settle(self, param: Tensor, group: dict[str, Any]) -> tuple[MomentStorage, State]:
+        """Make the state of `param` exist."""
         storage = moment_storage(group["moments"])
         state = self.state[param]
         if not state:
             state[STEP] = torch.tensor(0.0)
             state.update(storage.blank(param))
-        elif not storage.holds(state, param):
-            key = derive_key(group["seed"], int(state[STEP]), group["group_id"], STREAM_LOAD)
-            _store_anew(storage, state, param, Noise(key, offset))
         return storage, state
 
     def _step_one(self, param: Tensor, group: dict[str, Any], offset: int) -> None:
-        storage, state = self._settle(param, group, offset)
+        _check_master(param)
+        storage, state = self._settle(param, group)
         # A new tensor, for DeepSpeed may have given one to many parameters; on the CPU, to be read at once.
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.float32, device="cpu") + 1
         step = int(state[STEP])
         noise = Noise(derive_key(group["seed"], step, group["group_id"], STREAM_STEP), offset)
-        values, grads = param.view(-1), param.grad.reshape(-1)  # type: ignore[union-attr]
+        values, grads = param.view(-1), param.grad.reshape(-1).contiguous()  # type: ignore[union-attr]
         if storage.is_direct:
             torch_step(values, grads, state, group, step)
             return
@@ -224,35 +280,6 @@ class AdamW(torch.optim.Optimizer):
             fused(values, grads, state, factors, noise, counters=counters)
 
 
-def _logical(param: Tensor, state: State) -> State:
-    """`step`, m and v of one parameter in its own type and shape; an empty state stays empty."""
-    if not state:
-        return {}
-    mean, square = state[MEAN], state[SQUARE]
-    if not mean.is_floating_point():
-        mean, square = (param.new_empty(param.numel()) for _ in range(2))
-        for start, stop in windows(param):
-            mean[start:stop], square[start:stop] = Fp8Moments().read(state, start, stop)
-    values = {MEAN: mean, SQUARE: square}
-    return {STEP: state[STEP].clone()} | {
-        name: value.to(param.dtype).view(param.shape) for name, value in values.items()
-    }
-
-
-def _store_anew(storage: MomentStorage, state: State, param: Tensor, noise: Noise) -> None:
-    """Replace logical tensors in `state` by those of `storage`."""
-    mean, square = state[MEAN], state[SQUARE]
-    if not mean.is_floating_point() or mean.numel() != param.numel() or square.numel() != param.numel():
-        raise CheckpointError(
-            f"optimizer state: expected exp_avg and exp_avg_sq of {param.numel()} values for "
-            f"{storage.kind} moments, got {mean.dtype} {list(mean.shape)}; was optim.moments changed?"
-        )
-    state.update(storage.blank(param))
-    for start, stop in windows(param):
-        means, squares = (moment.reshape(-1)[start:stop].to(param.dtype) for moment in (mean, square))
-        storage.write(state, start, means, squares, noise)
-
-
 def _check_group(group: dict[str, Any]) -> None:
     moment_storage(group["moments"])
     beta1, beta2 = group["betas"]
@@ -261,9 +288,12 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ConfigError(f"optim: expected lr, eps and weight_decay of at least 0, got {found}")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {(beta1, beta2)}")
-    for param in group["params"]:
-        if param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous():
-            raise ConfigError(
-                f"optim: expected contiguous float32 or float64 master weights, got {param.dtype} "
-                f"{list(param.shape)}; give the optimizer the FP32 masters, not the working copy"
-            )
+
+
+def _check_master(param: Tensor) -> None:
+    """At the step, not before: DeepSpeed makes a client over the model's weights, then gives it masters."""
+    if param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous():
+        raise ConfigError(
+            f"optim: expected contiguous float32 or float64 master weights, got {param.dtype} "
+            f"{list(param.shape)}; give the optimizer the FP32 masters, not the working copy"
+        )

@@ -81,6 +81,24 @@ def random_bits(key: NoiseKey, start: int, count: int, device: torch.device | st
     return _fold(bits, SHIFTS[2], scratch)
 
 
+def kernel_words(key: NoiseKey, start: int) -> tuple[tuple[int, int, int, int], int]:
+    """What a kernel needs to make the bits of elements start, start + 1, ... for itself.
+
+    Element start + i of `random_bits` is the hash of i + first with second, all in 32 bits.
+
+    Args:
+        start: global index of the first element.
+
+    Returns:
+        ((first, second, next_first, next_second), carry): 32-bit words; the first two up to element
+        start + carry, which is the next multiple of 2^32, the other two for the 2^32 elements from there.
+    """
+    first, second = key.words(start // _WORD)
+    next_first, next_second = key.words(start // _WORD + 1)
+    shifted = (start + first) % _WORD, (start + next_first) % _WORD
+    return (shifted[0], second, shifted[1], next_second), _WORD - start % _WORD
+
+
 def second_draw(bits: Tensor) -> Tensor:
     """Another draw from the same `bits`, in place, at the price of one multiplication.
 

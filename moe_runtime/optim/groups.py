@@ -17,6 +17,14 @@ from torch.nn import Parameter
 DENSE_GROUP = "dense"
 TIED_GROUP = "tied"
 NO_DECAY_SUFFIX = "_no_decay"
+# By group_id, as reports name them.
+GROUP_NAMES = (
+    DENSE_GROUP,
+    DENSE_GROUP + NO_DECAY_SUFFIX,
+    "experts",
+    "experts" + NO_DECAY_SUFFIX,
+    TIED_GROUP,
+)
 
 
 def parameter_groups(

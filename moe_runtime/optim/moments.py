@@ -26,11 +26,13 @@ the same block boundaries loses nothing. What makes it safe, each point measured
   m is zero where v is zero: m / (0 + eps) cannot happen.
 - m is rounded stochastically too. Nearest is a third more exact on a busy element, but a decay rounds
   back on one without gradients: it then moved 36 times too far at betas (0.95, 0.98).
-- Scales never fall below 2^-96, so all decoded values are normal FP32 numbers and devices that flush
-  subnormals agree with those that do not.
+- Scales never fall below 2^-46, so that sqrt(v) is zero or at least 2^-63 (1.1e-19) and all decoded
+  values, v too, are normal FP32 numbers: devices that flush subnormals agree with those that do not, and
+  v in FP32, as checkpoints may hold it, has the very square root that was stored.
 
-Payloads are [num_blocks, 128] and scales [num_blocks, 1]: DeepSpeed hands out state tensors that have
-the shape of the flat partition as if they were values, and these must not look like one.
+Codes have names of their own and are [num_blocks, 128], scales [num_blocks, 1]. DeepSpeed hands out what
+lies under `exp_avg` as values: stages 1 and 2 if it has the shape of the flat partition, stage 3 whatever
+it is. Under `exp_avg` and `exp_avg_sq` there are only ever true values.
 
 Rejected besides: a scale per tensor (one outlier row hides the rest); COAT's per-block exponent (three
 FP32 numbers a block, and exact zeros wreck its range).
@@ -47,11 +49,12 @@ from torch.nn.functional import pad
 from moe_runtime.errors import ConfigError
 from moe_runtime.optim.counter_rng import NoiseKey, random_bits, second_draw
 
+STEP = "step"
 MEAN, SQUARE = "exp_avg", "exp_avg_sq"
-ROOT_SCALE = "exp_avg_sq_scale"
+RATIO_CODES, ROOT_CODES, ROOT_SCALE = "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_sq_scale"
 BLOCK = 128
 SCALE_BIAS = 127
-MIN_SCALE_EXPONENT = -96
+MIN_SCALE_EXPONENT = -46
 SMALLEST_NORMAL = 2.0**-126
 FP32_MANTISSA = (1 << FP32_MANTISSA_BITS) - 1
 # Mantissa of UE5M3's largest value, as FP32 has it.
@@ -60,6 +63,7 @@ MAX_ROOT_MANTISSA = (UE5M3.max_code << (FP32_MANTISSA_BITS - UE5M3.mantissa_bits
 RATIO_EXPONENT = 4
 
 State = dict[str, Tensor]
+_VALUES = {STEP, MEAN, SQUARE}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class FullMoments:
 
     def holds(self, state: State, param: Tensor) -> bool:
         """True for tensors of the parameter's type and size."""
-        return all(
+        return set(state) == _VALUES and all(
             state[name].dtype == param.dtype and state[name].numel() == param.numel()
             for name in (MEAN, SQUARE)
         )
@@ -174,7 +178,7 @@ class Bf16Moments:
 
     def holds(self, state: State, param: Tensor) -> bool:
         """True for BF16 tensors of the parameter's size."""
-        return all(
+        return set(state) == _VALUES and all(
             state[name].dtype == torch.bfloat16 and state[name].numel() == param.numel()
             for name in (MEAN, SQUARE)
         )
@@ -194,8 +198,8 @@ class Bf16Moments:
 class Fp8Moments:
     """sqrt(v) in UE5M3 with a power-of-two scale a block, m / sqrt(v) in E4M3; see the top of the file.
 
-    State: exp_avg, exp_avg_sq uint8 [num_blocks, 128] codes; exp_avg_sq_scale uint8 [num_blocks, 1],
-    exponents plus 127. The tail of the last block holds zeros.
+    State: exp_avg_codes, exp_avg_sq_codes uint8 [num_blocks, 128]; exp_avg_sq_scale uint8
+    [num_blocks, 1], exponents plus 127. The tail of the last block holds zeros.
     """
 
     kind: str = "fp8"
@@ -209,17 +213,17 @@ class Fp8Moments:
         }
 
     def holds(self, state: State, param: Tensor) -> bool:
-        """True for codes and scales that fit the parameter's number of blocks."""
-        return all(
-            name in state and state[name].dtype == torch.uint8 and state[name].shape == shape
-            for name, shape in _fp8_shapes(param).items()
+        """True for codes and scales that fit the parameter's number of blocks, and nothing besides."""
+        shapes = _fp8_shapes(param)
+        return set(state) == {STEP, *shapes} and all(
+            state[name].dtype == torch.uint8 and state[name].shape == shape for name, shape in shapes.items()
         )
 
     def read(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Decode a window to FP32."""
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
-        root = _decode_roots(state[SQUARE][blocks], state[ROOT_SCALE][blocks])
-        mean = decode(state[MEAN][blocks], E4M3).mul_(root).mul_(2.0**-RATIO_EXPONENT)
+        root = _decode_roots(state[ROOT_CODES][blocks], state[ROOT_SCALE][blocks])
+        mean = decode(state[RATIO_CODES][blocks], E4M3).mul_(root).mul_(2.0**-RATIO_EXPONENT)
         square = root.mul_(root)
         return mean.view(-1)[: stop - start], square.view(-1)[: stop - start]
 
@@ -232,8 +236,8 @@ class Fp8Moments:
         units = _decode_roots(root_codes, scales - RATIO_EXPONENT).clamp_(min=SMALLEST_NORMAL)
         ratio_codes = encode_stochastic(means / units, E4M3, second_draw(bits))
         blocks = slice(start // BLOCK, start // BLOCK + roots.shape[0])
-        state[SQUARE][blocks], state[ROOT_SCALE][blocks] = root_codes, scales
-        state[MEAN][blocks] = ratio_codes.mul_(root_codes.clamp_(max=1))
+        state[ROOT_CODES][blocks], state[ROOT_SCALE][blocks] = root_codes, scales
+        state[RATIO_CODES][blocks] = ratio_codes.mul_(root_codes.clamp_(max=1))
 
 
 def rounded_sqrt(values: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ def rounded_sqrt(values: Tensor) -> Tensor:
 
 def _fp8_shapes(param: Tensor) -> dict[str, tuple[int, int]]:
     blocks = -(-param.numel() // BLOCK)
-    return {MEAN: (blocks, BLOCK), SQUARE: (blocks, BLOCK), ROOT_SCALE: (blocks, 1)}
+    return {RATIO_CODES: (blocks, BLOCK), ROOT_CODES: (blocks, BLOCK), ROOT_SCALE: (blocks, 1)}
 
 
 def _as_blocks(values: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SCALE_BIAS, SQUARE, Fp8Moments, State
+from moe_runtime.optim.moments import (
+    BLOCK,
+    RATIO_CODES,
+    ROOT_CODES,
+    ROOT_SCALE,
+    SCALE_BIAS,
+    Fp8Moments,
+    State,
+)
 
 LANES, COLUMNS = 64, 8
 NO_MIN_SCALE, NO_MAX_SCALE = 255, -1
@@ -117,8 +125,8 @@ def count_eagerly(
     """
     stop = start + exact.numel()
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
-    roots = state[SQUARE][blocks].view(-1)[: exact.numel()]
-    ratios = state[MEAN][blocks].view(-1)[: exact.numel()]
+    roots = state[ROOT_CODES][blocks].view(-1)[: exact.numel()]
+    ratios = state[RATIO_CODES][blocks].view(-1)[: exact.numel()]
     is_zero = roots == 0
     stored = Fp8Moments().read(state, start, stop)[1]
     lane = counters[0]
@@ -127,7 +135,9 @@ def count_eagerly(
     lane[2] += ((ratios & 0x7F) == _RATIO_LARGEST).sum()
     lane[3] += ((stored == before) & (exact != before)).sum()
     lane[4] += (roots == _ROOT_NAN).sum()
-    scales = state[ROOT_SCALE][blocks][state[SQUARE][blocks].amax(dim=1, keepdim=True) > 0].to(torch.int64)
+    scales = state[ROOT_SCALE][blocks][state[ROOT_CODES][blocks].amax(dim=1, keepdim=True) > 0].to(
+        torch.int64
+    )
     if scales.numel():
         lane[5] = torch.minimum(lane[5], scales.min())
         lane[6] = torch.maximum(lane[6], scales.max())

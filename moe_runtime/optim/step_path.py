@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.optim.compiled_step import bf16_step, fp8_step, open_library
 from moe_runtime.optim.moments import MomentStorage
+from moe_runtime.optim.native_build import BuildError
 
 PATHS = ("auto", "eager", "compiled")
 ENVIRONMENT = "MOE_RUNTIME_STEP_PATH"
@@ -58,16 +60,29 @@ def fused_step_for(path: str, storage: MomentStorage, param: Tensor) -> FusedSte
 @cache
 def _open(device: str, kind: str) -> tuple[FusedStep | None, str]:
     """The fused form, or None and why; asked once for each device and storage, and told once."""
-    step: FusedStep | None = None
-    if device == "cuda" and kind == "fp8":
-        try:
-            from moe_runtime.optim.fused_step_triton import fused_step as step
-        except ImportError as error:
-            reason = f"triton cannot be imported ({error})"
-    else:
-        reason = "it is not written"
-    if step is None:
-        _log.warning("optim: the step with %s moments on %s is the plain one: %s", kind, device, reason)
-        return None, reason
+    found = _triton_form(kind) if device == "cuda" else _compiled_form(device, kind)
+    if isinstance(found, str):
+        _log.warning("optim: the step with %s moments on %s is the plain one: %s", kind, device, found)
+        return None, found
     _log.info("optim: the step with %s moments on %s is fused", kind, device)
-    return step, ""
+    return found, ""
+
+
+def _triton_form(kind: str) -> FusedStep | str:
+    if kind != "fp8":
+        return "a fused form is written for fp8 alone"
+    try:
+        from moe_runtime.optim.fused_step_triton import fused_step
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return fused_step
+
+
+def _compiled_form(device: str, kind: str) -> FusedStep | str:
+    if device != "cpu":
+        return "fused forms are written for cpu and cuda"
+    try:
+        open_library()
+    except BuildError as error:
+        return str(error)
+    return {"fp8": fp8_step, "bf16": bf16_step}[kind]

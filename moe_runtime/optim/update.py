@@ -48,6 +48,18 @@ class Factors:
     step_size: float
     mean_correction: float
 
+    def of_an_element(self) -> tuple[float, ...]:
+        """Those that kernels take, in their order."""
+        return (
+            self.kept,
+            self.mean_gain,
+            self.square_kept,
+            self.square_gain,
+            self.root_factor,
+            self.eps,
+            self.step_size,
+        )
+
 
 def factors_of(group: dict[str, Any], step: int) -> Factors:
     """Factors of a parameter group at a step counted from 1."""

@@ -12,13 +12,14 @@ from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import CheckpointError, DataError
+from moe_runtime.errors import CheckpointError, DataError, NumericsError
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
+from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState, save_state
 from moe_runtime.train.step import TrainStep
@@ -103,6 +104,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
             message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
             run.recorder.event("skipped", step=step, grad_norm=record["grad_norm"])
             run.recorder.say(message)
+        _check_numerics(run, step, record.get("optim_numerics"))
         if every.sample_every and step % every.sample_every == 0 and not is_last:
             _sample(run, step)
         if is_last or stopping or (every.checkpoint_every and step % every.checkpoint_every == 0):
@@ -110,6 +112,24 @@ def _loop(run: Run, stop: StopRequest) -> int:
         if stopping:
             break
     return step
+
+
+def _check_numerics(run: Run, step: int, report: Report | None) -> None:
+    """Warn of FP8 moments that go wrong, or end the run before it saves them.
+
+    Raises:
+        NumericsError: beyond a limit of optim.numerics.stop; on every rank alike.
+    """
+    if not report:
+        return
+    try:
+        warnings = check_report(report, run.config.optim.numerics)
+    except NumericsError as error:
+        run.recorder.event("optim_numerics", step=step, message=str(error), stops=True)
+        raise
+    for message in warnings:
+        run.recorder.event("optim_numerics", step=step, message=message, stops=False)
+        run.recorder.say(f"step {step}: warning: {message}")
 
 
 def _tell_choice(run: Run) -> None:

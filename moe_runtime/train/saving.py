@@ -16,9 +16,11 @@ from moe_runtime.checkpoint.optimizer import (
     restore_partition,
 )
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
+from moe_runtime.checkpoint.tensors import read_tensors
 from moe_runtime.checkpoint.weights import check_same_model, load_weights, weights_to_save
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
+from moe_runtime.optim.ema import HostEma
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -26,12 +28,13 @@ from moe_runtime.parallel.zero import ZeroOptimizer
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parts of a rank that a checkpoint holds."""
+    """The parts of a rank that a checkpoint holds; `ema` is over what this rank writes, if it is kept."""
 
     runtime: Runtime
     optimizer: ZeroOptimizer
     peers: Peers
     tokenizer: Tokenizer
+    ema: HostEma | None = None
 
     @property
     def first_expert(self) -> int:
@@ -67,7 +70,8 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
         },
         state={"tokenizer": state.tokenizer.name} | separator,
     )
-    return store.save(step, Contribution(weights, partitions, extras), meta)
+    ema = state.ema.tensors() if state.ema else {}
+    return store.save(step, Contribution(weights, partitions, extras, ema), meta)
 
 
 def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
@@ -88,6 +92,17 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
             restore_partition(saved[partition.group], partition, moments)
             state.optimizer.client.load_native_state(partition.master, moments)  # type: ignore[attr-defined]
         state.runtime.weight_casts.drop()
+        _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
     return checkpoint.manifest.step
+
+
+def _load_ema(ema: HostEma | None, checkpoint: Checkpoint) -> None:
+    """The saved average; one that was not kept so far begins at the weights just loaded."""
+    if ema is None:
+        return
+    if any(True for _ in checkpoint.manifest.weights("ema")):
+        ema.restore(dict(read_tensors(checkpoint, ema.tensors(), "ema")))
+    else:
+        ema.begin_anew()

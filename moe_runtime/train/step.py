@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_runtime.config.derive import batch_size_at, tokens_before
 from moe_runtime.data.loader import BatchLoader
+from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
@@ -24,6 +25,7 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import ObjectiveWeights
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 from moe_runtime.schedule.action import Program
+from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, record_step
 
 
@@ -56,9 +58,17 @@ class TrainStep:
         runtime: this rank's part of the run.
         optimizer: ZeRO over the runtime's parameters.
         loader: gives any sequence of training by its number.
+        ema: average of the weights; the next update waits for it, nothing else does.
     """
 
-    def __init__(self, runtime: Runtime, optimizer: ZeroOptimizer, loader: BatchLoader) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        optimizer: ZeroOptimizer,
+        loader: BatchLoader,
+        ema: HostEma | None = None,
+    ) -> None:
+        self.ema = ema
         self.runtime = runtime
         self.optimizer = optimizer
         self.loader = loader
@@ -93,10 +103,21 @@ class TrainStep:
         scalars = self._forward_backward(plan)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
+        optim, client = runtime.config.optim, self.optimizer.client
+        counts = is_due(optim.numerics, optim.moments, step)
+        client.collect_statistics = counts  # type: ignore[attr-defined]
+        if self.ema is not None:
+            self.ema.join()
         result = self.optimizer.step(plan.lr)
         if not result.skipped:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
-        return self._record(plan, scalars, total, result, time.perf_counter() - begun)
+            if self.ema is not None:
+                self.ema.start()
+        record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
+        if counts:
+            own = client.take_statistics()  # type: ignore[attr-defined]
+            record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
+        return record
 
     def _start_clocks(self, keep_spans: bool) -> None:
         self.runtime.clock.restart(keep_spans)

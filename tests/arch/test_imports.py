@@ -30,6 +30,7 @@ _LAZY = {
 _DEEPSPEED = (
     "moe_runtime/parallel/zero",
     "moe_runtime/cli/bench_comm/deepspeed_peer",  # contenders to measure against
+    "moe_runtime/cli/bench_optim/deepspeed_peer",
     "moe_runtime/cli/bench_pipeline/deepspeed_peer",
     "tests/",
     "benchmarks/",

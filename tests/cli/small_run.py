@@ -28,7 +28,7 @@ def write_config(folder: Path, **changes: object) -> Path:
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_size": 64, "expert_ffn_size": 32},
         "layout": {"pp": 2, "schedule": "dualpipe"},
         "batch": {"seq_len": 32, "global_batch_size": 4},
-        "optim": {"moments": "fp8", "peak_lr": 1e-3},
+        "optim": {"moments": "fp8", "peak_lr": 1e-3, "numerics": {"every": 4}},
         "recipe": {"warmup_steps": 2},
         "data": {"path": str(folder / "data"), "source": f"dir:{text}"},
         "train": {
@@ -38,6 +38,7 @@ def write_config(folder: Path, **changes: object) -> Path:
             "checkpoint_every": 2,
             "keep_checkpoints": 3,
             "sample_tokens": 4,
+            "ema_decay": 0.5,
             "log_every": 1,
             "peer_timeout_s": 60,
         },

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moe_runtime.metrics.record import NUMERICS_KEYS
 from tests.cli.small_run import digests, finish, run, start, steps_done, wait_for_step, write_config
 
 pytestmark = pytest.mark.launcher
@@ -36,6 +37,11 @@ def test_a_run_says_what_it_does_and_records_every_step(uninterrupted: Path) -> 
     wanted |= {"bubble_fraction", "exposed_comm_fraction", "comm_bytes_inter", "comm_bytes_intra"}
     assert all(wanted | {"max_violation", "layers"} <= set(record) for record in records)
     assert [record["step"] for record in records if "val_bpb" in record] == [4, 8]
+    counted = {record["step"]: record["optim_numerics"] for record in records if "optim_numerics" in record}
+    assert counted.keys() == {4, 8}
+    assert all(set(found) == set(NUMERICS_KEYS) for found in counted[8].values())
+    assert {"dense", "dense_no_decay", "experts"} <= set(counted[8])
+    assert 0.1 < counted[8]["dense"]["largest_update"] < 10 and counted[8]["dense"]["nonfinite"] == 0
     assert records[-1]["loss"] < records[0]["loss"]
     events = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert events.count("checkpoint") == 4 and events.count("sample") == 1 and "finished" in events

@@ -195,5 +195,6 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 def test_working_copies_in_bf16_are_refused() -> None:
+    optimizer = AdamW([parameter(4, dtype=torch.bfloat16)])
     with pytest.raises(ConfigError, match="master weights, got torch"):
-        AdamW([parameter(4, dtype=torch.bfloat16)])
+        train(optimizer, optimizer.param_groups[0]["params"][0], range(1))

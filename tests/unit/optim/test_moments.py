@@ -6,7 +6,16 @@ from moe_comm.wire.formats import E4M3, UE5M3, Float8Format, decode, encode_near
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.optim.counter_rng import derive_key, random_bits
-from moe_runtime.optim.moments import BLOCK, MEAN, ROOT_SCALE, SQUARE, Noise, State, moment_storage
+from moe_runtime.optim.moments import (
+    BLOCK,
+    RATIO_CODES,
+    ROOT_CODES,
+    ROOT_SCALE,
+    STEP,
+    Noise,
+    State,
+    moment_storage,
+)
 
 SIZES = [1, 127, 128, 129, 6682]
 FP8 = moment_storage("fp8")
@@ -18,7 +27,7 @@ def noise(step: int = 1, offset: int = 0) -> Noise:
 
 def stored(mean: torch.Tensor, square: torch.Tensor, kind: str = "fp8", step: int = 1) -> State:
     storage = moment_storage(kind)
-    state = storage.blank(mean)
+    state = {STEP: torch.tensor(1.0)} | storage.blank(mean)
     storage.write(state, 0, mean, square, noise(step))
     return state
 
@@ -40,8 +49,8 @@ def test_fp8_takes_2_01_bytes_an_element_in_blocks_that_never_have_the_flat_shap
     state = FP8.blank(torch.zeros(numel))
     blocks = -(-numel // BLOCK)
     assert {name: tuple(t.shape) for name, t in state.items()} == {
-        MEAN: (blocks, BLOCK),
-        SQUARE: (blocks, BLOCK),
+        RATIO_CODES: (blocks, BLOCK),
+        ROOT_CODES: (blocks, BLOCK),
         ROOT_SCALE: (blocks, 1),
     }
     assert all(tensor.dtype == torch.uint8 for tensor in state.values())
@@ -101,12 +110,36 @@ def test_fp8_is_unbiased_in_m_and_in_sqrt_v() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
-def test_reading_and_writing_again_changes_nothing(kind: str) -> None:
+@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-12, 1e-14, 1e-16, 1e-20])
+def test_reading_and_writing_again_changes_nothing(kind: str, scale: float) -> None:
+    """Also where v, the square of what is stored, nears the smallest normal FP32 number and zero."""
     mean, square = random_moments(6682, spread=3.0)
+    mean, square = mean * scale, (square.sqrt() * scale).square()
     first = read(stored(mean, square, kind), 6682, kind)
     for step in (2, 3):
         again = read(stored(*first, kind, step=step), 6682, kind)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
+
+
+def test_codes_come_back_too_save_where_a_blocks_largest_fell_below_a_power_of_two() -> None:
+    """Rounded down there, it fits under half the scale: another spelling of the same values."""
+    mean, square = random_moments(256 * BLOCK, spread=3.0)
+    first = stored(mean, square)
+    again = stored(*read(first, mean.numel()), step=2)
+    largest = first[ROOT_CODES].amax(1)
+    respelt = again[ROOT_SCALE][:, 0] != first[ROOT_SCALE][:, 0]
+    assert torch.equal(respelt, largest <= UE5M3.max_code - (1 << UE5M3.mantissa_bits))
+    assert 0 < respelt.float().mean() < 0.1
+    assert (again[ROOT_SCALE][respelt] == first[ROOT_SCALE][respelt] - 1).all()
+    assert torch.equal(again[RATIO_CODES], first[RATIO_CODES])
+    assert torch.equal(again[ROOT_CODES][~respelt], first[ROOT_CODES][~respelt])
+
+
+def test_roots_below_two_to_the_minus_63_are_zero_or_that_and_right_on_average() -> None:
+    root = torch.full((BLOCK * 64,), 2.0**-65)
+    _, got = read(stored(torch.zeros_like(root), root.square()), root.numel())
+    assert set(got.sqrt().tolist()) == {0.0, 2.0**-63}
+    assert 0.9 < got.sqrt().mean() / 2.0**-65 < 1.1
 
 
 def test_other_block_boundaries_cost_one_rounding_and_no_more() -> None:
@@ -128,9 +161,9 @@ def test_windows_and_offsets_do_not_change_what_is_stored() -> None:
         FP8.write(parts, start, mean[start:stop], square[start:stop], noise())
     upper = FP8.blank(mean[4 * BLOCK :])
     FP8.write(upper, 0, mean[4 * BLOCK :], square[4 * BLOCK :], noise(offset=4 * BLOCK))
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, parts[name])
-        assert torch.equal(tensor[4:], upper[name])
+    for name in parts:
+        assert torch.equal(whole[name], parts[name])
+        assert torch.equal(whole[name][4:], upper[name])
 
 
 def test_m_is_zero_wherever_v_is_zero() -> None:
@@ -144,7 +177,7 @@ def test_m_is_zero_wherever_v_is_zero() -> None:
     assert got_mean.isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e18])
+@pytest.mark.parametrize("scale", [2e-36, 1e-30, 1e-20, 1e18])
 def test_any_scale_of_gradients_that_fp32_v_can_hold_is_stored_to_an_eighth(scale: float) -> None:
     square = torch.rand(BLOCK, generator=torch.Generator().manual_seed(1)) + 0.5
     square = square * scale
