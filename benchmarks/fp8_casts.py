@@ -111,7 +111,7 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
 
     x_bytes, code_bytes = i.x.nbytes, i.tiles.nbytes
     padded = code_bytes * i.groups.num_padded // i.x.shape[0]
-    integer, warps = {"hardware_cast": False}, [{"num_warps": 2}, {"num_warps": 8}]
+    integer, warps = {"hardware_cast": False}, [{"num_warps": 2}]
     return {
         "rows": (
             lambda **o: c.cast_rows_on_device(i.x, **o),
@@ -121,32 +121,27 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
         "columns": (
             lambda **o: c.cast_columns_on_device(i.x, i.groups, **o),
             x_bytes + padded,
-            [integer, *grid("columns", (32, 2), (64, 2), (128, 4)), *capped(64, 80)],
+            [*grid("columns", (64, 2), (128, 4)), *capped(80)],
         ),
         "both": (
             lambda **o: c.cast_both_on_device(i.x, i.groups, **o),
             x_bytes + code_bytes + padded,
-            [{"num_warps": 8}, *capped(128)],
+            capped(128),
         ),
         "columns_of": (
             lambda **o: c.columns_of_on_device(i.tiles, i.groups, **o),
             code_bytes + padded,
             [
-                *({"packed": False, "columns": columns, "num_warps": 2} for columns in (32, 64)),
-                *({"packed": False, "max_registers": cap} for cap in (64, 80)),
-                *grid("columns", (32, 2), (64, 2), (128, 4), (128, 8)),
-                *capped(64, 80),
+                {"packed": False, "num_warps": 2},
+                {"packed": False, "max_registers": 80},
+                *grid("columns", (64, 2), (128, 4)),
+                *capped(80),
             ],
         ),
         "normed": (
             lambda **o: c.cast_normed_on_device(i.x, i.gain, 1e-6, **o),
             2 * x_bytes + code_bytes,
-            [
-                {"gain_first": True},
-                {"gain_first": True, "max_registers": 64},
-                *capped(48, 64),
-                {"num_warps": 4},
-            ],
+            [{"gain_first": True}, {"num_warps": 4}],
         ),
         "weight": (lambda **o: c.cast_weight_on_device(i.x, **o), x_bytes + i.x.numel(), warps),
         "weight_both": (
@@ -174,12 +169,12 @@ def gated_plans(i: Inputs) -> dict[str, Plan]:
         "gated_tiles": (
             lambda **o: c.cast_gated_tiles_on_device(*cached, **o),
             wide_codes + wide_padded // 2,
-            [*grid("columns", (32, 1), (32, 2), (64, 2), (32, 4)), *capped(64, 80)],
+            [*grid("columns", (32, 2), (64, 2)), *capped(80)],
         ),
         "gated_backward": (
             lambda **o: c.gated_backward_cast_on_device(i.d_product, *cached, **o),
             i.d_product.nbytes + 2 * wide_codes + wide_padded,
-            [*grid("columns", (32, 2), (16, 2), (64, 4), (64, 8)), *capped(64, 80)],
+            [*grid("columns", (32, 2), (64, 8)), *capped(80)],
         ),
     }
 

@@ -71,13 +71,10 @@ def _gradients(
     open_part = sigmoid(gate, HARDWARE_CAST)
     active = gate * open_part
     slope = open_part * (1.0 + gate * (1.0 - open_part))
-    d_up = pull * active
-    part = d_up * up
+    part = pull * active * up
     if WEIGHTED:
-        weight = tl.load(row_weights + row, mask=row < count, other=0.0)[:, None]
-        d_up *= weight
-        pull *= weight
-    return pull * up * slope, d_up, part
+        pull *= tl.load(row_weights + row, mask=row < count, other=0.0)[:, None]
+    return pull * up * slope, pull * active, part
 
 
 @triton.jit
