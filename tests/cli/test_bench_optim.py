@@ -1,4 +1,4 @@
-"""`bench optim`: what is absent or fails is named, what is slow is timed less often, tables hold all of it."""
+"""`bench optim`: what is absent or fails is named, what is slow is timed less often, tables hold it all."""
 
 import pytest
 import torch
