@@ -28,7 +28,7 @@ def train(
     ] = "cpu",
     experts: Annotated[int | None, typer.Option(min=1, help="cuda: of a layer; default: what fits")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="cuda: of 4,096 tokens, in a microbatch")] = 2,
-    microbatches: Annotated[int, typer.Option(min=1, help="cuda: of a step")] = 4,
+    microbatches: Annotated[int, typer.Option(min=1, help="cuda: of a step")] = 16,
     vocab: Annotated[int, typer.Option(min=1, help="cuda: vocabulary")] = 16384,
     precision: Annotated[list[str] | None, typer.Option(help="cuda: bf16, fp8; may be repeated")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="cuda: list the longest kernels")] = False,
