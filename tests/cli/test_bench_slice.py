@@ -89,10 +89,12 @@ def test_the_table_names_the_ratio_and_both_shares() -> None:
         "loss_at_the_same_weights": {"bf16": 9.0, "fp8": 9.01},
         "results": {"bf16": one, "fp8": one | both},
         "kernels": {"fp8": summarise(events) | {"elapsed_ms": 12.0}},
+        "fp8_products": {"dense": {"deepgemm": 7}},
         "failed": {"bf16": "Traceback: it broke"},
         "peer": None,
     }
     text = describe(result)
+    assert "FP8 products, dense: deepgemm 7" in text
     assert "one microbatch in fp8: 12.0 ms, of which kernels 10.0 ms in 7 launches" in text
     assert (
         "60.0%  products" in text and "30.0%  casts" in text and "bf16 failed" in text and "it broke" in text

@@ -1,6 +1,7 @@
 """Times steps of the slice, BF16 and FP8 in turn, against peaks measured in the same run."""
 
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from moe_runtime.cli.bench_slice.shapes import (
 )
 from moe_runtime.cli.bench_slice.subject import PRECISIONS, Subject
 from moe_runtime.errors import ConfigError
+from moe_runtime.fp8.gemm_choice import used
 
 CONVENTIONS: tuple[Convention, ...] = ("causal", "full")
 
@@ -91,6 +93,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     def turn(precision: str) -> None:
         _take_turn(subject, precision, batch, settings.steps, timed[precision])
+        _tell(f"a turn of {precision}: {timed[precision].steps[-1]:.3f} s a step")
 
     def list_kernels(precision: str) -> None:
         kernels[precision] = time_by_kernel(subject, precision, batch[0])
@@ -118,6 +121,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "results": results,
         "kernels": kernels,
         "failed": failed,
+        "fp8_products": used(),
         "peer": _peer(settings) if settings.peer else None,
     }
 
@@ -142,6 +146,13 @@ def _each(
             raise
         except Exception:
             failed[precision] = traceback.format_exc(limit=-8)
+            _tell(f"{precision} failed: {failed[precision]}")
+
+
+def _tell(what: str) -> None:
+    """Say at once how far it is: a run that is cut short shall not have been in vain."""
+    sys.stderr.write(f"{what}\n")
+    sys.stderr.flush()
 
 
 def _peer(settings: Settings) -> dict[str, Any]:
@@ -177,6 +188,7 @@ def _try_subject(settings: Settings, experts: int, failed: dict[str, str]) -> Su
         subject.add_gradients(tokens)
         subject.update()
         torch.cuda.synchronize()
+        _tell(f"{experts} experts in {precision}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
     _each(list(settings.precisions), one_step, failed, (torch.cuda.OutOfMemoryError,))
     torch.cuda.synchronize()

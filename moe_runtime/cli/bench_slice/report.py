@@ -35,6 +35,8 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"FP8 over BF16: {ratio:.2f}x tokens/s")
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result["loss_at_the_same_weights"].items())
     lines.append(f"loss at the same weights: {losses}")
+    for role, counts in result["fp8_products"].items():
+        lines.append(f"FP8 products, {role}: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     for name, found_kernels in result["kernels"].items():
         lines += ["", *_describe_kernels(name, found_kernels)]
     for name, error in result["failed"].items():
