@@ -1,10 +1,10 @@
-"""Which plans of the Triton kernel and which back ends are worth having: a sweep on one GPU, in parts.
+"""Which plans of the Triton kernel and which ways of DeepGEMM with groups are worth having, on one GPU.
 
-    PYTHONPATH=.:comm python3 benchmarks/fp8_gemm.py --out FOLDER [--wheels FOLDER] [--seconds 150]
+    PYTHONPATH=.:comm python3 benchmarks/fp8_gemm.py --out FOLDER [--seconds 45] [--part NAME]
 
 Each part is a process of its own with a limit, so that one that hangs or breaks costs its own lines only;
-lines are written as they come, to FOLDER/<part>.jsonl. Wheels of DeepGEMM (and of what it needs) are unpacked
-beside the results and tried in turn; kernels of the first that loads are compiled while Triton is measured.
+lines are written as they come, to FOLDER/<part>.jsonl. Kernels of DeepGEMM are compiled first by several
+processes, for these shapes and those of `bench fp8`.
 The results are for reading: `moe-runtime bench fp8 --device cuda --write-table` makes the table that is used.
 """
 
@@ -16,32 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.cli.bench_fp8.cases import Shape, gpu_shapes, ragged
+from moe_runtime.cli.bench_fp8.cases import Shape, gpu_shapes, plain_call, ragged
 
 SWEPT = [
-    Shape("dense", 4096, 4096, 4096),
     Shape("dense", 4096, 4096, 7168),
     Shape("dense", 8192, 7168, 16384),
-    Shape("groups", 8 * 4096, 4096, 7168, (4096,) * 8),
+    Shape("groups", sum(ragged(32, 1024)), 4096, 7168, ragged(32, 1024)),
     Shape("groups", sum(ragged(32, 1024)), 7168, 2048, ragged(32, 1024)),
+    Shape("groups", sum(ragged(8, 4096)), 4096, 7168, ragged(8, 4096)),
     Shape("wgrad", 4096, 7168, 8192),
     Shape("wgrad_groups", 4096, 7168, sum(ragged(8, 4096)), ragged(8, 4096)),
+    Shape("wgrad_groups", 4096, 7168, sum(ragged(32, 1024)), ragged(32, 1024)),
 ]
-COMPARED = [
-    *SWEPT,
-    *(shape for shape in gpu_shapes() if shape.role == "dense" and shape.m == 4096 and shape.n != 36864),
-]
-PLAIN = [(64, 128, 4, 3, 3, 8), (64, 128, 4, 4, 2, 8), (64, 128, 4, 3, 2, 16), (128, 64, 4, 3, 3, 8),
-         (128, 128, 8, 3, 1, 8), (128, 128, 8, 4, 1, 8), (64, 64, 4, 4, 4, 8)]  # fmt: skip
-SPECIALISED = [(128, 128, 4, 4, 1, 8), (128, 128, 4, 3, 1, 8), (128, 128, 4, 5, 1, 8), (128, 128, 4, 6, 1, 8),
-               (128, 128, 4, 4, 1, 4), (128, 128, 4, 4, 1, 16), (128, 64, 4, 4, 1, 8),
-               (128, 64, 4, 6, 1, 8)]  # fmt: skip
-WARMERS = 8
+PLANS = [(64, 128, 4, 3, 3, 8), (64, 128, 4, 3, 3, 16), (64, 128, 4, 3, 3, 32), (64, 128, 4, 3, 2, 16),
+         (64, 128, 4, 3, 2, 32), (64, 128, 4, 4, 2, 8), (64, 128, 4, 4, 2, 16)]  # fmt: skip
+WARMERS = 12
+MANY_COUNTS = 40
 
 
 def parse() -> argparse.Namespace:
@@ -49,8 +42,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--wheels", type=Path)
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seconds", type=float, default=45)
     parser.add_argument("--part", default="all")
     return parser.parse_args()
 
@@ -71,22 +63,6 @@ def part_peaks(options: argparse.Namespace) -> None:
     write(options, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **peaks()})
 
 
-def part_library(options: argparse.Namespace, backend: str = "scaled_mm") -> None:
-    """A back end that has no plans, at all shapes."""
-    import torch
-
-    from moe_runtime.cli.bench_fp8.measure import measure_shape
-
-    for shape in COMPARED:
-        if backend == "deepgemm" or shape.role in ("dense", "wgrad") or shape in SWEPT:
-            write(options, measure_shape(shape, torch.device("cuda"), [backend]))
-        torch.cuda.empty_cache()
-
-
-def part_deepgemm(options: argparse.Namespace) -> None:
-    part_library(options, "deepgemm")
-
-
 def part_warm(options: argparse.Namespace) -> None:
     """Have DeepGEMM compile what some of the shapes need."""
     import torch
@@ -95,11 +71,14 @@ def part_warm(options: argparse.Namespace) -> None:
     from moe_runtime.fp8 import gemm_deepgemm
 
     device = torch.device("cuda")
-    for shape in COMPARED[int(options.part.split(":")[1]) :: WARMERS]:
+    for shape in [*SWEPT, *gpu_shapes()][int(options.part.split(":")[1]) :: WARMERS]:
         begin = time.perf_counter()
         groups = groups_of(shape, device) if shape.counts else None
         try:
-            fp8_call(shape, groups, make_operands(shape, device, 0), gemm_deepgemm, False)()
+            x = make_operands(shape, device, 0)
+            fp8_call(shape, groups, x, gemm_deepgemm, False)()
+            for call in ways_of(shape, groups, x).values():
+                call()
             torch.cuda.synchronize()
             found = "done"
         except Exception as error:
@@ -107,17 +86,107 @@ def part_warm(options: argparse.Namespace) -> None:
         write(
             options, {"shape": shape.name, "result": found, "seconds": round(time.perf_counter() - begin, 1)}
         )
+        torch.cuda.empty_cache()
+
+
+def ways_of(shape: Shape, groups: Any, x: Any) -> dict[str, Any]:
+    """Other ways of DeepGEMM with groups, as calls that write x.out, or add to it, or only copy."""
+    from moe_runtime.fp8 import gemm_deepgemm as dense
+    from moe_runtime.fp8 import gemm_deepgemm_groups as grouped
+
+    if shape.role == "groups":
+        return {
+            "one by one": lambda: dense._one_by_one(x.out, x.left_tiles, x.right_tiles, groups),
+            "all rows padded": lambda: all_padded(x, groups),
+        }
+    if shape.role == "wgrad_groups":
+        counts = groups.padded_counts.tolist()
+        sides = (x.left_tiles.codes, x.right_tiles.codes)
+        return {
+            "one by one": lambda: dense._tokens_one_by_one(x.out, x.left_tiles, x.right_tiles, groups, True),
+            "copies alone": lambda: [grouped.group_major(codes, counts) for codes in sides],
+        }
+    return {}
+
+
+def all_padded(x: Any, groups: Any) -> None:
+    """Every row copied to where its group begins at a multiple of 128, and every result copied back."""
+    import torch
+
+    from moe_runtime.fp8.gemm_deepgemm import _library
+    from moe_runtime.fp8.gemm_deepgemm_groups import words
+
+    if not hasattr(x, "padded"):
+        first, size = groups.tile_rows.long().unbind(1)
+        within = torch.minimum(torch.arange(128, device=first.device), size[:, None] - 1)
+        group = torch.searchsorted(groups.ends.long(), first.contiguous(), right=True).repeat_interleave(128)
+        object.__setattr__(x, "padded", ((first[:, None] + within).flatten(), group.int()))
+    rows, group = x.padded
+    codes = words(x.left_tiles.codes).index_select(0, rows).view(torch.float8_e4m3fn)
+    scales = x.left_tiles.scales.t().index_select(1, rows).t()
+    made = x.out.new_empty(len(rows), x.out.shape[1])
+    right = (x.right_tiles.codes.view(torch.float8_e4m3fn), x.right_tiles.scales)
+    _library().m_grouped_fp8_gemm_nt_contiguous((codes, scales), right, made, group, compiled_dims="")
+    words(x.out).index_copy_(0, rows, words(made))
+
+
+def part_ways(options: argparse.Namespace) -> None:
+    """The ways with groups against each other, checked against BF16 first."""
+    import torch
+
+    from moe_runtime.cli.bench_fp8.cases import groups_of, sets_of
+    from moe_runtime.cli.bench_fp8.clock import device_seconds
+    from moe_runtime.cli.bench_fp8.measure import measure_shape
+    from moe_runtime.fp8.difference import difference
+
+    device = torch.device("cuda")
+    for shape in SWEPT:
+        if not shape.counts:
+            continue
+        line = measure_shape(shape, device, ["deepgemm", "scaled_mm", "triton"], 12)
+        groups, sets = groups_of(shape, device), sets_of(shape, device)
+        exact = plain_call(shape, groups, sets[0])()
+        for name in ways_of(shape, groups, sets[0]):
+            calls = [ways_of(shape, groups, x)[name] for x in sets]
+            sets[0].out.fill_(0 if "wgrad" in shape.role else torch.nan)
+            calls[0]()
+            line["difference"][name] = difference(exact, sets[0].out)
+            seconds = device_seconds(calls, 12)
+            line["tflops"][name] = round(shape.flops / seconds / 1e12, 1)
+            line[f"{name}, us"] = round(seconds * 1e6)
+        write(options, line)
+        del sets
+        torch.cuda.empty_cache()
+
+
+def part_counts(options: argparse.Namespace) -> None:
+    """How many kernels DeepGEMM compiles when counts change at every step, and how long a step waits."""
+    import torch
+
+    from moe_runtime.cli.bench_fp8.cases import fp8_call, groups_of, make_operands
+    from moe_runtime.fp8 import gemm_deepgemm
+
+    device, waits = torch.device("cuda"), []
+    folder = Path(os.environ["DG_JIT_CACHE_DIR"])
+    for step in range(MANY_COUNTS):
+        counts = ragged(32, 1024, seed=step + 100)
+        shape = Shape("groups", sum(counts), 2048, 512, counts)
+        x, groups = make_operands(shape, device, 0), groups_of(shape, device)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        fp8_call(shape, groups, x, gemm_deepgemm, False)()
+        torch.cuda.synchronize()
+        waits.append(round(time.perf_counter() - begin, 3))
+        compiled = len(list(folder.rglob("*.cubin")))
+        if step % 10 == 9:
+            write(options, {"steps": step + 1, "kernels": compiled, "longest": sorted(waits)[-3:]})
 
 
 def plans() -> list[Any]:
     """All plans of the sweep."""
     from moe_runtime.fp8.gemm_triton import Plan
 
-    return [
-        Plan(m, n, warps, stages, programs, specialised, band)
-        for specialised, rows in ((True, SPECIALISED), (False, PLAIN))
-        for m, n, warps, stages, programs, band in rows
-    ]
+    return [Plan(m, n, warps, stages, programs, band) for m, n, warps, stages, programs, band in PLANS]
 
 
 class CompileOnly:
@@ -156,8 +225,6 @@ def part_plans(options: argparse.Namespace) -> None:
 
     for shape in SWEPT:
         for plan in plans():
-            if plan.specialised != (options.part == "specialised"):
-                continue
             try:
                 line = measure_shape(shape, torch.device("cuda"), ["triton"], 12, plan=plan)
             except Exception as error:
@@ -166,48 +233,19 @@ def part_plans(options: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def part_import(options: argparse.Namespace) -> None:
-    """Whether the unpacked wheels of this version load and multiply."""
-    import torch
-
-    from moe_runtime.cli.bench_fp8.measure import measure_shape
-
-    line = measure_shape(Shape("dense", 512, 512, 512), torch.device("cuda"), ["deepgemm"], 5)
-    write(options, {"version": options.part, **line})
-    sys.exit(0 if line["tflops"].get("deepgemm") else 1)
-
-
 PARTS = {
-    "peaks": part_peaks,
-    "scaled_mm": part_library,
-    "deepgemm": part_deepgemm,
+    "prepare": lambda options: part_prepare(options),
     "warm": part_warm,
-    "plain": part_plans,
-    "specialised": part_plans,
-    "import": part_import,
+    "counts": part_counts,
+    "ways": part_ways,
+    "plans": part_plans,
     "compile": part_compile,
 }
 
 
-def unpacked(wheels: Path, target: Path) -> Iterator[tuple[str, Path]]:
-    """(version, folder) of each wheel of DeepGEMM with the newest of the other wheels that it can use."""
-    for wheel in sorted(wheels.glob("sgl_deep_gemm-*.whl"), reverse=True):
-        version = wheel.name.split("-")[1]
-        others = sorted(wheels.glob("apache_tvm_ffi-*.whl"))
-        for other in reversed(others):
-            folder = target / f"{version}+{other.name.split('-')[1]}"
-            for archive in (wheel, other):
-                zipfile.ZipFile(archive).extractall(folder)
-            yield folder.name, folder
-
-
-def start(options: argparse.Namespace, part: str, folder: Path | None) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    if folder:
-        environment["PYTHONPATH"] = f"{folder}:{environment.get('PYTHONPATH', '')}"
-        environment["DG_JIT_CACHE_DIR"] = str(folder / "jit")
+def start(options: argparse.Namespace, part: str, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--out", str(options.out), "--part", part]
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen(command, env=os.environ | environment)
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float, part: str) -> int:
@@ -223,33 +261,22 @@ def finish(process: subprocess.Popen[bytes], seconds: float, part: str) -> int:
     return process.returncode
 
 
-def run_all(options: argparse.Namespace) -> None:
+def part_prepare(options: argparse.Namespace) -> None:
+    """Compile all kernels of the other parts, and count those for changing counts."""
     end = time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [*(f"compile:{i}" for i in range(len(PLANS))), *(f"warm:{i}" for i in range(WARMERS))]
+        running = {part: start(options, part) for part in parts}
+        running["counts"] = start(options, "counts", DG_JIT_CACHE_DIR=folder)
+        for part, process in running.items():
+            finish(process, end - time.monotonic(), part)
 
-    def left() -> float:
-        return end - time.monotonic()
 
-    with tempfile.TemporaryDirectory() as target:
-        tries: dict[str, tuple[Path, subprocess.Popen[bytes]]] = {}
-        for version, folder in unpacked(options.wheels, Path(target)) if options.wheels else ():
-            tries[version] = folder, start(options, f"import:{version}", folder)
-        compilers = [start(options, f"compile:{index}", None) for index in range(len(SPECIALISED + PLAIN))]
-        loaded = [
-            folder
-            for version, (folder, process) in tries.items()
-            if not finish(process, 40, f"import {version}")
-        ]
-        warmers = [start(options, f"warm:{i}", loaded[0]) for i in range(WARMERS)] if loaded else []
-        for compiler in compilers:
-            finish(compiler, min(left(), 40), "compile")
-        finish(start(options, "peaks", None), min(left(), 40), "peaks")
-        for part in ("scaled_mm", "specialised"):
-            finish(start(options, part, None), min(left(), 45), part)
-        for warmer in warmers:
-            finish(warmer, left() - 25, "warm")
-        if loaded:
-            finish(start(options, "deepgemm", loaded[0]), min(left(), 45), "deepgemm")
-        finish(start(options, "plain", None), left(), "plain")
+def run_all(options: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    part_prepare(options)
+    for part in ("ways", "plans"):
+        finish(start(options, part), options.seconds - (time.monotonic() - begin), part)
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python benchmarks/fp8_memory.py            # two tables
     python benchmarks/fp8_memory.py --json
 
-Activations: one block in DeepSeek-V3's proportions at a seventh of its width, 512 tokens; every storage that is
-alive after its forward counts, but weights and their casts. State: a small model and its real ZeRO optimizer on
-one rank, after two steps; every tensor that is alive counts, and is divided by the number of parameters.
+Activations: one block in DeepSeek-V3's proportions at a seventh of its width, 512 tokens; every storage that
+is alive after its forward counts, but weights and their casts. State: a small model and its real ZeRO
+optimizer on one rank, after two steps; all that is alive counts, divided by the number of parameters.
 """
 
 import argparse

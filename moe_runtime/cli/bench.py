@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_runtime.errors import ConfigError
+from moe_runtime.errors import ConfigError, NumericsError
 
 app = typer.Typer(help="Measure a part of the runtime against its peer.", no_args_is_help=True)
 
@@ -177,3 +177,38 @@ def fp8(
         typer.echo(json_text.dumps(result))
     elif "peaks" in result:
         typer.echo(f"{result['device']}, torch {result['torch']}: {result['peaks']}")
+
+
+@app.command("optim")
+def optim(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    elements: Annotated[
+        list[int] | None, typer.Option(min=1, help="of the flat parameter; may be repeated")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="times each contender is measured, in turn")] = 15,
+    sweep: Annotated[bool, typer.Option("--sweep", help="cuda: other shapes of programs too")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """The AdamW step with FP8 moments: on the CPU against other optimizers, on CUDA against the copy.
+
+    Defaults: 4 Mi and 16 Mi elements with 1 and 2 threads (cpu); 256 Mi and 1 Gi elements (cuda). Peers:
+    DeepSpeedCPUAdam, torch, and of the extra `bench` torchao and bitsandbytes; the absent are named.
+    """
+    if device == "cpu":
+        from moe_runtime.cli.bench_optim import cpu  # brings torch
+
+        results = cpu.measure(elements or [1 << 22, 1 << 24], threads or [1, 2], rounds)
+        typer.echo(json_text.dumps({"results": results}) if json else cpu.describe(results))
+        return
+    import torch
+
+    if device != "cuda" or not torch.cuda.is_available():
+        expected = "cpu or cuda" if device != "cuda" else "a CUDA device on this machine"
+        raise ConfigError(f"bench optim: --device: expected {expected}, got {device!r}")
+    from moe_runtime.cli.bench_optim import cuda
+
+    result = cuda.measure(elements or [1 << 28, 1 << 30], rounds, sweep)
+    typer.echo(json_text.dumps(result) if json else cuda.describe(result))
+    if result["differing"]:
+        raise NumericsError("bench optim: the fused step differs from the plain one; nothing was timed")

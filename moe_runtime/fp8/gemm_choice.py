@@ -2,9 +2,13 @@
 
 `crossover.json` holds, for each device by name and each role, shapes with the TFLOP/s of every back end
 (`moe-runtime bench fp8 --device cuda --write-table` makes it). A shape takes the line nearest to it in the
-logarithms of m, n and k. Nothing is chosen in silence: a back end asked for by name that cannot run raises;
-`auto` says once for each role and back end what runs, and where the fastest cannot run here, says that too.
-Devices without measurements take the order below, and are told so.
+logarithms of m, n and k, and there the fastest of the back ends that run here: that is known at the start,
+and one that does not is left out of every choice and named once in the log. Nothing else is silent either: a
+back end asked for by name that cannot run raises; `auto` says once for each role and back end what runs. A
+device without measurements takes those of a like one, or the order below, and the log says which.
+
+Speeds are of FP8 only. Where BF16 was faster (weight gradients of groups on an H200) FP8 runs all the same:
+BF16 would need operands that nobody keeps. `fp8.wgrad` turns FP8 off for a role.
 """
 
 import json
@@ -21,15 +25,18 @@ import torch
 from moe_runtime.errors import ConfigError
 
 BACKENDS = ("reference", "scaled_mm", "triton", "deepgemm")
+_FAST = ("deepgemm", "scaled_mm", "triton")
 ROLES = ("dense", "wgrad", "groups", "wgrad_groups")
 TABLE = Path(__file__).with_name("crossover.json")
-# Where nothing was measured: what needs no wheel, the library's own products first.
+# Where nothing was measured: the order on an H200.
 _UNMEASURED = {
-    "dense": ("scaled_mm", "triton"),
-    "wgrad": ("scaled_mm", "triton"),
-    "groups": ("triton", "scaled_mm"),
-    "wgrad_groups": ("triton", "scaled_mm"),
+    "dense": ("deepgemm", "scaled_mm", "triton"),
+    "wgrad": ("deepgemm", "scaled_mm", "triton"),
+    "groups": ("deepgemm", "triton", "scaled_mm"),
+    "wgrad_groups": ("deepgemm", "scaled_mm", "triton"),
 }
+# The same multiprocessors, other memory: products that wait for it may rank otherwise.
+_LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
 _log = logging.getLogger("moe_runtime.fp8")
 _used: dict[tuple[str, str], int] = {}
@@ -103,24 +110,42 @@ def _choose(role: str, m: int, n: int, k: int, device: torch.device) -> str:
     """The name of the back end for `auto`; kept, since counts of rows come again."""
     if device.type == "cpu":
         return "reference"
+    able = _able(device)
     name = device_name(device)
-    lines = _table().get(name, {}).get(role, [])
-    order = _fastest_first(lines, m, n, k) if lines else list(_UNMEASURED[role])
-    reasons = {backend: cannot_run(backend, device) for backend in order}
-    able = [backend for backend in order if not reasons[backend]]
     if not able:
-        told = "; ".join(f"{backend}: expected {reason}" for backend, reason in reasons.items())
+        told = "; ".join(f"{backend}: expected {cannot_run(backend, device)}" for backend in _FAST)
         raise ConfigError(
             f"FP8 products ({role}) on {name}: no fast back end runs ({told}); use BF16, or ask for reference"
         )
+    lines = _lines(name, role)
+    order = _fastest_first(lines, m, n, k) if lines else list(_UNMEASURED[role])
+    known = [backend for backend in order if backend in able]
+    return known[0] if known else able[0]
+
+
+@cache
+def _able(device: torch.device) -> tuple[str, ...]:
+    """The fast back ends that run on a device; the log names the others."""
+    reasons = {backend: cannot_run(backend, device) for backend in _FAST}
+    for backend, reason in reasons.items():
+        if reason:
+            _log.warning("FP8 products: %s is left out of the choice: expected %s", backend, reason)
+    return tuple(backend for backend in _FAST if not reasons[backend])
+
+
+@cache
+def _lines(name: str, role: str) -> list[dict[str, Any]]:
+    """The measurements for a role on a device or one like it; the log says whose."""
+    table, like = _table(), _LIKE.get(name)
+    lines: list[dict[str, Any]] = table.get(name, {}).get(role, [])
+    if not lines and like:
+        lines = table.get(like, {}).get(role, [])
+        if lines:
+            _say(f"FP8 products: nothing measured on {name}: back ends are chosen by the speeds of {like}")
     if not lines:
-        _say(f"FP8 products ({role}): nothing measured on {name}, so {able[0]}; run bench fp8 --write-table")
-    elif able[0] != order[0]:
-        _say(
-            f"FP8 products ({role}): {order[0]} is faster but cannot run (expected {reasons[order[0]]}); "
-            f"{able[0]} does"
-        )
-    return able[0]
+        order = ", ".join(_UNMEASURED[role])
+        _say(f"FP8 products ({role}): nothing measured on {name}: {order}, in this order")
+    return lines
 
 
 @cache

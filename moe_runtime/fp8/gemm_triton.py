@@ -28,10 +28,9 @@ class Plan:
     Args:
         block_m: rows of a tile: 64 or 128.
         block_n: columns of a tile, at most 128, the width that one scale of a block covers.
-        num_warps: of a program; where specialised, of each of its three warp groups.
+        num_warps: of a program.
         num_stages: tiles of 128 along the depth that are on their way at once.
         programs: that share a multiprocessor.
-        specialised: warp groups of their own for loading and multiplying.
         band: rows of tiles that are gone through together.
     """
 
@@ -40,12 +39,16 @@ class Plan:
     num_warps: int
     num_stages: int
     programs: int = 1
-    specialised: bool = False
     band: int = 8
 
 
-_SPECIALISED = Plan(128, 128, 4, 4, specialised=True)
-PLANS = {"dense": _SPECIALISED, "groups": _SPECIALISED, "wgrad": _SPECIALISED, "wgrad_groups": _SPECIALISED}
+# The fastest of those swept on an H200 (benchmarks/fp8_gemm.py).
+PLANS = {
+    "dense": Plan(64, 128, 4, 3, programs=3),
+    "groups": Plan(64, 128, 4, 3, programs=2, band=16),
+    "wgrad": Plan(64, 128, 4, 3, programs=2, band=16),
+    "wgrad_groups": Plan(64, 128, 4, 4, programs=2),
+}
 
 _row_places: WeakKeyDictionary[Groups, dict[int, Tensor]] = WeakKeyDictionary()
 
@@ -158,7 +161,6 @@ def _launch(
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         BAND=plan.band,
-        SPECIALISED=plan.specialised,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )

@@ -6,12 +6,9 @@
 
 Why it is built so. Hopper's FP8 units add with about 14 bits, so after 128 products (four instructions of
 32) the partial sum leaves them, is multiplied by its scales and added in FP32. Those additions are a
-quarter of the time of the products themselves, done by other units: they are free only while another
-warp group multiplies. Two ways to have one:
-
-    specialised   one warp group loads through the bulk copy engine, two others own 64 rows of the tile each;
-                  one adds while the other multiplies. One such program fills a multiprocessor.
-    plain         every warp does everything in turn; several small programs share a multiprocessor.
+quarter of the time of the products themselves, done by other units: they are free only while something else
+multiplies. Here that is another program: tiles are small (64 x 128, 4 warps), so that two or three programs
+share a multiprocessor and one adds while another multiplies.
 
 The scale of a 128 x 128 block is one number for a whole tile of 128 columns, so with `Blocks` on the right
 the factor of a row is left scale x block scale, one product a row. With `Tiles` on the right (weight
@@ -20,13 +17,11 @@ gradients) each column has its own, one product more for each element.
 Tiles are taken in bands of `BAND` rows of tiles, columns first within a band, so that what runs together
 shares operands in L2. Programs are persistent: each takes every n-th tile.
 
-Descriptors are made in the kernel, not on the host: when the compiler splits a tile among warp groups it
-shrinks the boxes of these, but not of those that the host has encoded.
-
-Rejected: one accumulator promoted while the next product runs (the compiler waits for a product before it
-goes on, whatever uses it), scales of a column tile wider than 128 (two factors a row), an accumulator of 128
-x 256 (with the partial sum it needs more registers than there are), rows of groups padded to whole tiles (a
-copy of all rows).
+Rejected: warp groups of their own for loading and multiplying (`warp_specialize` of Triton 3.6 compiles this
+loop for Hopper, and every product comes out wrong), one accumulator promoted while the next product runs (the
+compiler waits for a product before it goes on, whatever uses it), scales of a column tile wider than 128 (two
+factors a row), an accumulator of 128 x 256 (with the partial sum it needs more registers than there are),
+rows of groups padded to whole tiles (a copy of all rows).
 """
 
 import triton
@@ -150,7 +145,6 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
-    SPECIALISED: tl.constexpr,
 ) -> None:
     """Write or add the product; `gemm_triton` says what the arguments are."""
     left_tiles = tl.make_tensor_descriptor(left, [num_rows, depth], [left_stride, 1], [BLOCK_M, TILE])
@@ -170,7 +164,7 @@ def product_kernel(
         else:
             right_places += column_tile * BLOCK_N // TILE * right_scale_row
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(first_step, end_step, warp_specialize=SPECIALISED):
+        for step in tl.range(first_step, end_step):
             left_codes = left_tiles.load([first_row, step * TILE])
             right_codes = right_tiles.load([right_row, step * TILE])
             left_scale = tl.load(left_places + step * left_scale_tile, mask=rows < end_row, other=0.0)

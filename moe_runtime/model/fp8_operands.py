@@ -77,7 +77,10 @@ def flat(x: Tensor) -> Tensor:
 
 def hang(x: Tensor, tiles: Tiles) -> Tensor:
     """Let x [..., k] carry its tiles, whose scales are powers of two; gives x."""
-    return carry(x, tiles.codes, byte_scales(tiles.scales))
+    scales = byte_scales(tiles.scales)
+    # What travels is bytes. Where it does not, readers get the numbers back as the cast laid them out.
+    scales.as_numbers = tiles.scales  # type: ignore[attr-defined]
+    return carry(x, tiles.codes, scales)
 
 
 def tiles_of(x: Tensor | Tiles, casts: Casts) -> Tiles:
@@ -86,7 +89,9 @@ def tiles_of(x: Tensor | Tiles, casts: Casts) -> Tiles:
         return x
     carried = carried_by(x)
     if carried is not None:
-        return Tiles(carried[0], float_scales(carried[1]))
+        codes, scales = carried
+        numbers = getattr(scales, "as_numbers", None)
+        return Tiles(codes, float_scales(scales) if numbers is None else numbers)
     return casts.cast_rows(flat(x))
 
 

@@ -175,8 +175,8 @@ def ragged(groups: int, mean: int, seed: int = 0) -> tuple[int, ...]:
 WIDTHS = (  # (n, k) of the dense products of DeepSeek-V3
     (4096, 7168),
     (7168, 2048),
-    (24576, 1536),
     (7168, 16384),
+    (24576, 1536),
     (7168, 18432),
     (36864, 7168),
     (2112, 7168),
@@ -185,14 +185,16 @@ WIDTHS = (  # (n, k) of the dense products of DeepSeek-V3
 SQUARES = (4096, 8192)
 
 
+LONG = 3  # of these also at twice the tokens
+
+
 def gpu_shapes() -> list[Shape]:
-    """The dense shapes of V3 at 4,096 and 8,192 tokens, the three products of each, and grouped ones."""
+    """Dense shapes of V3 at 4,096 tokens and some at 8,192, three products of each, and grouped ones."""
     shapes = [Shape("dense", side, side, side) for side in SQUARES]
-    for tokens in (4096, 8192):
-        for n, k in WIDTHS:
+    for tokens, widths in ((4096, WIDTHS), (8192, WIDTHS[:LONG])):
+        for n, k in widths:
             shapes.append(Shape("dense", tokens, n, k))
-            if n != k and (tokens, n) not in ((8192, 36864),):
-                shapes.append(Shape("dense", tokens, k, n))  # Dgrad
+            shapes.append(Shape("dense", tokens, k, n))  # Dgrad
             shapes.append(Shape("wgrad", n, k, tokens))
     shapes.append(Shape("wgrad", 4096, 4096, 4096))
     for counts in ((4096,) * 8, ragged(8, 4096), (1024,) * 32, ragged(32, 1024)):

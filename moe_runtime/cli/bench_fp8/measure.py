@@ -31,7 +31,8 @@ def measure_shape(
     exact = plain[0]()
     line: dict[str, Any] = {
         "shape": shape.name, "role": shape.role, "m": shape.m, "n": shape.n, "k": shape.k,
-        "groups": len(shape.counts), "tflops": {}, "difference": {}, "failed": {},
+        "groups": len(shape.counts), "ragged": len(set(shape.counts)) > 1,
+        "tflops": {}, "difference": {}, "failed": {},
     }  # fmt: skip
     line["tflops"]["bf16"] = _tflops(shape, clock(plain, repeats))
     for name in backends:

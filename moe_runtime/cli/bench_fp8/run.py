@@ -50,7 +50,7 @@ def measure(device: str, report: Callable[[dict[str, Any]], None]) -> dict[str, 
 
 
 def write_table(result: dict[str, Any], path: Path = TABLE) -> None:
-    """Replace one device's measurements in the table.
+    """Replace one device's measurements in the table; of groups the ragged ones, which training has.
 
     Raises:
         ConfigError: nothing fast was measured.
@@ -59,7 +59,9 @@ def write_table(result: dict[str, Any], path: Path = TABLE) -> None:
         role: [
             {name: line[name] for name in ("m", "n", "k", "groups", "tflops")}
             for line in result["lines"]
-            if line["role"] == role and set(line["tflops"]) & set(FAST)
+            if line["role"] == role
+            and set(line["tflops"]) & set(FAST)
+            and (line["ragged"] or "groups" not in role)
         ]
         for role in ROLES
     }

@@ -27,7 +27,7 @@ LINES: list[dict[str, Any]] = [
 def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """A device named Pretended where back ends run but for those with a reason here."""
     reasons: dict[str, str | None] = {}
-    for name in ("_choose", "_say", "_table"):
+    for name in ("_choose", "_able", "_lines", "_say", "_table"):
         getattr(gemm_choice, name).cache_clear()
     monkeypatch.setattr(gemm_choice, "_used", {})
     monkeypatch.setattr(gemm_choice, "device_name", lambda device: "Pretended")
@@ -52,27 +52,37 @@ def test_the_fastest_at_the_nearest_shape(pretended: dict[str, str | None]) -> N
     assert gemm_choice.used() == {"dense": {"deepgemm": 1, "triton": 2}}
 
 
-def test_what_cannot_run_is_passed_over_aloud(
+def test_what_cannot_run_is_left_out_aloud(
     pretended: dict[str, str | None], caplog: pytest.LogCaptureFixture
 ) -> None:
     pretended["deepgemm"] = "a wheel, got none"
     with caplog.at_level(logging.INFO, "moe_runtime.fp8"):
         assert [chosen("dense", 4096, 4096, size) for size in (7168, 7040)] == ["scaled_mm"] * 2
+        assert chosen("groups", 4096, 4096, 7168) == "triton"
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    assert "deepgemm is faster but cannot run (expected a wheel, got none); scaled_mm does" in told[0]
+    assert len(told) == 4
+    assert told[0] == "FP8 products: deepgemm is left out of the choice: expected a wheel, got none"
     assert "scaled_mm runs on Pretended" in told[1]
+    assert "(groups): nothing measured on Pretended: deepgemm, triton, scaled_mm" in told[2]
+    assert "triton runs on Pretended" in told[3]
 
 
-def test_a_role_without_measurements_says_so(
-    pretended: dict[str, str | None], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert chosen("groups", 4096, 4096, 7168) == "triton"
-    assert "nothing measured on Pretended, so triton" in caplog.text
-    pretended["triton"] = "a Hopper GPU, got Pretended"
-    pretended["scaled_mm"] = "a Hopper GPU, got Pretended"
+def test_where_nothing_fast_runs_it_says_why(pretended: dict[str, str | None]) -> None:
+    for name in ("triton", "scaled_mm", "deepgemm"):
+        pretended[name] = "a Hopper GPU, got Pretended"
     with pytest.raises(ConfigError, match=r"no fast back end runs .*a Hopper GPU.*; use BF16"):
         chosen("wgrad", 1, 1, 1)
+
+
+def test_a_device_like_one_that_was_measured(
+    pretended: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gemm_choice, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gemm_choice, "_table", lambda: {"NVIDIA H200": {"dense": LINES}})
+    assert chosen("dense", 100, 1000, 1000) == "triton"
+    assert "nothing measured on NVIDIA H100 80GB HBM3: back ends are chosen by the speeds of NVIDIA H200" in (
+        caplog.text
+    )
 
 
 @pytest.mark.parametrize("name", ["triton", "scaled_mm", "deepgemm"])
@@ -96,7 +106,8 @@ def test_the_stored_table_can_be_read() -> None:
 def test_a_measurement_is_stored_as_it_is_read(tmp_path: Path) -> None:
     table = tmp_path / "crossover.json"
     table.write_text('{"devices": {"Other": {}}}')
-    lines = [{**line, "role": "dense", "groups": 0, "shape": "", "failed": {}} for line in LINES]
+    told = {"groups": 0, "ragged": False, "shape": "", "failed": {}}
+    lines = [{**line, "role": role, **told} for role in ("dense", "groups") for line in LINES]
     result = {"device": "Pretended", "torch": "2.11", "peaks": {"bf16_tflops": 790}, "lines": lines}
     run.write_table(result, table)
     kept = json.loads(table.read_text())["devices"]

@@ -134,7 +134,7 @@ def test_the_check_sees_a_spill(launches: list[tuple[Any, dict[str, Any]]], tmp_
     x = make_operands(SHAPES[0], torch.device("cpu"), 0)
     fp8_call(SHAPES[0], None, x, gemm_triton, False)()
     (kernel, arguments) = launches[0]
-    made = compiled(kernel, arguments, BLOCK_N=256, SPECIALISED=False, num_warps=8, num_stages=2)
+    made = compiled(kernel, arguments, BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=2)
     assert [name for name in instructions(made, tmp_path) if name.startswith(("LDL", "STL"))]
 
 
