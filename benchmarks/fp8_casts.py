@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", action="append", default=[], help="a cast to time; all without")
     return parser.parse_args(arguments)
 
 
@@ -110,7 +111,7 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
 
     x_bytes, code_bytes = i.x.nbytes, i.tiles.nbytes
     padded = code_bytes * i.groups.num_padded // i.x.shape[0]
-    integer, warps = {"hardware_cast": False}, [{"num_warps": 4}, {"num_warps": 16}]
+    integer, warps = {"hardware_cast": False}, [{"num_warps": 2}, {"num_warps": 8}]
     return {
         "rows": (
             lambda **o: c.cast_rows_on_device(i.x, **o),
@@ -120,22 +121,32 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
         "columns": (
             lambda **o: c.cast_columns_on_device(i.x, i.groups, **o),
             x_bytes + padded,
-            [integer, *grid("columns", (32, 4), (64, 8), (128, 8))],
+            [integer, *grid("columns", (32, 2), (64, 2), (128, 4)), *capped(64, 80)],
         ),
         "both": (
             lambda **o: c.cast_both_on_device(i.x, i.groups, **o),
             x_bytes + code_bytes + padded,
-            warps,
+            [{"num_warps": 8}, *capped(128)],
         ),
         "columns_of": (
             lambda **o: c.columns_of_on_device(i.tiles, i.groups, **o),
             code_bytes + padded,
-            grid("columns", (64, 4), (64, 8), (128, 16)),
+            [
+                *({"packed": False, "columns": columns, "num_warps": 2} for columns in (32, 64)),
+                *({"packed": False, "max_registers": cap} for cap in (64, 80)),
+                *grid("columns", (32, 2), (64, 2), (128, 4), (128, 8)),
+                *capped(64, 80),
+            ],
         ),
         "normed": (
             lambda **o: c.cast_normed_on_device(i.x, i.gain, 1e-6, **o),
             2 * x_bytes + code_bytes,
-            warps,
+            [
+                {"gain_first": True},
+                {"gain_first": True, "max_registers": 64},
+                *capped(48, 64),
+                {"num_warps": 4},
+            ],
         ),
         "weight": (lambda **o: c.cast_weight_on_device(i.x, **o), x_bytes + i.x.numel(), warps),
         "weight_both": (
@@ -158,27 +169,29 @@ def gated_plans(i: Inputs) -> dict[str, Plan]:
         "gated": (
             lambda **o: c.cast_gated_on_device(i.gate_up, i.row_weights, **o),
             i.gate_up.nbytes + wide_codes // 2,
-            grid("rows", (16, 4), (64, 8)),
+            grid("rows", (32, 4), (128, 8)),
         ),
         "gated_tiles": (
             lambda **o: c.cast_gated_tiles_on_device(*cached, **o),
             wide_codes + wide_padded // 2,
-            grid("columns", (64, 4), (64, 8), (128, 16)),
+            [*grid("columns", (32, 1), (32, 2), (64, 2), (32, 4)), *capped(64, 80)],
         ),
         "gated_backward": (
             lambda **o: c.gated_backward_cast_on_device(i.d_product, *cached, **o),
             i.d_product.nbytes + 2 * wide_codes + wide_padded,
-            [{"num_warps": 16}, {"max_registers": 128}, {"num_warps": 16, "max_registers": 64}],
+            [*grid("columns", (32, 2), (16, 2), (64, 4), (64, 8)), *capped(64, 80)],
         ),
     }
 
 
-def make_tasks(inputs: Inputs, sweep: bool) -> dict[str, Task]:
+def make_tasks(inputs: Inputs, sweep: bool, only: list[str]) -> dict[str, Task]:
     """What is timed, by name; with `sweep` in other shapes of programs too."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=inputs.x.device)
     target = torch.empty_like(source)
     tasks = {"copy": Task(lambda: target.copy_(source), 2 * COPY_BYTES)}
     for name, (run, moved, others) in (plain_plans(inputs) | gated_plans(inputs)).items():
+        if only and name not in only:
+            continue
         for chosen in ({}, *(others if sweep else [])):
             title = name + "".join(f" {key}={value}" for key, value in chosen.items())
             tasks[title] = Task(partial(run, **chosen), moved)
@@ -188,6 +201,11 @@ def make_tasks(inputs: Inputs, sweep: bool) -> dict[str, Task]:
 def grid(name: str, *pairs: tuple[int, int]) -> list[dict[str, Any]]:
     """Options for pairs of a size and a number of warps."""
     return [{name: size, "num_warps": warps} for size, warps in pairs]
+
+
+def capped(*registers: int | None) -> list[dict[str, Any]]:
+    """Options for bounds on the registers of a thread."""
+    return [{"max_registers": bound} for bound in registers]
 
 
 def time_in_turn(tasks: dict[str, Task], repeats: int, failed: dict[str, str]) -> dict[str, float]:
@@ -240,10 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     inputs = make_inputs(options, torch.device("cuda"))
     wrong = fp8_cast_checks.check_all(inputs.x, inputs.gain)
     failed: dict[str, str] = {}
-    tasks = make_tasks(inputs, options.sweep)
+    tasks = make_tasks(inputs, options.sweep, options.only)
     seconds = time_in_turn(tasks, options.repeats, failed)
     results = report(tasks, seconds)
-    shape = {key: value for key, value in vars(options).items() if key not in ("sweep", "repeats")}
+    shape = {key: value for key, value in vars(options).items() if key not in ("sweep", "repeats", "only")}
     made = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": shape}
     print(json.dumps({**made, "wrong": wrong, "failed": failed, "results": results}))
     for name, row in results.items():

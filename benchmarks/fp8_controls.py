@@ -128,7 +128,7 @@ class FixedScales(_Composed):
 
     def _rows(self, kind: str, x: Tensor) -> Tiles:
         codes, scale = self._codes(kind, x)
-        return Tiles(codes, torch.full((x.shape[0], num_tiles(x.shape[1])), scale))
+        return Tiles(codes, torch.full((x.shape[0], num_tiles(x.shape[1])), scale, device=x.device))
 
     def _columns(self, kind: str, x: Tensor, groups: Groups | None) -> Tiles:
         return self._rows(kind, _padded(x, groups).t().contiguous())
@@ -154,5 +154,5 @@ class FixedScales(_Composed):
         """Blocks of a weight [..., out, in], and of its transposed."""
         codes, scale = self._codes("weight", x)
         shape = (*x.shape[:-2], num_tiles(x.shape[-2]), num_tiles(x.shape[-1]))
-        blocks = Blocks(codes, torch.full(shape, scale))
+        blocks = Blocks(codes, torch.full(shape, scale, device=x.device))
         return blocks, blocks.transposed()

@@ -70,11 +70,11 @@ MODEL = ModelConfig(
 )
 
 
-def build(variant: str, seed: int) -> tuple[Transformer, WeightCasts | None]:
+def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCasts | None]:
     """A model of one variant; the casts of its weights, where it has some."""
     keeps = variant in ("fp8", "bf16-wgrad")
     dispatcher = LocalDispatcher(MODEL.num_experts, keep_tiles=keeps)
-    model = Transformer(MODEL, dtype=torch.bfloat16, dispatcher=dispatcher)
+    model = Transformer(MODEL, dtype=torch.bfloat16, device=device, dispatcher=dispatcher)
     model.init_weights(seed)
     if variant == "bf16":
         return model, None
@@ -127,29 +127,31 @@ class Masters:
         self._optimizer.zero_grad(set_to_none=False)
 
 
-def train(variant: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
+def train(variant: str, seed: int, steps: int, data: Path, device: str) -> dict[str, Any]:
     """One run: its line."""
     began = time.perf_counter()
-    model, weights = build(variant, seed)
+    model, weights = build(variant, seed, device)
     masters = Masters(model)
     loader = BatchLoader(TokenDataset.open(data, "train"), SEQ_LEN, 0, seed, MODEL.vocab_size)
     recipe = _recipe(steps)
     losses = []
     for step in range(steps):
-        found = model.losses(loader.sequences(step * BATCH, BATCH))
+        found = model.losses(loader.sequences(step * BATCH, BATCH).to(device))
         (found.loss + ALPHA * found.balance).backward()
         masters.step(lr_at(recipe, PEAK_LR, step, step * BATCH * SEQ_LEN))
         if weights is not None:
             weights.drop()
         for (_, moe), counts in zip(model.moe_layers(), found.counts, strict=True):
             update_bias(moe.router.bias, counts, GAMMA)
-        losses.append(float(found.loss.detach()))
+        losses.append(found.loss.detach())  # no wait of the host for a device
+    losses = [float(loss) for loss in losses]
     return {
         "variant": variant,
         "seed": seed,
         "steps": steps,
         "loss": statistics.fmean(losses[-LAST:]),
-        "validation": _validate(model, data),
+        "validation": _validate(model, data, device),
+        "device": device,
         "step_s": (time.perf_counter() - began) / steps,
         "every_20": [round(statistics.fmean(losses[i : i + 20]), 5) for i in range(0, steps, 20)],
     }
@@ -163,9 +165,10 @@ def _recipe(steps: int) -> RecipeConfig:
 
 
 @torch.no_grad()
-def _validate(model: Transformer, data: Path) -> float:
+def _validate(model: Transformer, data: Path, device: str) -> float:
     loader = BatchLoader(TokenDataset.open(data, "validation"), SEQ_LEN, 0, 0, MODEL.vocab_size)
-    return statistics.fmean(float(model.losses(rows).loss) for rows in loader.validation_batches(128, 16))
+    batches = loader.validation_batches(128, 16)
+    return statistics.fmean(float(model.losses(rows.to(device)).loss) for rows in batches)
 
 
 def read(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--data", type=Path, default=Path("data/stdlib-byte"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,7 +219,7 @@ def main() -> None:
         for seed in args.seeds:
             for variant in args.variants:
                 if (variant, seed, args.steps) not in read(args.out):
-                    line = train(variant, seed, args.steps, args.data)
+                    line = train(variant, seed, args.steps, args.data, args.device)
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     figures = f"{line['loss']:.4f}, {line['step_s']:.3f} s a step"

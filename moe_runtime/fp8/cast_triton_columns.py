@@ -19,6 +19,7 @@ from moe_runtime.fp8.cast_triton_tile import (
     encode_joined,
     has_cast_instruction,
     larger_of,
+    launch_options,
     magnitude_of,
     readable,
     scales_of,
@@ -29,8 +30,9 @@ from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
 COLUMNS, COLUMN_WARPS = 64, 4  # of a program of `cast_columns`: 16 KiB of BF16
-BOTH_WARPS = 8  # `cast_both` needs 128 columns, for it makes row tiles too
-RETILE_COLUMNS, RETILE_WARPS = 128, 8
+BOTH_WARPS = (
+    4  # twice that without the cast instruction; `cast_both` needs 128 columns, for it makes row tiles too
+)
 
 
 @triton.jit
@@ -179,42 +181,6 @@ def cast_columns_kernel(
     store_columns((v0, v1, v2, v3), made, tile, count, column, num_columns, POW2, HARDWARE_CAST)
 
 
-@triton.jit
-def columns_of_kernel(
-    codes: tl.tensor,
-    row_scales: tl.tensor,
-    tile_rows: tl.tensor,
-    words: tl.tensor,
-    scales: tl.tensor,
-    num_columns: int,
-    code_stride: int,
-    row_scale_stride: int,
-    tile_scale_stride: int,
-    row_words: int,
-    scale_stride: int,
-    HARDWARE_CAST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """COLUMNS columns of one tile of tokens, from tiles along the other axis."""
-    pieces = (num_columns + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(0) // pieces
-    piece = tl.program_id(0) % pieces
-    first = tl.load(tile_rows + 2 * tile).to(tl.int64)
-    count = tl.load(tile_rows + 2 * tile + 1)
-    column = piece * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = column < num_columns
-    row = 4 * tl.arange(0, 32)
-    factors = row_scales + first * row_scale_stride
-    source = (codes + first * code_stride, factors, code_stride, row_scale_stride, tile_scale_stride)
-    at = piece * COLUMNS // _TILE
-    v0 = decode_quarter(source, row, count, column, is_column, at, True, HARDWARE_CAST)
-    v1 = decode_quarter(source, row + 1, count, column, is_column, at, True, HARDWARE_CAST)
-    v2 = decode_quarter(source, row + 2, count, column, is_column, at, True, HARDWARE_CAST)
-    v3 = decode_quarter(source, row + 3, count, column, is_column, at, True, HARDWARE_CAST)
-    made = (words, scales, row_words, scale_stride)
-    store_columns((v0, v1, v2, v3), made, tile, count, column, num_columns, True, HARDWARE_CAST)
-
-
 def as_words(codes: Tensor) -> Tensor:
     """Codes whose rows are a multiple of 4 long, four to an int32."""
     return codes.view(torch.int32)
@@ -226,8 +192,7 @@ def _cast(
     rows: Tiles | None,
     hardware_cast: bool | None,
     columns: int,
-    num_warps: int,
-    pow2: bool,
+    options: dict[str, int],
 ) -> Tiles:
     """Columns of x and, into `rows` if given, its rows."""
     groups = groups or Groups.one(x.shape[0], x.device)
@@ -246,10 +211,10 @@ def _cast(
             made.scales.stride(1),
             0 if rows is None else rows.scales.stride(1),
             BOTH=rows is not None,
-            POW2=pow2,
+            POW2=True,
             HARDWARE_CAST=has_cast_instruction(x.device) if hardware_cast is None else hardware_cast,
             COLUMNS=columns,
-            num_warps=num_warps,
+            **options,
         )
     return made
 
@@ -261,6 +226,7 @@ def cast_columns_on_device(
     hardware_cast: bool | None = None,
     columns: int = COLUMNS,
     num_warps: int = COLUMN_WARPS,
+    max_registers: int | None = None,
 ) -> Tiles:
     """The transposed matrix in tiles along the tokens, each group's beginning at a multiple of 128.
 
@@ -270,11 +236,12 @@ def cast_columns_on_device(
         hardware_cast: round with the cast instruction; None: where the device has one.
         columns: of a program; a power of two up to 128.
         num_warps: of a program.
+        max_registers: of a thread; None: as the compiler likes.
 
     Returns:
         Tiles [k, padded m].
     """
-    return _cast(readable(x), groups, None, hardware_cast, columns, num_warps, True)
+    return _cast(readable(x), groups, None, hardware_cast, columns, launch_options(num_warps, max_registers))
 
 
 def cast_both_on_device(
@@ -282,52 +249,12 @@ def cast_both_on_device(
     groups: Groups | None = None,
     *,
     hardware_cast: bool | None = None,
-    num_warps: int = BOTH_WARPS,
+    num_warps: int | None = None,
+    max_registers: int | None = None,
 ) -> tuple[Tiles, Tiles]:
     """Rows and columns of one matrix, read once; arguments as in `cast_columns_on_device`."""
     x = readable(x)
+    is_hardware = has_cast_instruction(x.device) if hardware_cast is None else hardware_cast
+    warps = num_warps or (BOTH_WARPS if is_hardware else 2 * BOTH_WARPS)
     rows = empty_tiles(x.shape[0], x.shape[1], x.device)
-    return rows, _cast(x, groups, rows, hardware_cast, TILE, num_warps, True)
-
-
-def columns_of_on_device(
-    tiles: Tiles,
-    groups: Groups | None = None,
-    *,
-    hardware_cast: bool | None = None,
-    columns: int = RETILE_COLUMNS,
-    num_warps: int = RETILE_WARPS,
-) -> Tiles:
-    """Tiles along the tokens from tiles along the features, for a weight gradient.
-
-    Args:
-        tiles: [m, k] with scales that are powers of two: then a value is exact and rounded once more.
-        groups: of the rows; None: one group.
-        hardware_cast: use the conversion instructions; None: where the device has them.
-        columns: of a program; a power of two up to 128.
-        num_warps: of a program.
-
-    Returns:
-        Tiles [k, padded m].
-    """
-    codes = tiles.codes
-    groups = groups or Groups.one(codes.shape[0], codes.device)
-    made = empty_tiles(codes.shape[1], groups.num_padded, codes.device)
-    if made.codes.numel():
-        columns_of_kernel[(groups.num_padded // TILE * triton.cdiv(codes.shape[1], columns),)](
-            codes,
-            tiles.scales,
-            groups.tile_rows,
-            as_words(made.codes),
-            made.scales,
-            codes.shape[1],
-            codes.stride(0),
-            tiles.scales.stride(0),
-            tiles.scales.stride(1),
-            made.codes.shape[1] // 4,
-            made.scales.stride(1),
-            HARDWARE_CAST=has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast,
-            COLUMNS=columns,
-            num_warps=num_warps,
-        )
-    return made
+    return rows, _cast(x, groups, rows, is_hardware, TILE, launch_options(warps, max_registers))

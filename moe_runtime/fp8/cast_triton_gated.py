@@ -17,6 +17,7 @@ from moe_runtime.fp8.cast_triton_tile import (
     empty_tiles,
     encode,
     has_cast_instruction,
+    launch_options,
     magnitude_of,
     readable,
     scales_of,
@@ -25,8 +26,8 @@ from moe_runtime.fp8.cast_triton_tile import (
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
-ROWS, WARPS = 32, 4
-REMAKE_COLUMNS, REMAKE_WARPS = 128, 8
+ROWS, WARPS = 64, 8
+REMAKE_COLUMNS, REMAKE_WARPS = 64, 4
 
 
 @triton.jit
@@ -166,6 +167,7 @@ def cast_gated_tiles_on_device(
     hardware_cast: bool | None = None,
     columns: int = REMAKE_COLUMNS,
     num_warps: int = REMAKE_WARPS,
+    max_registers: int | None = None,
 ) -> Tiles:
     """SwiGLU's product made again from cached FP8, in tiles along the tokens.
 
@@ -176,6 +178,7 @@ def cast_gated_tiles_on_device(
         hardware_cast: use the conversion instructions; None: where the device has them.
         columns: of a program; a power of two up to 128.
         num_warps: of a program.
+        max_registers: of a thread; None: as the compiler likes.
 
     Returns:
         Tiles [f, padded m].
@@ -201,6 +204,6 @@ def cast_gated_tiles_on_device(
             WEIGHTED=row_weights is not None,
             HARDWARE_CAST=has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast,
             COLUMNS=columns,
-            num_warps=num_warps,
+            **launch_options(num_warps, max_registers),
         )
     return made

@@ -5,12 +5,16 @@ With s = sigmoid(gate) and d the gradient of the product, times the row's weight
     d_gate = d x up x s x (1 + gate x (1 - s))          d_up = d x gate x s
     d_weight of a row = sum over the columns of (d before the weight) x gate x s x up
 
-A program makes 128 x 128 values of one half, d_gate or d_up, and writes them four times over: codes and
-scales of rows, codes and scales of columns. Both halves in one program would need twice the registers,
-which leaves a multiprocessor one program, with nothing to do while it waits. The second reader of d and
-gate is the next program, and finds them in L2. The sum of a row's weight is given in parts, one a tile,
-for atomic additions would change their order, and the bits, from run to run.
+A square of 128 x 128 values of each half, wanted four times over (codes and scales of rows, codes and scales
+of columns), would fill the registers of a multiprocessor, which then has nothing to do while it waits: that
+ran at a third of the copy's bandwidth. So no program makes the square. Eight small ones do, next to each
+other in the launch: four make 32 rows of both halves and cast them along the features, four make 32 columns
+and cast them along the tokens. Everything is computed twice and read twice, the second time from L2. The
+sum of a row's weight is given in parts, one a tile, for atomic additions would change their order, and the
+bits, from run to run.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -27,11 +31,73 @@ from moe_runtime.fp8.cast_triton_columns import (
 )
 from moe_runtime.fp8.cast_triton_gated import adjacent
 from moe_runtime.fp8.cast_triton_rows import decode_on_device
-from moe_runtime.fp8.cast_triton_tile import empty_tiles, has_cast_instruction, readable, sigmoid
+from moe_runtime.fp8.cast_triton_tile import (
+    empty_tiles,
+    has_cast_instruction,
+    launch_options,
+    readable,
+    sigmoid,
+)
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
-WARPS = 8
+COLUMNS, WARPS = 32, 4
+
+
+@triton.jit
+def _gradients(
+    source: tl.tuple,
+    row: tl.tensor,
+    count: tl.tensor,
+    column: tl.tensor,
+    piece: tl.tensor,
+    width: tl.tensor,
+    WEIGHTED: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr,
+) -> Any:
+    """(d_gate, d_up, d_weight of each element), float32 [rows, columns], zeros from row `count` on.
+
+    Args:
+        source: (d_product from the first row on, its row stride, cached tiles as `decode_quarter` takes them,
+            row weights from the first row on or None).
+        piece: which tile of the gate the columns lie in.
+    """
+    d_product, d_stride, tiles, row_weights = source
+    is_column = column < width
+    up_at = piece + width // _TILE
+    pull = read_quarter(d_product, row, count, d_stride, column, width)
+    gate = decode_quarter(tiles, row, count, column, is_column, piece, True, HARDWARE_CAST)
+    up = decode_quarter(tiles, row, count, column + width, is_column, up_at, True, HARDWARE_CAST)
+    open_part = sigmoid(gate, HARDWARE_CAST)
+    active = gate * open_part
+    slope = open_part * (1.0 + gate * (1.0 - open_part))
+    d_up = pull * active
+    part = d_up * up
+    if WEIGHTED:
+        weight = tl.load(row_weights + row, mask=row < count, other=0.0)[:, None]
+        d_up *= weight
+        pull *= weight
+    return pull * up * slope, d_up, part
+
+
+@triton.jit
+def _store_rows(
+    d_gate: tl.tensor,
+    d_up: tl.tensor,
+    target: tl.tuple,
+    row: tl.tensor,
+    is_row: tl.tensor,
+    column: tl.tensor,
+    piece: tl.tensor,
+    width: tl.tensor,
+    HARDWARE_CAST: tl.constexpr,
+) -> None:
+    """Cast rows of both halves; target: (codes of row 0, scale of its first tile, distance of tiles)."""
+    codes, scale, scale_stride = target
+    scale += piece.to(tl.int64) * scale_stride
+    up_scale = scale + (width // _TILE).to(tl.int64) * scale_stride
+    store_row_tile(d_gate, (codes, scale), row, is_row, column, 2 * width, True, HARDWARE_CAST)
+    store_row_tile(d_up, (codes, up_scale), row, is_row, column + width, 2 * width, True, HARDWARE_CAST)
 
 
 @triton.jit
@@ -57,44 +123,43 @@ def gated_backward_kernel(
     scale_stride: int,
     WEIGHTED: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
-    """128 tokens x 128 columns of d_gate or d_up; the width is a multiple of 128."""
+    """32 rows x 128 columns, or COLUMNS columns x 128 tokens, of both halves; the width in whole tiles."""
     pieces = width // _TILE
-    half = tl.program_id(0) % 2
-    piece = tl.program_id(0) // 2 % pieces
-    tile = tl.program_id(0) // 2 // pieces
+    kinds: tl.constexpr = 4 + _TILE // COLUMNS
+    kind = tl.program_id(0) % kinds
+    piece = tl.program_id(0) // kinds % pieces
+    tile = tl.program_id(0) // kinds // pieces
     first = tl.load(tile_rows + 2 * tile).to(tl.int64)
     count = tl.load(tile_rows + 2 * tile + 1)
-    column = piece * _TILE + tl.arange(0, _TILE)
-    made_column = column + half * width
-    is_column = column < width
     factors = gate_up_scales + first * source_row_stride
-    source = (gate_up + first * code_stride, factors, code_stride, source_row_stride, source_tile_stride)
-    row_tile = (piece + half * pieces).to(tl.int64)
-    rows = (row_codes + first * 2 * width, row_scales + row_tile * row_scale_stride + first)
-    if WEIGHTED:
-        parts = weight_parts + piece.to(tl.int64) * num_rows + first
-    quarters = ()
-    for step in tl.static_range(4):
-        row = 4 * tl.arange(0, 32) + step
+    tiles = (gate_up + first * code_stride, factors, code_stride, source_row_stride, source_tile_stride)
+    source = (d_product + first * d_stride, d_stride, tiles, row_weights + first if WEIGHTED else None)
+    if kind < 4:
+        row = kind * 32 + tl.arange(0, 32)
+        column = piece * _TILE + tl.arange(0, _TILE)
         is_row = row < count
-        pull = read_quarter(d_product + first * d_stride, row, count, d_stride, column, width)
-        gate = decode_quarter(source, row, count, column, is_column, piece, True, HARDWARE_CAST)
-        open_part = sigmoid(gate, HARDWARE_CAST)
-        slope = gate * open_part
-        if half == 0:  # d_gate; `up` is read by this half alone
-            up_column, up_at = column + width, piece + pieces
-            up = decode_quarter(source, row, count, up_column, is_column, up_at, True, HARDWARE_CAST)
-            if WEIGHTED:
-                tl.store(parts + row, tl.sum(pull * slope * up, axis=1), mask=is_row)
-            slope = up * open_part * (1.0 + gate * (1.0 - open_part))
+        d_gate, d_up, part = _gradients(source, row, count, column, piece, width, WEIGHTED, HARDWARE_CAST)
         if WEIGHTED:
-            pull *= tl.load(row_weights + first + row, mask=is_row, other=0.0)[:, None]
-        made = pull * slope
-        store_row_tile(made, rows, row, is_row, made_column, 2 * width, True, HARDWARE_CAST)
-        quarters += (made,)  # type: ignore[assignment]
-    columns = (words, scales, row_words, scale_stride)
-    store_columns(quarters, columns, tile, count, made_column, 2 * width, True, HARDWARE_CAST)
+            parts = weight_parts + piece.to(tl.int64) * num_rows + first
+            tl.store(parts + row, tl.sum(part, axis=1), mask=is_row)
+        target = (row_codes + first * 2 * width, row_scales + first, row_scale_stride)
+        _store_rows(d_gate, d_up, target, row, is_row, column, piece, width, HARDWARE_CAST)
+    else:
+        narrow = piece * _TILE + (kind - 4) * COLUMNS + tl.arange(0, COLUMNS)
+        gate_quarters = ()
+        up_quarters = ()
+        for step in tl.static_range(4):
+            at = 4 * tl.arange(0, 32) + step
+            gate_part, up_part, _ = _gradients(
+                source, at, count, narrow, piece, width, WEIGHTED, HARDWARE_CAST
+            )
+            gate_quarters += (gate_part,)  # type: ignore[assignment]
+            up_quarters += (up_part,)  # type: ignore[assignment]
+        made = (words, scales, row_words, scale_stride)
+        store_columns(gate_quarters, made, tile, count, narrow, 2 * width, True, HARDWARE_CAST)
+        store_columns(up_quarters, made, tile, count, narrow + width, 2 * width, True, HARDWARE_CAST)
 
 
 def gated_backward_cast_on_device(
@@ -104,6 +169,7 @@ def gated_backward_cast_on_device(
     groups: Groups | None = None,
     *,
     hardware_cast: bool | None = None,
+    columns: int = COLUMNS,
     num_warps: int = WARPS,
     max_registers: int | None = None,
 ) -> tuple[Tiles, Tiles, Tensor | None]:
@@ -114,13 +180,12 @@ def gated_backward_cast_on_device(
         gate_up: [m, 2f] as cached.
         row_weights: [m] floating.
         groups: of the rows; None: one group.
-        hardware_cast: use the conversion instructions; None: where the device has them.
+        hardware_cast, max_registers: as in `cast_columns_on_device`.
+        columns: of a program that makes columns; a power of two up to 128.
         num_warps: of a program.
-        max_registers: of a thread; None: as the compiler likes.
 
     Returns:
-        (Tiles [m, 2f], Tiles [2f, padded m], float32 [m] or None). Where f is no multiple of 128, a row tile
-        holds both gate and up, and steps of torch do it, slower.
+        (Tiles [m, 2f], Tiles [2f, padded m], float32 [m] or None). For f no multiple of 128: `_in_steps`.
     """
     d_product, device = readable(d_product), d_product.device
     rows, width = d_product.shape
@@ -128,10 +193,10 @@ def gated_backward_cast_on_device(
     weights = adjacent(row_weights)
     if width % TILE:
         return _in_steps(d_product, gate_up, weights, groups, hardware_cast)
-    made, columns = empty_tiles(rows, 2 * width, device), empty_tiles(2 * width, groups.num_padded, device)
+    made, turned = empty_tiles(rows, 2 * width, device), empty_tiles(2 * width, groups.num_padded, device)
     parts = None if weights is None else torch.empty((width // TILE, rows), device=device)
     if made.codes.numel():
-        gated_backward_kernel[(2 * groups.num_padded // TILE * (width // TILE),)](
+        gated_backward_kernel[((4 + TILE // columns) * (groups.num_padded // TILE) * (width // TILE),)](
             d_product,
             gate_up.codes,
             gate_up.scales,
@@ -139,8 +204,8 @@ def gated_backward_cast_on_device(
             groups.tile_rows,
             made.codes,
             made.scales,
-            as_words(columns.codes),
-            columns.scales,
+            as_words(turned.codes),
+            turned.scales,
             parts,
             rows,
             width,
@@ -149,20 +214,20 @@ def gated_backward_cast_on_device(
             gate_up.scales.stride(0),
             gate_up.scales.stride(1),
             made.scales.stride(1),
-            columns.codes.shape[1] // 4,
-            columns.scales.stride(1),
+            turned.codes.shape[1] // 4,
+            turned.scales.stride(1),
             WEIGHTED=weights is not None,
             HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
-            num_warps=num_warps,
-            **({} if max_registers is None else {"maxnreg": max_registers}),
+            COLUMNS=columns,
+            **launch_options(num_warps, max_registers),
         )
-    return made, columns, None if parts is None else parts.sum(0)
+    return made, turned, None if parts is None else parts.sum(0)
 
 
 def _in_steps(
     d_product: Tensor, gate_up: Tiles, weights: Tensor | None, groups: Groups, hardware_cast: bool | None
 ) -> tuple[Tiles, Tiles, Tensor | None]:
-    """The same by single operations, for any width."""
+    """The same by single operations, slower, for any width: a row tile may hold both gate and up."""
     gate, up = decode_on_device(gate_up, hardware_cast=hardware_cast).chunk(2, dim=1)
     pull, open_part = d_product.float(), torch.sigmoid(gate)
     active = gate * open_part

@@ -197,6 +197,11 @@ def sigmoid(values: tl.tensor, HARDWARE_CAST: tl.constexpr) -> Any:
     return result
 
 
+def launch_options(num_warps: int, max_registers: int | None) -> dict[str, int]:
+    """What a kernel's launch takes beside its arguments; max_registers: of a thread, None: the compiler's."""
+    return {"num_warps": num_warps} | ({} if max_registers is None else {"maxnreg": max_registers})
+
+
 @cache
 def has_cast_instruction(device: torch.device) -> bool:
     """Whether the device has the conversion instructions of sm_89; a CPU (the interpreter) has none."""

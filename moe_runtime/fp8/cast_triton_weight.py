@@ -23,7 +23,7 @@ from moe_runtime.fp8.cast_triton_tile import (
 from moe_runtime.fp8.tiled import TILE, Blocks, num_tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
-WARPS = 8
+WARPS = 4
 
 
 @triton.jit

@@ -13,7 +13,9 @@ folder). Sizes are no constants in them, so that other counts of rows need anoth
 library cuts them up another way.
 """
 
+import os
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -49,11 +51,14 @@ def _library() -> ModuleType:
     """DeepGEMM; loading it fails in many ways where torch, CUDA or nvcc are not those it was built for."""
     try:
         import deep_gemm
+        from deep_gemm.cuda_helpers import find_cuda_home
     except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
         raise ConfigError(
             f"the wheel sgl-deep-gemm for torch {torch.__version__} (extra deepgemm) and nvcc, got {error!r}"
         ) from error
     library: ModuleType = deep_gemm
+    if not (Path(find_cuda_home()) / "bin" / "nvcc").exists() and os.environ.get("DG_JIT_USE_NVRTC") != "1":
+        raise ConfigError(f"nvcc in {find_cuda_home()}/bin for DeepGEMM (or DG_JIT_USE_NVRTC=1), got none")
     alignment = library.get_mk_alignment_for_contiguous_layout()
     if TILE % alignment:
         raise ConfigError(f"DeepGEMM with groups of {TILE} rows, got {alignment}")

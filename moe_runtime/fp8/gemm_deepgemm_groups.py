@@ -61,12 +61,13 @@ def cut_of(groups: Groups) -> Cut:
         first = firsts[group]
         size = torch.minimum(TILE - first % TILE, groups.counts[group])
         within = torch.minimum(torch.arange(TILE), size[:, None] - 1)
-        _cuts[groups] = Cut(
-            tile_groups.repeat_interleave(TILE).to(groups.device, torch.int32),
-            (first[:, None] + within).flatten().to(groups.device),
-            group.repeat_interleave(TILE).to(groups.device, torch.int32),
-            groups.padded_counts.to(groups.device, torch.int32),
+        made = (
+            tile_groups.repeat_interleave(TILE).to(torch.int32),
+            (first[:, None] + within).flatten(),
+            group.repeat_interleave(TILE).to(torch.int32),
+            groups.padded_counts.to(torch.int32),
         )
+        _cuts[groups] = Cut(*(numbers.to(groups.device, non_blocking=True) for numbers in made))
     return _cuts[groups]
 
 

@@ -12,8 +12,8 @@ output, on a tensor that is narrower. Its gradient falls out of the same numbers
     backward   t = d_out D     d_w = sum(t p)   d_D = d_out^T (w p)   d_h = (w t) through SwiGLU
                d_rows = d_h G                   d_G = d_h^T rows
 
-On CUDA in BF16 all experts are one block, multiplied by grouped GEMMs; elsewhere each expert with
-rows is a block of its own. Measured on CPU, a loop of GEMMs is as fast as torch's grouped one.
+On CUDA in BF16 all experts are multiplied together, by grouped GEMMs (`experts_grouped.py`); elsewhere each
+expert with rows is a block of its own. Measured on CPU, a loop of GEMMs is as fast as torch's grouped one.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from moe_runtime.model.product import wide, write_product
 from moe_runtime.model.weight_grad import deliver
 
 
-class _OneExpert:
+class OneExpert:
     """The rows of one expert, and products with its weight."""
 
     def __init__(self, expert: int, start: int, stop: int) -> None:
@@ -72,7 +72,7 @@ class _AllExperts:
         write_blocks(out, accumulate, each, lambda span: (d_out[span], x[span]))
 
 
-Block = _OneExpert | _AllExperts
+Block = OneExpert | _AllExperts
 
 
 def grouped_gemm_serves(rows: Tensor) -> bool:
@@ -86,7 +86,7 @@ def blocks_of(counts: Tensor, device: torch.device, grouped: bool) -> list[Block
         return [_AllExperts(counts, device)]
     ends = counts.cumsum(0).tolist()
     spans = zip([0, *ends[:-1]], ends, strict=True)
-    return [_OneExpert(expert, start, stop) for expert, (start, stop) in enumerate(spans) if stop > start]
+    return [OneExpert(expert, start, stop) for expert, (start, stop) in enumerate(spans) if stop > start]
 
 
 def times(x: Tensor, weights: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def write_blocks(
 ) -> None:
     """Weight gradients of all experts into out [experts, out, in]; `operands` gives d_out and x of rows."""
     if not accumulate:
-        touched = {block.expert for block in blocks if isinstance(block, _OneExpert)}
+        touched = {block.expert for block in blocks if isinstance(block, OneExpert)}
         together = any(isinstance(block, _AllExperts) for block in blocks)
         for expert in range(0 if together else out.shape[0]):
             if expert not in touched:
@@ -121,9 +121,8 @@ class _Experts(torch.autograd.Function):
         down: Tensor,
         counts: Tensor,
         recompute: bool,
-        grouped: bool,
     ) -> Tensor:
-        blocks = blocks_of(counts, rows.device, grouped)
+        blocks = blocks_of(counts, rows.device, False)
         lifted = rows.new_empty(rows.shape[0], gate_up.shape[1])
         kept = None if recompute else rows.new_empty(rows.shape[0], down.shape[2])
         out = torch.empty_like(rows)
@@ -168,7 +167,7 @@ class _Experts(torch.autograd.Function):
 
         d_down = deliver(down, write_down) if ctx.needs_input_grad[3] else None
         d_gate_up = deliver(ctx.gate_up, write_gate_up) if ctx.needs_input_grad[2] else None
-        return d_rows, d_row_weights, d_gate_up, d_down, None, None, None
+        return d_rows, d_row_weights, d_gate_up, d_down, None, None
 
 
 def expert_ffn(
@@ -196,7 +195,14 @@ def expert_ffn(
     rows = decoded(rows)
     if grouped is None:
         grouped = grouped_gemm_serves(rows)
-    out: Tensor = _Experts.apply(rows, row_weights, gate_up, down, counts, recompute, grouped)
+    if grouped:
+        from moe_runtime.model.experts_grouped import GroupedExperts
+
+        ends = counts.cumsum(0).to(torch.int32).to(rows.device, non_blocking=True)
+        each = blocks_of(counts, rows.device, False)
+        together: Tensor = GroupedExperts.apply(rows, row_weights, gate_up, down, ends, each)
+        return together
+    out: Tensor = _Experts.apply(rows, row_weights, gate_up, down, counts, recompute)
     return out
 
 

@@ -1,5 +1,6 @@
 """The dense feed-forward network: SwiGLU."""
 
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -10,12 +11,25 @@ from moe_runtime.model.linear import Linear
 from moe_runtime.model.recompute import Recomputed
 
 
+def gated_kernels(gate_up: Tensor) -> ModuleType | None:
+    """SwiGLU in one kernel each way, where this device has it."""
+    if not gate_up.is_cuda:
+        return None
+    from moe_runtime.model import gated_triton  # brings triton
+
+    return gated_triton if gated_triton.serves(gate_up) else None
+
+
 def gated(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) x up of gate_up [..., 2f], gate first; in at least FP32, rounded once to its dtype.
 
     Args:
         out: where to write it, [..., f] of the same dtype; None: a new tensor.
     """
+    kernels = gated_kernels(gate_up)
+    if kernels is not None:
+        product: Tensor = kernels.gated(gate_up, None, out)
+        return product
     gate, up = gate_up.chunk(2, dim=-1)
     out = gate_up.new_empty(gate.shape) if out is None else out
     high = torch.promote_types(gate.dtype, torch.float32)
@@ -26,6 +40,10 @@ def gated(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 def gated_backward(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
     """Write the gradient of `gated` into d_gate_up [..., 2f], of the dtype of gate_up or of FP32."""
+    kernels = gated_kernels(gate_up)
+    if kernels is not None:
+        kernels.gated_backward(d_out, gate_up, d_gate_up)
+        return
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     high = torch.promote_types(gate.dtype, torch.float32)

@@ -6,9 +6,10 @@ Queries, keys and values grow out of narrow latents; keys share one rotary part.
     kv_a -> latent, rotary key; kv_a_norm -> c_kv -> kv_b -> heads (rotate, join) -> attention -> o
 
 Two things are done for speed. `_Heads` writes queries, keys and values straight into the layout that
-attention reads, with one node on the tape instead of a dozen slices and joins. And v is padded with
-zeros to the width of q and k, for flash kernels want equal widths; without it attention may take the
-slow path, which writes out the whole score matrix.
+attention reads, with one node on the tape instead of a dozen slices and joins, and on a GPU one kernel. And
+on the CPU v is padded with zeros to the width of q and k, for its flash kernel wants equal widths; without it
+attention takes the slow path, which writes out the whole score matrix. On a GPU cuDNN takes v as it is, and
+padded it takes half as long again.
 
 With `recompute_up`, attention keeps its output and row sums, but q, k and v (by far the largest
 activations of a layer) are made again from the latents: saved-tensor hooks around the kernel recognise
@@ -20,6 +21,7 @@ of them is kept for both, as small as whoever set it makes it. Ref: DSV3 §3.3.3
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +41,15 @@ Heads = tuple[Tensor, Tensor, Tensor]
 ShareOutput = Callable[[Tensor], tuple[Recomputed[Any], Callable[[], Tensor]]]
 
 
+def _kernels(q: Tensor, rope: int) -> ModuleType | None:
+    """Heads in one kernel each way, where this device has it."""
+    if not q.is_cuda:
+        return None
+    from moe_runtime.model import heads_triton  # brings triton
+
+    return heads_triton if heads_triton.serves(q, rope) else None
+
+
 def _join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, turns: Tensor, v_dim: int, v_width: int) -> Heads:
     """q, k, v [batch, seq, heads, width] from the up-projections; v gets zeros up to `v_width`.
 
@@ -46,6 +57,10 @@ def _join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, turns: Tensor, v_dim: int
         q: [batch, seq, heads, nope + rope]; kv: [batch, seq, heads, nope + v].
         k_rope: [batch, seq, rope]; turns: complex [seq, rope / 2].
     """
+    kernels = _kernels(q, k_rope.shape[-1])
+    if kernels is not None and v_width == v_dim:
+        joined: Heads = kernels.join_heads(q, kv, k_rope, turns)
+        return joined
     nope = kv.shape[-1] - v_dim
     kind = torch.float32 if widens(q) else q.dtype
     high = torch.promote_types(kind, torch.float32)
@@ -81,6 +96,9 @@ class _Heads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         nope, v_dim, back = ctx.nope, ctx.v_dim, ctx.saved_tensors[0].conj()
         d_query, d_key, d_value = (d.transpose(1, 2) for d in (d_query, d_key, d_value))
+        kernels = _kernels(d_query, 2 * back.shape[1])
+        if kernels is not None and d_value.shape[-1] == v_dim:
+            return *kernels.part_heads(d_query, d_key, d_value, ctx.saved_tensors[0]), None, None, None
         high = torch.promote_types(d_query.dtype, torch.float32)
         d_q = torch.empty(d_query.shape, dtype=ctx.kind, device=d_query.device)
         d_q[..., :nope] = d_query[..., :nope]
@@ -217,7 +235,7 @@ class MLA(nn.Module):
             kv_source = self.kv_b.multiplier.keep(c_kv, 2) if kv_source is None else kv_source
         q, kv = self._split(up(c_q, q_source)), self._split(self.kv_b(c_kv, kv_source))
         turns = self._turns(x)
-        width = max(self.nope + self.rope, self.v)
+        width = self.v if x.is_cuda else max(self.nope + self.rope, self.v)
         heads: Heads = _Heads.apply(q, kv, k_rope, turns, self.v, width)
         remake = None
         if remakes:

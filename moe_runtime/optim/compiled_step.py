@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from moe_runtime.optim.counter_rng import kernel_words
-from moe_runtime.optim.moments import BLOCK, MEAN, RATIO_CODES, ROOT_CODES, ROOT_SCALE, SQUARE, Noise, State
+from moe_runtime.optim.moments import (
+    BLOCK,
+    MEAN,
+    MIN_SCALE_EXPONENT,
+    RATIO_CODES,
+    ROOT_CODES,
+    ROOT_SCALE,
+    SCALE_BIAS,
+    SQUARE,
+    Noise,
+    State,
+)
 from moe_runtime.optim.native_build import load_library
 from moe_runtime.optim.update import Factors
 
@@ -29,19 +40,9 @@ def open_library() -> ctypes.CDLL:
     """
     library = load_library(SOURCE)
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    head = [pointer, pointer, integer, pointer, pointer]
-    library.moe_step_fp8.argtypes = [
-        *head,
-        pointer,
-        pointer,
-        pointer,
-        long,
-        pointer,
-        pointer,
-        long,
-        integer,
-    ]
-    library.moe_step_bf16.argtypes = [*head, pointer, long, pointer, integer]
+    head = (pointer, pointer, integer, pointer, pointer)  # value, grad, is_half, two of the state
+    library.moe_step_fp8.argtypes = (*head, *(pointer,) * 3, long, pointer, pointer, long, integer, integer)
+    library.moe_step_bf16.argtypes = (*head, pointer, long, pointer, integer)
     library.moe_step_fp8.restype = library.moe_step_bf16.restype = None
     return library
 
@@ -81,6 +82,7 @@ def fp8_step(
             _floats(factors),
             (ctypes.c_uint32 * len(words))(*words),
             carry,
+            SCALE_BIAS + MIN_SCALE_EXPONENT,
             torch.get_num_threads(),
         )
 

@@ -123,19 +123,20 @@ struct Seen {
 };
 
 void count_block(const Seen& seen, const uint8_t* means, const uint8_t* roots, int scale, int64_t size, Counts& to) {
-    int64_t found[kColumns] = {0, 0, 0, 0, 0, 255, -1, 0};
-    bool is_used = false;
+    int32_t zeros = 0, lost = 0, saturated = 0, stalled = 0, nans = 0, most = 0;
     for (int64_t i = 0; i < size; ++i) {
-        const bool is_zero = roots[i] == 0, is_nan = roots[i] == 0xFF;
-        found[0] += is_zero;
-        found[1] += is_zero && seen.exact[i] > 0;
-        found[2] += (means[i] & 0x7F) == 0x7E;
-        found[3] += !is_nan && seen.stored[i] == seen.before[i] && seen.exact[i] != seen.before[i];
-        found[4] += is_nan;
-        found[7] = std::max<int64_t>(found[7], as_bits(seen.quotient[i]) & kMagnitude);
-        is_used |= !is_zero;
+        const int32_t code = roots[i], is_zero = code == 0, is_nan = code == 0xFF;
+        const int32_t is_kept = seen.stored[i] == seen.before[i], is_new = seen.exact[i] != seen.before[i];
+        zeros += is_zero;
+        lost += is_zero & (seen.exact[i] > 0);
+        saturated += (means[i] & 0x7F) == 0x7E;
+        stalled += is_kept & is_new & (is_nan ^ 1);
+        nans += is_nan;
+        most = std::max(most, as_bits(seen.quotient[i]) & kMagnitude);
     }
-    if (is_used) found[5] = found[6] = scale;
+    const bool is_used = zeros < size;
+    const int64_t found[kColumns] = {zeros, lost, saturated, stalled, nans, is_used ? scale : 255,
+                                     is_used ? scale : -1, most};
     to.add(found);
 }
 
@@ -143,7 +144,7 @@ void count_block(const Seen& seen, const uint8_t* means, const uint8_t* roots, i
 template <bool kCounted>
 void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8_t* __restrict means,
                     uint8_t* __restrict roots, uint8_t* __restrict scale, const uint32_t* __restrict words,
-                    const Factors& f, Seen* __restrict seen) {
+                    const Factors& f, int32_t smallest_scale, Seen* __restrict seen) {
     alignas(64) float mean[kBlock], root[kBlock];
     const float old_power = as_float(static_cast<int32_t>(*scale) << 23);
     int32_t largest = 0;
@@ -165,7 +166,7 @@ void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8
         }
     }
     const int32_t exponent = (std::min(largest, kInfinity) + 0x1FFFFF) >> 23;
-    const int32_t biased = std::max(exponent - 16, 127 - 96);
+    const int32_t biased = std::max(exponent - 16, smallest_scale);
     const float inverse = as_float((254 - biased) << 23), power = as_float((biased - 4) << 23);
     for (int64_t i = 0; i < kBlock; ++i) {
         const uint32_t noise = words[i];
@@ -189,6 +190,7 @@ struct Fp8Step {
     int64_t count;
     Factors factors;
     Noise noise;
+    int32_t smallest_scale;
     bool is_counted;
 
     void words_of(int64_t start, uint32_t* words) const {
@@ -234,10 +236,10 @@ struct Fp8Step {
             words_of(start, words);
             uint8_t *mean = means + start, *root = roots + start, *scale = scales + block;
             if (is_counted) {
-                step_fp8_block<true>(at, step_grad, mean, root, scale, words, factors, &seen);
+                step_fp8_block<true>(at, step_grad, mean, root, scale, words, factors, smallest_scale, &seen);
                 count_block(seen, mean, root, *scale, size, counts);
             } else {
-                step_fp8_block<false>(at, step_grad, mean, root, scale, words, factors, nullptr);
+                step_fp8_block<false>(at, step_grad, mean, root, scale, words, factors, smallest_scale, nullptr);
             }
             if (size < kBlock) std::memcpy(value + start, values, size * sizeof(float));
             if (working)
@@ -298,13 +300,14 @@ void run_on_threads(const Step& step, int threads, int64_t* counters) {
 extern "C" {
 
 // `working` and `counters` (int64 [8]) may be null. `is_half`: the gradient is BF16, else FP32.
+// `smallest_scale` is a biased exponent.
 void moe_step_fp8(float* value, const void* grad, int is_half, uint8_t* means, uint8_t* roots, uint8_t* scales,
                   uint16_t* working, int64_t* counters, int64_t count, const float* factors,
-                  const uint32_t* noise, int64_t carry, int threads) {
+                  const uint32_t* noise, int64_t carry, int smallest_scale, int threads) {
     Factors f;
     std::memcpy(&f, factors, sizeof f);
     const Noise n{noise[0], noise[1], noise[2], noise[3], carry};
-    const Fp8Step step{value, grad, is_half != 0, means, roots, scales, working, count, f, n, counters != nullptr};
+    const Fp8Step step{value, grad, is_half != 0, means, roots, scales, working, count, f, n, smallest_scale, counters != nullptr};
     run_on_threads(step, threads, counters);
 }
 

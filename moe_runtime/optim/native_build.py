@@ -11,7 +11,6 @@ point), and torch's JIT extensions (they compile against all of torch's headers,
 three seconds, need ninja, and wait for a lock file that a killed process leaves behind).
 """
 
-import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -21,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -101,19 +100,18 @@ def _cache_folder() -> Path:
     folder = Path(root) / "moe_runtime"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
+        is_ours = os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid()
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="moe_runtime-"))
+        is_ours = False
+    return folder if is_ours else Path(tempfile.mkdtemp(prefix="moe_runtime-"))
 
 
 @contextmanager
 def _turn(lock: Path) -> Iterator[None]:
     """Hold `lock` among the processes of this machine, where its file system can."""
     with lock.open("w") as file:
-        # A file system may have no locks: then each builds its own, and the last to rename wins.
-        with contextlib.suppress(OSError):
+        # Where the file system has no locks, each builds its own, and the last to rename wins.
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

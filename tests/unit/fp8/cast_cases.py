@@ -75,10 +75,11 @@ def case_both_are_rows_and_columns() -> None:
 def case_retiling_is_that_of_the_cpu_form() -> None:
     for x, groups in ragged():
         tiles = cast.cast_rows(x)
-        ours = cast_triton.cast_rows_on_device(x)  # scales at other strides
         wanted = cast.columns_of(tiles, groups)
-        for each in (tiles, ours):
-            assert same(cast_triton.columns_of_on_device(each, groups), wanted)
+        assert same(cast_triton.columns_of_on_device(tiles, groups), wanted)
+        if groups is None:  # scales at other strides
+            ours = cast_triton.cast_rows_on_device(x)
+            assert same(cast_triton.columns_of_on_device(ours, groups), wanted)
 
 
 def gated_inputs() -> list[tuple[Tensor, Tensor | None, Groups | None]]:
@@ -111,7 +112,9 @@ def case_gated_backward_is_near_that_of_the_cpu_form() -> None:
     for gate_up, weights, groups in gated_inputs():
         tiles = cast.cast_rows(gate_up)
         d_product = heavy_tailed(gate_up.shape[0], gate_up.shape[1] // 2, seed=10, spread=1.0)
-        ours = cast_triton.gated_backward_cast_on_device(d_product, tiles, weights, groups)
+        # Wide programs are fewer, and the interpreter's time goes by programs; one input has the default.
+        size = {} if weights is None else {"columns": 128}
+        ours = cast_triton.gated_backward_cast_on_device(d_product, tiles, weights, groups, **size)
         wanted = cast.gated_backward_cast(d_product, tiles, weights, groups)
         assert_near(ours[0], wanted[0])
         assert_near(ours[1], wanted[1])
