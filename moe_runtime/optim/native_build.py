@@ -100,11 +100,10 @@ def _cache_folder() -> Path:
     folder = Path(root) / "moe_runtime"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
+        is_ours = os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid()
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="moe_runtime-"))
+        is_ours = False
+    return folder if is_ours else Path(tempfile.mkdtemp(prefix="moe_runtime-"))
 
 
 @contextmanager
