@@ -4,6 +4,10 @@ One world runs all cases; the tests then look at what it found. What is compared
 stored, bit for bit, of runs that were saved and loaded with one that was not.
 """
 
+import contextlib
+import io
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +183,27 @@ def test_fp32_moments_are_handed_out_truly_or_not_at_all(two: list[Found]) -> No
     """DeepSpeed links the state of the first group alone: the others raise, with torch's AdamW too."""
     said = [said for found in two for said in found["views_stage1_fp32"]["stepped"].values()]
     assert "true" in said and set(said) <= {"true", "raised", "nan"}
+
+
+def documented(rank: int, world_size: int, code: str, folder: str) -> dict[str, Any]:
+    """Run the lines of docs/optimizer.md as they stand."""
+    quiet()
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
+    client = names["engine"].optimizer.optimizer
+    stored = [client.state[flat]["exp_avg_codes"].dtype for flat in partitions(names["engine"])]
+    return {"loss": float(names["loss"].detach()), "stored": stored, "lines": len(code.strip().splitlines())}
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/optimizer.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    for found in run_ranks(documented, 2, code, str(tmp_path)):
+        assert found["loss"] < 40 and found["stored"] == [torch.uint8] * 2  # it starts near 64
+        assert found["lines"] <= 26
+    assert (tmp_path / "checkpoints" / "latest").exists()
 
 
 def four_ranks(rank: int, world_size: int, folder: str) -> Found:

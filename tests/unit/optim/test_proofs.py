@@ -111,11 +111,11 @@ def test_nearest_rounding_of_v_cannot_be_asked_for() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_moe_trains_with_fp8_moments_and_not_with_linear_e4m3_rounded_to_nearest(
+def test_a_small_moe_trains_with_fp8_moments_and_not_with_linear_e4m3_to_nearest(
     tmp_path: Path,
 ) -> None:
-    """One seed of benchmarks/moment_loss.py. Seeds differ by some tenths of a per cent, so the gate of 0.25 % is
-    for the mean over seeds that the script makes; one pair is held to 1 %, and the control fails that too."""
+    """One seed of benchmarks/moment_loss.py. Seeds differ by some tenths of a per cent, so the gate of 0.25 %
+    is for the mean over seeds that the script makes; one pair is held to 1 %, and the control fails that."""
     from benchmarks import moment_loss
     from moe_runtime.config.schema import DataConfig
     from moe_runtime.data.prepare import ensure_prepared
