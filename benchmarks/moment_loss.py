@@ -5,9 +5,10 @@
 
 Runs of a pair share seed, initial weights and data: the standard library as bytes. The loss of a run is the
 mean of its last 200 steps. The masters are one flat FP32 tensor for each parameter group, as under ZeRO, so
-blocks of 128 cut through parameters. `control` keeps m in FP32 and v, as v, in E4M3 under a power-of-two
-scale for each block of 128, rounded to nearest: it must miss the gate that `fp8` keeps. `perturbed` is FP32 with initial weights changed by
-one part in 10^6: what it differs by is the chaos of training, below which no storage can be told from another.
+blocks of 128 cut through parameters. Controls: `control` keeps m in FP32 and v, as v, in E4M3 under a
+power-of-two scale for each block of 128, rounded to nearest; it must miss the gate that `fp8` keeps.
+`perturbed` is FP32 with initial weights changed by one part in 10^6: what it differs by is the chaos of
+training, below which no storage can be told from another.
 """
 
 import argparse
