@@ -18,10 +18,10 @@ from moe_runtime.optim.fused_step_triton import fused_step
 from moe_runtime.optim.moments import Fp8Moments
 from tests.unit.optim.step_cases import LAYOUTS, differences, plain, run
 
-WIDE = 16  # rows of a program; the interpreter's time goes with the number of programs
 
-
-def compare(count: int, offset: int, dtype: torch.dtype, rows: int = WIDE) -> None:
+def compare(count: int, offset: int, dtype: torch.dtype, rows: int | None = None) -> None:
+    # The interpreter's time goes with the number of programs.
+    rows = rows or (8 if count < 2000 else 32)
     step = partial(fused_step, rows=rows)
     ours, expected = (run(form, "fp8", count, offset, dtype, steps=3) for form in (step, plain("fp8")))
     found = differences(ours, expected, working=False)
