@@ -156,6 +156,10 @@ def make_tasks(buffers: Buffers, num_experts: int) -> dict[str, Task]:
         HARDWARE_CAST: Task(
             lambda: permute_quantise(*quantise, hardware_cast=True), token_bytes + code_bytes + index_bytes
         ),
+        "quantise_permute_4_warps": Task(
+            lambda: permute_quantise(*quantise, hardware_cast=True, num_warps=4),
+            token_bytes + code_bytes + index_bytes,
+        ),
         "layout": Task(lambda: plan_slots(b.expert_ids, num_experts), 4 * index_bytes),
     }
 

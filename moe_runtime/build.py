@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from moe_comm.dispatcher import Dispatcher
@@ -28,8 +27,12 @@ from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.prepare import ensure_prepared
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import CheckpointError, ConfigError, DataError
+from moe_runtime.errors import ConfigError, DataError
+from moe_runtime.fp8.gemm_choice import cannot_run
+from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
@@ -47,12 +50,14 @@ from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.loop import Run
-from moe_runtime.train.run_lock import lock_run
-from moe_runtime.train.saving import TrainingState, load_state
+from moe_runtime.train.resume import resume
+from moe_runtime.train.run_lock import enter_run
+from moe_runtime.train.saving import TrainingState
 from moe_runtime.train.step import TrainStep
 
 CONFIG_FILE = "config.yaml"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+# Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 
 
 def build_mesh(layout: ResolvedLayout, rank: int) -> Mesh:
@@ -92,6 +97,7 @@ def build_runtime(
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
+    casts = _use_precision(config, chunks, device)
     tied = _tie_embedding(config, layout, chunks)
     named = _unique_parameters(chunks)
     sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
@@ -120,6 +126,7 @@ def build_runtime(
         chunks=chunks,
         named_params=named,
         tied_embedding=tied,
+        weight_casts=casts,
         load=load,
         clock=clock,
         dispatcher=dispatcher,
@@ -169,6 +176,19 @@ def build_chunk(
     return chunk
 
 
+def _use_precision(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> WeightCasts:
+    """Let the model multiply in FP8 if the config says so; gives what will hold casts of weights."""
+    casts = WeightCasts()
+    if config.precision == "fp8":
+        wanted = config.fp8.backend
+        reason = None if wanted == "auto" else cannot_run(wanted, device)
+        if reason:
+            raise ConfigError(f"fp8.backend: {wanted} expects {reason}; choose another, or auto")
+        for chunk in chunks.values():
+            use_fp8(chunk, Policy(config.fp8), casts)
+    return casts
+
+
 def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
     """DeepSpeed ZeRO over this rank's parameters, with our AdamW inside."""
     config, groups = runtime.config, runtime.groups
@@ -193,13 +213,15 @@ def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
         norm_group=groups.norm,
         stage=config.layout.zero_stage,
         grad_clip=config.optim.grad_clip,
+        weights_written=runtime.weight_casts.drop,
     )
 
 
 def _build_dispatcher(
     config: RunConfig, layout: ResolvedLayout, mesh: Mesh, groups: Groups, ranks_per_node: int
 ) -> Dispatcher:
-    wanted = config.layout
+    wanted, keeps_tiles = config.layout, _experts_read_tiles(config)
+    wire = "fp8_pow2" if keeps_tiles and wanted.wire == "auto" else wanted.wire
     try:
         placement = Placement(
             num_experts=config.model.num_experts,
@@ -213,12 +235,19 @@ def _build_dispatcher(
             layout.dispatcher,
             placement,
             group=groups.expert,
-            wire=wanted.wire,
+            wire=wire,
             max_rows=wanted.max_rows,
             confirm=False,  # what ranks call is fixed by the program and by one table
+            keep_tiles=keeps_tiles and wire == "fp8_pow2",
         )
     except PlacementError as error:
         raise ConfigError(f"layout.dispatcher: {error}") from error
+
+
+def _experts_read_tiles(config: RunConfig) -> bool:
+    """True if rows that arrive as FP8 tiles are what experts multiply."""
+    choice = Policy(config.fp8).of("moe.experts") if config.precision == "fp8" else None
+    return choice is not None and choice.fprop
 
 
 def _places(layout: ResolvedLayout, pp_rank: int) -> list[tuple[int, int]]:
@@ -310,13 +339,13 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     )
     optimizer = build_optimizer(runtime)
     run_dir = Path(config.out_dir) / config.name
-    lock = peers.alike(lambda: _enter(run_dir) if peers.is_first else None, (ConfigError,))
+    lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
     state = TrainingState(runtime, optimizer, peers, tokenizer)
     if config.train.ema_decay is not None:
         owned = weights_to_save(state.weights(), state.first_expert, peers)
         state = replace(state, ema=HostEma(owned, config.train.ema_decay))
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
-    start, said = _resume(store, state, fresh)
+    start, said = resume(store, state, fresh)
     recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
     for line in said:
         recorder.event("resume", message=line)
@@ -370,29 +399,3 @@ def _check_same_config(config: RunConfig, peers: Peers) -> None:
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
         raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
-
-
-def _enter(run_dir: Path) -> TextIO | None:
-    """Make the run folder and lock it."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return lock_run(run_dir)
-    except OSError as error:
-        text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
-        raise ConfigError(text) from error
-
-
-def _resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[int, list[str]]:
-    """Load the newest good checkpoint; gives the steps done and what to tell."""
-    if fresh:
-        store.clear()
-        return 0, []
-    found = store.latest_good()
-    if found.checkpoint is None and found.skipped:
-        reasons = "; ".join(map(str, found.skipped))
-        raise CheckpointError(f"no good checkpoint is left: {reasons}; --fresh starts over")
-    said = [f"passed over a damaged checkpoint: {damaged}" for damaged in found.skipped]
-    if found.checkpoint is None:
-        return 0, said
-    start = load_state(state, found.checkpoint)
-    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}"]

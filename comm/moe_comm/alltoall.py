@@ -74,6 +74,7 @@ class AllToAllDispatcher(SharedByCopies):
         wire: what rows are written as while they travel, one of WIRES.
         max_rows: rows that a rank may send or receive in one dispatch; None: any number.
         confirm: as in `open_dispatcher`.
+        keep_tiles: as in `open_dispatcher`.
 
     Raises:
         PlacementError: placement and transport are of different groups, or ranks opened it differently.
@@ -88,12 +89,13 @@ class AllToAllDispatcher(SharedByCopies):
         wire: str = "auto",
         max_rows: int | None = None,
         confirm: bool = True,
+        keep_tiles: bool = False,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
         self.placement = placement
         self.max_rows = max_rows
         self.traffic = TrafficMeter(placement)
-        self._dispatch_codec, self._combine_codec = wire_pair(wire)
+        self._dispatch_codec, self._combine_codec = wire_pair(wire, keep_tiles)
         self._transport = transport
         self._control = Control(transport, self.traffic, placement.ep_size + placement.local_experts, confirm)
         self._breaker = Breaker([transport])

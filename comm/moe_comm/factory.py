@@ -13,7 +13,7 @@ from moe_comm.placement import Placement
 from moe_comm.transport import Transport
 from moe_comm.transport_torch import TorchTransport
 from moe_comm.two_hop import TwoHopDispatcher, why_not_two_hop
-from moe_comm.wire.codec import open_wire
+from moe_comm.wire.codec import wire_pair
 
 KINDS = ("auto", "local", "alltoall", "two_hop")
 _log = logging.getLogger("moe_comm")
@@ -28,6 +28,7 @@ def open_dispatcher(
     chunks: int | None = None,
     max_rows: int | None = None,
     confirm: bool = True,
+    keep_tiles: bool = False,
 ) -> Dispatcher:
     """Make a dispatcher; all ranks of the group call it together and alike.
 
@@ -45,23 +46,26 @@ def open_dispatcher(
         confirm: ranks agree before combines and backwards too, as they must before a dispatch, so that one
             which calls another operation or refuses is told of on all. False saves a message's way there
             and back, for callers whose order of operations is fixed; never done for CUDA tensors.
+        keep_tiles: what arrives in E4M3 stays so: the rows of a dispatch, and of the backward of a combine,
+            are stand-ins that carry codes and scales (`wire/carried.py`), for experts that read those. With
+            wire fp8_pow2 alone; "local" then writes rows so too, each token once.
 
     Raises:
-        CommError: an unknown word, or one that does not suit the placement or the group.
+        CommError: an unknown word, or one that does not suit the placement, the group or another word.
     """
     if kind not in KINDS:
         raise CommError(f"expected a dispatcher kind of {', '.join(KINDS)}, got {kind!r}")
-    open_wire(wire)
+    wire_pair(wire, keep_tiles)
     for name, value in (("chunks", chunks), ("max_rows", max_rows)):
         if value is not None and value < 1:
             raise CommError(f"expected {name} of at least 1, got {value}")
     if kind == "local" or (kind == "auto" and placement.ep_size == 1):
-        return LocalDispatcher.for_placement(placement, max_rows)
+        return LocalDispatcher.for_placement(placement, max_rows, keep_tiles)
     if kind == "two_hop" and placement.ep_size == 1:
         raise PlacementError(f"two_hop: {why_not_two_hop(placement)}; use 'local'")
     if kind == "two_hop" or (kind == "auto" and _suits(placement)):
-        return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks, confirm)
-    return AllToAllDispatcher(placement, _transport(group), wire, max_rows, confirm)
+        return TwoHopDispatcher(placement, _transport(group), wire, max_rows, chunks, confirm, keep_tiles)
+    return AllToAllDispatcher(placement, _transport(group), wire, max_rows, confirm, keep_tiles)
 
 
 def _suits(placement: Placement) -> bool:

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from moe_comm.errors import CommError, TransportError
 from moe_comm.transport import Transport
+from moe_comm.wire.carried import tiles_of
 
 T = TypeVar("T")
 _LEAVE_S = {True: 5.0, False: 30.0}  # how long lanes may take at the end; of a program that raised, or not
@@ -160,7 +161,8 @@ class Lane:
     ) -> Callable[[], T]:
         stream = self._stream = self._stream or torch.cuda.Stream(device)
         for tensor in reads:
-            tensor.record_stream(stream)  # the caller may let go of it before it has been read
+            for part in (tensor, *(tiles_of(tensor) or ())):
+                part.record_stream(stream)  # the caller may let go of it before it has been read
         ready = torch.cuda.current_stream(device).record_event()
 
         def run() -> T:

@@ -12,6 +12,7 @@ from moe_comm.pending import Started, at_once
 from moe_comm.placement import Placement
 from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send
 from moe_comm.traffic import TrafficMeter
+from moe_comm.wire.codec import wire_pair
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,20 @@ class LocalDispatcher(SharedByCopies):
     Args:
         num_experts: experts of a layer, all of them here.
         max_rows: rows that one dispatch may give; None: any number.
+        keep_tiles: rows of a dispatch, and of the backward of a combine, are cast to E4M3 with scales that
+            are powers of two, each token once, and handed out as stand-ins (`wire/carried.py`).
     """
 
-    def __init__(self, num_experts: int, max_rows: int | None = None) -> None:
+    def __init__(self, num_experts: int, max_rows: int | None = None, keep_tiles: bool = False) -> None:
         self.placement = Placement(num_experts)
         self.max_rows = max_rows
+        self._codec = wire_pair("fp8_pow2" if keep_tiles else "auto", keep_tiles)[0]
         self.traffic = TrafficMeter(self.placement)
 
     @classmethod
-    def for_placement(cls, placement: Placement, max_rows: int | None = None) -> "LocalDispatcher":
+    def for_placement(
+        cls, placement: Placement, max_rows: int | None = None, keep_tiles: bool = False
+    ) -> "LocalDispatcher":
         """The dispatcher of a placement on one rank.
 
         Raises:
@@ -55,7 +61,7 @@ class LocalDispatcher(SharedByCopies):
             raise PlacementError(
                 f"kind 'local' holds all experts on one rank, got ep_size {placement.ep_size}; use 'alltoall'"
             )
-        return cls(placement.num_experts, max_rows)
+        return cls(placement.num_experts, max_rows, keep_tiles)
 
     def dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Started[Received]:
         """See `Dispatcher.dispatch`. The wait raises:
@@ -85,7 +91,7 @@ class LocalDispatcher(SharedByCopies):
         check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
         plan = plan_send(expert_ids, self.placement.num_experts)
         check_bound(torch.tensor([[plan.row_slots.numel()]]), self.max_rows)
-        rows = tokens.index_select(0, plan.row_tokens)
+        rows = self._gather(tokens, plan)
         row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
         self._count(rows.shape[0])
         handle = LocalHandle(plan, tokens.shape[1], self)
@@ -103,7 +109,7 @@ class LocalDispatcher(SharedByCopies):
         require_own_handle("combine_backward", handle, self)
         check_tokens(d_tokens, handle.plan.slot_rows.shape[0], handle.hidden)
         self._count(handle.plan.row_slots.numel())
-        return d_tokens.index_select(0, handle.plan.row_tokens)
+        return self._gather(d_tokens, handle.plan)
 
     @torch.no_grad()
     def _dispatch_backward(
@@ -117,6 +123,11 @@ class LocalDispatcher(SharedByCopies):
 
     def give_up(self, cause: BaseException) -> None:
         """See `Dispatcher.give_up`; nobody else is concerned."""
+
+    def _gather(self, tokens: Tensor, plan: SendPlan) -> Tensor:
+        """The token of each row, as the codec gives it: [rows, hidden]."""
+        parts = [part.index_select(0, plan.row_tokens) for part in self._codec.encode(tokens)]
+        return self._codec.decode(parts, tokens.dtype)
 
     def _count(self, num_rows: int) -> None:
         self.traffic.count_rows((num_rows,), 0, 0, (0,))

@@ -100,8 +100,14 @@ class RecordLayout:
         return buffer
 
     def rows(self, buffer: Tensor, order: Tensor | None = None) -> Tensor:
-        """Decode the rows of records: [records, hidden], contiguous; of those in `order`, if given."""
+        """Decode the rows of records: [records, hidden], contiguous; of those in `order`, if given.
+
+        With a codec that keeps tiles they are stand-ins, whose tiles are contiguous.
+        """
         parts = [self._field(buffer, index) for index in range(self._num_parts)]
+        if self._codec.keeps_tiles:
+            kept = parts if order is None else [part.index_select(0, order) for part in parts]
+            return self._codec.decode(kept, self._dtype)
         if order is None:
             return self._codec.decode(parts, self._dtype).contiguous()
         if order.numel() > buffer.shape[0]:  # some are taken more than once, and decoded once

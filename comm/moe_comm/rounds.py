@@ -42,6 +42,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from moe_comm.dispatcher import Dispatcher, Pending, Received
 from moe_comm.errors import InputError, ReceiveOverflow
 from moe_comm.round_plan import RoundPlan, plan_rounds
+from moe_comm.wire.carried import carry_over, carry_part
 from moe_comm.wire.codec import AsIsCodec, wire_pair
 
 # (rows [n, hidden], row_weights [n], row_counts int64 [local_experts]) -> outputs times weights [n, hidden]
@@ -195,8 +196,8 @@ class LayerInRounds:
         received = self.wait(started)
         handle = received.handle
         # Waited for at once: under the experts' forward it would hold two more buffers beside theirs.
-        d_outputs = self.wait(self.dispatcher.combine_backward(d_output.index_select(0, chosen), handle))
-        rows = received.rows.detach().requires_grad_()
+        d_outputs = self.wait(self.dispatcher.combine_backward(_rows_of(d_output, chosen), handle))
+        rows = carry_over(received.rows, received.rows.detach()).requires_grad_()
         row_weights = received.row_weights.detach().requires_grad_()
         with torch.enable_grad():
             # An edge into the graph instead of the output itself: backward does not read its value.
@@ -216,8 +217,8 @@ class LayerInRounds:
     def _dispatch(self, index: int) -> tuple[Tensor, Pending[Received]]:
         """Start a round: its tokens, int64 [chosen], and their rows under way."""
         chosen, ids = self.plan.choose(index, self.expert_ids)
-        tokens, weights = self.tokens.index_select(0, chosen), self.weights.index_select(0, chosen)
-        return chosen, self.dispatcher.dispatch(tokens, weights, ids)
+        weights = self.weights.index_select(0, chosen)
+        return chosen, self.dispatcher.dispatch(_rows_of(self.tokens, chosen), weights, ids)
 
 
 class _Totals:
@@ -285,6 +286,11 @@ def _pull_back(
         torch.zeros_like(rows) if d_rows is None else d_rows,
         torch.zeros_like(row_weights) if d_row_weights is None else d_row_weights,
     )
+
+
+def _rows_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The rows `chosen` of values [n, hidden], with the tiles that they carry."""
+    return carry_part(values, values.index_select(0, chosen), chosen)
 
 
 def _add_to(total: Tensor, chosen: Tensor, part: Tensor) -> torch.dtype:

@@ -49,12 +49,17 @@ class Bags:
     offsets: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor) -> "Bags":
+    def of(cls, positions: Tensor, are_full: bool = False) -> "Bags":
         """One bag for each line.
 
         Args:
             positions: int64 [bags, at most]; -1 for none.
+            are_full: the caller knows that there is no -1; a GPU need then not be waited for.
         """
+        if are_full:
+            bags, most = positions.shape
+            offsets = torch.arange(bags + 1, device=positions.device) * most
+            return cls(positions.flatten(), offsets)
         chosen = positions >= 0
         offsets = torch.zeros(positions.shape[0] + 1, dtype=torch.int64, device=positions.device)
         torch.cumsum(chosen.sum(1), 0, out=offsets[1:])
@@ -141,7 +146,7 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
     _check_floating("dispatch", "tokens", tokens)
     _check_floating("dispatch", "weights", weights)
     if expert_ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(expert_ids))
+        low, high = torch.stack(torch.aminmax(expert_ids)).tolist()
         if low < -1 or high >= num_experts:
             raise InputError(
                 f"dispatch: expected expert ids in 0..{num_experts - 1} (or -1 for no choice), "
@@ -221,9 +226,10 @@ def plan_send(expert_ids: Tensor, num_experts: int) -> SendPlan:
         Index tensors on the device of expert_ids.
     """
     flat = expert_ids.reshape(-1)
-    counts = torch.bincount(flat + 1, minlength=num_experts + 1)
+    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))
+    not_chosen = int(counts[0])
     # No choice sorts before all experts.
-    row_slots = _stable_order(flat, num_experts)[int(counts[0]) :]
+    row_slots = _stable_order(flat, num_experts)[not_chosen:]
     slot_rows = torch.full_like(flat, -1)
     slot_rows.scatter_(0, row_slots, torch.arange(row_slots.numel(), device=flat.device))
     slot_rows = slot_rows.view(expert_ids.shape)
@@ -232,7 +238,7 @@ def plan_send(expert_ids: Tensor, num_experts: int) -> SendPlan:
         row_tokens=torch.div(row_slots, expert_ids.shape[1], rounding_mode="floor"),
         slot_rows=slot_rows,
         expert_counts=counts[1:],
-        bags=Bags.of(slot_rows),
+        bags=Bags.of(slot_rows, are_full=not_chosen == 0),
     )
 
 

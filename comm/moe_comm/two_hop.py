@@ -55,6 +55,7 @@ from moe_comm.record import RecordLayout
 from moe_comm.routing import check_inputs, check_rows, check_tokens
 from moe_comm.traffic import TrafficMeter
 from moe_comm.transport import Transport
+from moe_comm.wire.carried import carry_part
 from moe_comm.wire.codec import WIRES, wire_pair
 
 DEFAULT_CHUNKS = 4
@@ -93,6 +94,7 @@ class TwoHopDispatcher(SharedByCopies):
         max_rows: rows that a rank may send, pass on or receive in one dispatch; None: any number.
         chunks: parts of a dispatch, equal on all ranks; None takes DEFAULT_CHUNKS.
         confirm: as in `open_dispatcher`.
+        keep_tiles: as in `open_dispatcher`.
 
     Raises:
         PlacementError: the placement does not suit, or ranks opened it differently.
@@ -108,6 +110,7 @@ class TwoHopDispatcher(SharedByCopies):
         max_rows: int | None = None,
         chunks: int | None = None,
         confirm: bool = True,
+        keep_tiles: bool = False,
     ) -> None:
         placement.require_group(transport.size, transport.rank)
         self.placement = placement
@@ -115,7 +118,7 @@ class TwoHopDispatcher(SharedByCopies):
         self.lanes = placement.lanes
         self.traffic = TrafficMeter(placement)
         self._chunks = DEFAULT_CHUNKS if chunks is None else chunks
-        self._dispatch_codec, self._combine_codec = wire_pair(wire)
+        self._dispatch_codec, self._combine_codec = wire_pair(wire, keep_tiles)
         facts = layout_facts(placement) | {"kind": 2, "wire": WIRES.index(wire), "max_rows": max_rows or -1}
         facts["confirm"] = int(confirm)
         agree_on_opening(transport, facts | {"chunks": self._chunks})
@@ -143,7 +146,8 @@ class TwoHopDispatcher(SharedByCopies):
         def pack(route: Route, chunk: int) -> Tensor:
             part, order = slice(*route.bounds[chunk]), route.far[chunk].order
             ids = expert_ids[part].to(self._id_dtype)
-            return record.pack(tokens[part], order, [(ids, order), (weights[part], order)])
+            chunk_rows = carry_part(tokens, tokens[part], part)
+            return record.pack(chunk_rows, order, [(ids, order), (weights[part], order)])
 
         def fan_out(route: Route, buffer: Tensor, _: int) -> FanOut:
             route.near.append(FanOut.of(self._ranks_of(record.extra(buffer, 0))))
@@ -198,7 +202,8 @@ class TwoHopDispatcher(SharedByCopies):
             return handle.route
 
         def pack(route: Route, chunk: int) -> Tensor:
-            return record.pack(d_tokens[slice(*route.bounds[chunk])], route.far[chunk].order)
+            part = slice(*route.bounds[chunk])
+            return record.pack(carry_part(d_tokens, d_tokens[part], part), route.far[chunk].order)
 
         arrive = self._journey.go_out(
             confirm, pack, lambda route, _, chunk: route.near[chunk], record, (d_tokens,)

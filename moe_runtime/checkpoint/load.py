@@ -11,7 +11,7 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import CheckpointError
 from moe_runtime.model.transformer import Transformer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 
 
 def load_model(
@@ -25,7 +25,7 @@ def load_model(
     Args:
         path: a run folder, of which the last good checkpoint is taken, or a checkpoint folder.
         device: where its parameters go.
-        dtype: of its parameters; None: as it was trained.
+        dtype: of its parameters; None: as it was trained, BF16 where products were FP8.
         ema: take the average of the weights over steps instead of the last ones.
 
     Raises:

@@ -19,17 +19,62 @@ def bench() -> None:
 @app.command("train")
 def train(
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="pairs of steps measured for each precision")] = 7,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="turns of each side; default: 7 on the CPU, 3 on a GPU")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    device: Annotated[
+        str, typer.Option(help="cpu: the plain model against transformers' small; cuda")
+    ] = "cpu",
+    experts: Annotated[int | None, typer.Option(min=1, help="cuda: of a layer; default: what fits")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="cuda: of 4,096 tokens, in a microbatch")] = 2,
+    microbatches: Annotated[int, typer.Option(min=1, help="cuda: of a step")] = 16,
+    vocab: Annotated[int, typer.Option(min=1, help="cuda: vocabulary")] = 16384,
+    precision: Annotated[list[str] | None, typer.Option(help="cuda: bf16, fp8; may be repeated")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="cuda: list the longest kernels")] = False,
+    peer: Annotated[bool, typer.Option("--peer", help="cuda: BF16 against transformers too")] = False,
 ) -> None:
-    """Training tokens/s of the plain model against transformers' DeepseekV3ForCausalLM, on the CPU."""
+    """Training tokens/s: of the plain model against transformers', on the CPU; on a GPU, FP8 against BF16.
+
+    On a GPU a slice of DeepSeek-V3 of true widths, one dense and two MoE layers, takes whole steps.
+    """
+    if device == "cuda":
+        from moe_runtime.cli.bench_slice.measure import Settings  # brings torch
+        from moe_runtime.cli.bench_slice.measure import measure as measure_slice
+        from moe_runtime.cli.bench_slice.report import describe as describe_slice
+
+        chosen = slice_precisions(precision)
+        settings = Settings(
+            experts=experts,
+            sequences=sequences,
+            microbatches=microbatches,
+            vocab_size=vocab,
+            rounds=rounds or 3,
+            precisions=chosen,
+            kernels=kernels,
+            peer=peer,
+        )
+        found = measure_slice(settings)
+        typer.echo(json_text.dumps(found) if json else describe_slice(found))
+        return
+    if device != "cpu":
+        raise ConfigError(f"bench train: expected --device cpu or cuda, got {device!r}")
     from moe_runtime.cli.bench_train import describe, measure  # needs the `test` extra
 
-    results = [measure(precision, rounds, threads) for precision in ("fp32", "bf16")]
+    results = [measure(kind, rounds or 7, threads) for kind in ("fp32", "bf16")]
     if json:
         typer.echo(json_text.dumps({"results": results}))
     else:
         typer.echo(describe(results))
+
+
+def slice_precisions(wanted: list[str] | None) -> tuple[str, ...]:
+    """What `--precision` names, in its order; both if nothing."""
+    known = ("bf16", "fp8")
+    for name in wanted or ():
+        if name not in known:
+            raise ConfigError(f"bench train: expected --precision of {' or '.join(known)}, got {name!r}")
+    return tuple(dict.fromkeys(wanted)) if wanted else known
 
 
 @app.command("comm")
@@ -108,6 +153,30 @@ def pipeline(
     settings = plan_pipeline(layout, links, rate, quota, contenders=contender, **counts)
     result = measure_pipeline(settings, traces)
     typer.echo(json_text.dumps(result) if json else describe_pipeline(result))
+
+
+@app.command("fp8")
+def fp8(
+    device: Annotated[str, typer.Option(help="cpu: emulation, small shapes; cuda: DeepSeek-V3's")] = "cpu",
+    write_table: Annotated[
+        bool, typer.Option("--write-table", help="keep the speeds: the choice of back ends goes by them")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """FP8 products of every back end against BF16; each is checked before it is timed."""
+    from moe_runtime.cli.bench_fp8.run import describe as describe_fp8  # brings torch
+    from moe_runtime.cli.bench_fp8.run import measure as measure_fp8
+    from moe_runtime.cli.bench_fp8.run import write_table as write_fp8
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"bench fp8 --device: expected cpu or cuda, got {device}")
+    result = measure_fp8(device, lambda line: None if json else typer.echo(describe_fp8(line)))
+    if write_table:
+        write_fp8(result)
+    if json:
+        typer.echo(json_text.dumps(result))
+    elif "peaks" in result:
+        typer.echo(f"{result['device']}, torch {result['torch']}: {result['peaks']}")
 
 
 @app.command("optim")

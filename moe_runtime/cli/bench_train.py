@@ -48,7 +48,7 @@ MODEL = ModelConfig(
 )
 
 
-def open_peer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def open_peer(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """transformers' model of the same shapes, with empty weights, at its default settings.
 
     Raises:
@@ -85,7 +85,8 @@ def open_peer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         num_mtp_layers=0,
         use_cache=False,
     )
-    peer: nn.Module = DeepseekV3ForCausalLM(peer_config)
+    with torch.device(device):
+        peer: nn.Module = DeepseekV3ForCausalLM(peer_config)
     return peer.to(dtype)
 
 
@@ -136,13 +137,15 @@ def _peer_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {prefix + _WITHIN[rest]: tensor}
 
 
-def _our_step(model: Transformer, tokens: Tensor) -> Tensor:
+def our_step(model: Transformer, tokens: Tensor) -> Tensor:
+    """Forward and backward of ours; gives the loss."""
     losses = model.losses(tokens)
     (losses.loss + BALANCE_ALPHA * losses.balance).backward()
     return losses.loss
 
 
-def _peer_step(peer: nn.Module, tokens: Tensor) -> Tensor:
+def peer_step(peer: nn.Module, tokens: Tensor) -> Tensor:
+    """Forward and backward of the peer; gives the loss."""
     targets = tokens[:, 1:].contiguous()
     loss = peer(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss
     loss.backward()
@@ -226,8 +229,8 @@ def measure(precision: str, rounds: int, threads: int) -> dict[str, Any]:
     copy_weights(model, peer)
     draw = torch.Generator().manual_seed(2)
     tokens = torch.randint(MODEL.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=draw)
-    ours = (lambda: _our_step(model, tokens), torch.optim.AdamW(model.parameters(), lr=1e-4))
-    theirs = (lambda: _peer_step(peer, tokens), torch.optim.AdamW(peer.parameters(), lr=1e-4))
+    ours = (lambda: our_step(model, tokens), torch.optim.AdamW(model.parameters(), lr=1e-4))
+    theirs = (lambda: peer_step(peer, tokens), torch.optim.AdamW(peer.parameters(), lr=1e-4))
     floor = floor_of(MODEL, dtype)
     losses = [_timed_step(*ours)[1], _timed_step(*theirs)[1]]
     _timed_step(*ours), _timed_step(*theirs), floor()

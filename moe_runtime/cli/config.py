@@ -10,6 +10,7 @@ from moe_runtime.config.derive import count_parameters, tokens_before, tokens_pe
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config, load_config
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.fp8.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Show, compare and describe configs.")
 
@@ -57,6 +58,7 @@ def derived_facts(run: RunConfig) -> dict[str, Any]:
         "parameters_active": counts.active,
         "parameters_mtp": counts.mtp,
         **{f"parameters_{name}": count for name, count in counts.parts.items()},
+        **({"fp8": Policy(run.fp8).summary()} if run.precision == "fp8" else {}),
         "world_size": layout.world_size,
         "schedule": layout.schedule,
         "dispatcher": layout.dispatcher,

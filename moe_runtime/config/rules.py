@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.fit import layout_findings
+from moe_runtime.config.fp8 import Fp8Config
 from moe_runtime.config.schema import BatchConfig, ModelConfig, RunConfig, TrainConfig
 
 
@@ -40,6 +41,19 @@ def _fp64_stays_on_cpu(precision: str, device: str) -> list[Finding]:
     return [Finding("device", "precision fp64 is for proofs on the CPU; set device cpu, or precision bf16")]
 
 
+def _fp8_is_on(precision: str, fp8: Fp8Config) -> list[Finding]:
+    """A key of `fp8` that nothing reads would be a wish not heard."""
+    if precision == "fp8":
+        return []
+    set_keys = [key for key in Fp8Config.model_fields if getattr(fp8, key) != getattr(Fp8Config(), key)]
+    text = f"has no effect under precision {precision}; set precision fp8, or leave it out"
+    return [Finding(f"fp8.{key}", text) for key in set_keys]
+
+
+def _fp8_layers_exist(model: ModelConfig, fp8: Fp8Config) -> list[Finding]:
+    return fp8.unknown_layers(model.num_layers, model.mtp_depth)
+
+
 def _context_fits(model: ModelConfig, batch: BatchConfig) -> list[Finding]:
     if model.yarn is None:
         return []
@@ -53,6 +67,8 @@ def _context_fits(model: ModelConfig, batch: BatchConfig) -> list[Finding]:
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[Finding]]], ...] = (
     (("train",), _training_ends),
     (("precision", "device"), _fp64_stays_on_cpu),
+    (("precision", "fp8"), _fp8_is_on),
+    (("model", "fp8"), _fp8_layers_exist),
     (("model", "batch"), _context_fits),
     (("model", "layout", "batch"), layout_findings),
 )

@@ -5,25 +5,14 @@ arguments or their own section. Derived values live in `derive.py`, never writte
 Rules between keys of one section are its own validator; rules between sections are in `rules.py`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moe_runtime.config.finding import Finding, FindingsError, divisors, nearest
+from moe_runtime.config.finding import Finding, divisors, nearest
+from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.section import Count, Fraction, NonNegative, Section
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
 Schedule = Literal[
     "auto",
     "single",
@@ -36,31 +25,6 @@ Schedule = Literal[
     "dualpipev",
     "searched",
 ]
-
-
-class Section(BaseModel):
-    """A frozen group of keys; unknown keys are mistakes, not extras."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Lax parsing, wanted for numbers that YAML reads as text, would also read `true` as 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise PydanticCustomError("truth_value", "a truth value stands where none belongs")
-        return value
-
-    @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
-        findings = self.findings()
-        if findings:
-            raise FindingsError(findings)
-        return self
-
-    def findings(self) -> list[Finding]:
-        """What is wrong between the keys of this section, all of it; empty if they agree."""
-        return []
 
 
 class YarnConfig(Section):
@@ -171,7 +135,8 @@ class LayoutConfig(Section):
         "auto", description="auto: local for ep 1, two_hop over nodes of whole routing groups, else alltoall"
     )
     wire: Literal["auto", "bf16", "fp32", "fp8", "fp8_pow2"] = Field(
-        "auto", description="what dispatched rows travel as (combine: BF16 under fp8); auto: as they are"
+        "auto",
+        description="what dispatched rows travel as (combine: BF16 under fp8); auto: as experts read them",
     )
     ranks_per_node: PositiveInt | None = Field(
         None, description="ranks that fast links join, for two_hop; null: those of a machine"
@@ -356,12 +321,15 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "run"
     out_dir: str = Field("runs", description="run folders are made here, as out_dir/name")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    precision: Literal["fp32", "bf16", "fp64"] = Field("bf16", description="dtype of weights and activations")
+    precision: Literal["fp32", "bf16", "fp64", "fp8"] = Field(
+        "bf16", description="dtype of weights and activations; fp8: BF16, and products in FP8"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     batch: BatchConfig
     recompute: RecomputeConfig = RecomputeConfig()
+    fp8: Fp8Config = Fp8Config()
     optim: OptimConfig = OptimConfig()
     recipe: RecipeConfig = RecipeConfig()
     data: DataConfig

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from moe_runtime.config.schema import Count, Fraction, Section
+from moe_runtime.config.section import Count, Fraction, Section
 from moe_runtime.errors import DataError
 
 VERSION: Literal[1] = 1

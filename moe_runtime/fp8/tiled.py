@@ -17,7 +17,7 @@ is exact in BF16.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -107,14 +107,29 @@ class Groups:
     @cached_property
     def ends(self) -> Tensor:
         """int32 [groups] on the device: where each group's rows end."""
-        return self.counts.cumsum(0).to(self.device, torch.int32)
+        return self._put(self.counts.cumsum(0))
 
     @cached_property
     def padded_ends(self) -> Tensor:
         """int32 [groups] on the device: where each group's tokens end in the padded layout."""
-        return self.padded_counts.cumsum(0).to(self.device, torch.int32)
+        return self._put(self.padded_counts.cumsum(0))
 
-    @classmethod
-    def one(cls, rows: int, device: torch.device) -> "Groups":
-        """All rows in one group."""
-        return cls(torch.tensor([rows]), device)
+    @cached_property
+    def tile_rows(self) -> Tensor:
+        """int32 [padded tiles, 2] on the device: the first row and the number of rows of each 128 tokens."""
+        tiles = self.padded_counts // TILE
+        group = torch.arange(tiles.numel()).repeat_interleave(tiles)
+        within = (torch.arange(group.numel()) - (tiles.cumsum(0) - tiles)[group]) * TILE
+        first = (self.counts.cumsum(0) - self.counts)[group] + within
+        size = (self.counts[group] - within).clamp(max=TILE)
+        return self._put(torch.stack((first, size), dim=1))
+
+    def _put(self, numbers: Tensor) -> Tensor:
+        """As int32 on the device; the host waits for no kernel."""
+        return numbers.to(torch.int32).to(self.device, non_blocking=True)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def one(rows: int, device: torch.device) -> "Groups":
+        """All rows in one group; the same object again, for each linear asks for it."""
+        return Groups(torch.tensor([rows]), device)

@@ -97,8 +97,8 @@ class Block(nn.Module):
         source = self._source(self.attn_norm, resid, self.attn.num_source_users())
         return resid + self.attn(self.attn_norm(resid), mask, source)
 
-    def _source(self, norm: RMSNorm, x: Tensor, users: int) -> Recomputed[Tensor] | None:
-        return norm.recomputed(x, users) if self.recompute.norm else None
+    def _source(self, norm: RMSNorm, x: Tensor, users: int, plain: bool = False) -> Recomputed[Tensor] | None:
+        return norm.recomputed(x, users, plain) if self.recompute.norm else None
 
     def _dense(self, resid: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
         assert self.ffn is not None, f"{self.name} is not dense"
@@ -109,7 +109,7 @@ class Block(nn.Module):
         assert self.moe is not None, f"{self.name} does not route"
         resid = self._attention(resid, mask)
         ffn_in = self.ffn_norm(resid)
-        return resid, ffn_in, *self.moe.router(ffn_in, self._source(self.ffn_norm, resid, 1))
+        return resid, ffn_in, *self.moe.router(ffn_in, self._source(self.ffn_norm, resid, 1, plain=True))
 
     def _shared(self, resid: Tensor, ffn_in: Tensor) -> tuple[Tensor]:
         assert self.moe is not None and self.moe.shared is not None, f"{self.name} has no shared expert"

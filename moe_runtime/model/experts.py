@@ -12,14 +12,15 @@ output, on a tensor that is narrower. Its gradient falls out of the same numbers
     backward   t = d_out D     d_w = sum(t p)   d_D = d_out^T (w p)   d_h = (w t) through SwiGLU
                d_rows = d_h G                   d_G = d_h^T rows
 
-On CUDA in BF16 all experts are one block, multiplied by grouped GEMMs; elsewhere each expert with
-rows is a block of its own. Measured on CPU, a loop of GEMMs is as fast as torch's grouped one.
+On CUDA in BF16 all experts are multiplied together, by grouped GEMMs (`experts_grouped.py`); elsewhere each
+expert with rows is a block of its own. Measured on CPU, a loop of GEMMs is as fast as torch's grouped one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from moe_comm.wire.carried import decoded
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +29,7 @@ from moe_runtime.model.product import wide, write_product
 from moe_runtime.model.weight_grad import deliver
 
 
-class _OneExpert:
+class OneExpert:
     """The rows of one expert, and products with its weight."""
 
     def __init__(self, expert: int, start: int, stop: int) -> None:
@@ -48,11 +49,17 @@ class _OneExpert:
 
 
 class _AllExperts:
-    """All rows in one block, multiplied by grouped GEMMs."""
+    """All rows in one block, multiplied by grouped GEMMs.
+
+    But weight gradients, which are added in FP32 while they are made: a grouped GEMM would round them to
+    BF16 and leave the addition to another pass over all of them.
+    """
 
     def __init__(self, counts: Tensor, device: torch.device) -> None:
         self.rows = slice(0, None)
-        self.ends = counts.cumsum(0).to(device, torch.int32)
+        # Not blocking: else the host would wait for all kernels before this copy.
+        self.ends = counts.cumsum(0).to(torch.int32).to(device, non_blocking=True)
+        self._counts = counts
 
     def lift(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=self.ends))
@@ -61,17 +68,11 @@ class _AllExperts:
         out.copy_(nn.functional.grouped_mm(d_out, weight, offs=self.ends))
 
     def write_weight_grad(self, out: Tensor, d_out: Tensor, x: Tensor, accumulate: bool) -> None:
-        grad = nn.functional.grouped_mm(d_out.t(), x, offs=self.ends)
-        # What the kernel leaves for a group without rows is not promised.
-        starts = nn.functional.pad(self.ends[:-1], (1, 0))
-        grad.masked_fill_((self.ends == starts).view(-1, 1, 1), 0)
-        if accumulate:
-            out.add_(grad)
-        else:
-            out.copy_(grad)
+        each = blocks_of(self._counts, out.device, False)
+        write_blocks(out, accumulate, each, lambda span: (d_out[span], x[span]))
 
 
-Block = _OneExpert | _AllExperts
+Block = OneExpert | _AllExperts
 
 
 def grouped_gemm_serves(rows: Tensor) -> bool:
@@ -79,21 +80,21 @@ def grouped_gemm_serves(rows: Tensor) -> bool:
     return rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm")
 
 
-def _blocks(counts: Tensor, device: torch.device, grouped: bool) -> list[Block]:
+def blocks_of(counts: Tensor, device: torch.device, grouped: bool) -> list[Block]:
     """Blocks that cover all rows in order; none for an expert without rows, if they are separate."""
     if grouped:
         return [_AllExperts(counts, device)]
     ends = counts.cumsum(0).tolist()
     spans = zip([0, *ends[:-1]], ends, strict=True)
-    return [_OneExpert(expert, start, stop) for expert, (start, stop) in enumerate(spans) if stop > start]
+    return [OneExpert(expert, start, stop) for expert, (start, stop) in enumerate(spans) if stop > start]
 
 
-def _times(x: Tensor, weights: Tensor) -> Tensor:
+def times(x: Tensor, weights: Tensor) -> Tensor:
     """x [rows, f] times weights [rows], in the dtype of x."""
     return (x * weights.unsqueeze(1)).to(x.dtype)
 
 
-def _write_blocks(
+def write_blocks(
     out: Tensor,
     accumulate: bool,
     blocks: list[Block],
@@ -101,10 +102,11 @@ def _write_blocks(
 ) -> None:
     """Weight gradients of all experts into out [experts, out, in]; `operands` gives d_out and x of rows."""
     if not accumulate:
-        touched = {block.expert for block in blocks if isinstance(block, _OneExpert)}
+        touched = {block.expert for block in blocks if isinstance(block, OneExpert)}
         together = any(isinstance(block, _AllExperts) for block in blocks)
-        idle = [] if together else [e for e in range(out.shape[0]) if e not in touched]
-        out[idle] = 0
+        for expert in range(0 if together else out.shape[0]):
+            if expert not in touched:
+                out[expert] = 0
     for block in blocks:
         block.write_weight_grad(out, *operands(block.rows), accumulate)
 
@@ -119,9 +121,8 @@ class _Experts(torch.autograd.Function):
         down: Tensor,
         counts: Tensor,
         recompute: bool,
-        grouped: bool,
     ) -> Tensor:
-        blocks = _blocks(counts, rows.device, grouped)
+        blocks = blocks_of(counts, rows.device, False)
         lifted = rows.new_empty(rows.shape[0], gate_up.shape[1])
         kept = None if recompute else rows.new_empty(rows.shape[0], down.shape[2])
         out = torch.empty_like(rows)
@@ -129,7 +130,7 @@ class _Experts(torch.autograd.Function):
             span = block.rows
             block.lift(rows[span], gate_up, lifted[span])
             middle = gated(lifted[span], None if kept is None else kept[span])
-            block.lift(_times(middle, row_weights[span]), down, out[span])
+            block.lift(times(middle, row_weights[span]), down, out[span])
         ctx.blocks, ctx.gate_up, ctx.down = blocks, gate_up, down
         ctx.save_for_backward(rows, row_weights, lifted, kept)
         return out
@@ -138,7 +139,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_weights, lifted, kept = ctx.saved_tensors
-        blocks, down, d_out = ctx.blocks, ctx.down, wide(d_out.contiguous())
+        blocks, down, d_out = ctx.blocks, ctx.down, wide(decoded(d_out).contiguous())
         d_rows, d_lifted = torch.empty_like(rows), torch.empty_like(lifted, dtype=d_out.dtype)
         d_row_weights = torch.empty_like(row_weights)
 
@@ -157,16 +158,16 @@ class _Experts(torch.autograd.Function):
 
         def write_down(out: Tensor, accumulate: bool) -> None:
             def operands(span: slice) -> tuple[Tensor, Tensor]:
-                return d_out[span], _times(middle_of(span), row_weights[span])
+                return d_out[span], times(middle_of(span), row_weights[span])
 
-            _write_blocks(out, accumulate, blocks, operands)
+            write_blocks(out, accumulate, blocks, operands)
 
         def write_gate_up(out: Tensor, accumulate: bool) -> None:
-            _write_blocks(out, accumulate, blocks, lambda span: (d_lifted[span], rows[span]))
+            write_blocks(out, accumulate, blocks, lambda span: (d_lifted[span], rows[span]))
 
         d_down = deliver(down, write_down) if ctx.needs_input_grad[3] else None
         d_gate_up = deliver(ctx.gate_up, write_gate_up) if ctx.needs_input_grad[2] else None
-        return d_rows, d_row_weights, d_gate_up, d_down, None, None, None
+        return d_rows, d_row_weights, d_gate_up, d_down, None, None
 
 
 def expert_ffn(
@@ -191,14 +192,38 @@ def expert_ffn(
     Returns:
         [rows, hidden].
     """
+    rows = decoded(rows)
     if grouped is None:
         grouped = grouped_gemm_serves(rows)
-    out: Tensor = _Experts.apply(rows, row_weights, gate_up, down, counts, recompute, grouped)
+    if grouped:
+        from moe_runtime.model.experts_grouped import GroupedExperts
+
+        ends = counts.cumsum(0).to(torch.int32).to(rows.device, non_blocking=True)
+        each = blocks_of(counts, rows.device, False)
+        together: Tensor = GroupedExperts.apply(rows, row_weights, gate_up, down, ends, each)
+        return together
+    out: Tensor = _Experts.apply(rows, row_weights, gate_up, down, counts, recompute)
     return out
+
+
+class ExpertProducts(Protocol):
+    """What computes experts, as `expert_ffn` does; it may ignore `recompute`."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        row_weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        counts: Tensor,
+        recompute: bool = False,
+    ) -> Tensor: ...
 
 
 class Experts(nn.Module):
     """The routed experts that this process holds. Ref: DSV3 (12).
+
+    `compute` is what computes them; another may be put in its place.
 
     Args:
         num_experts: how many of them are here.
@@ -218,6 +243,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.compute: ExpertProducts = expert_ffn
         self.gate_up = nn.Parameter(
             torch.empty(num_experts, 2 * width, hidden_size, dtype=dtype, device=device)
         )
@@ -227,4 +253,4 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, row_weights: Tensor, counts: Tensor) -> Tensor:
         """rows [rows, hidden] sorted by expert, weights [rows], CPU counts [experts] -> [rows, hidden]."""
-        return expert_ffn(rows, row_weights, self.gate_up, self.down, counts, self.recompute)
+        return self.compute(rows, row_weights, self.gate_up, self.down, counts, self.recompute)

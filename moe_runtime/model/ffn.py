@@ -1,6 +1,7 @@
 """The dense feed-forward network: SwiGLU."""
 
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,25 @@ from moe_runtime.model.linear import Linear
 from moe_runtime.model.recompute import Recomputed
 
 
+def gated_kernels(gate_up: Tensor) -> ModuleType | None:
+    """SwiGLU in one kernel each way, where this device has it."""
+    if not gate_up.is_cuda:
+        return None
+    from moe_runtime.model import gated_triton  # brings triton
+
+    return gated_triton if gated_triton.serves(gate_up) else None
+
+
 def gated(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) x up of gate_up [..., 2f], gate first; in at least FP32, rounded once to its dtype.
 
     Args:
         out: where to write it, [..., f] of the same dtype; None: a new tensor.
     """
+    kernels = gated_kernels(gate_up)
+    if kernels is not None:
+        product: Tensor = kernels.gated(gate_up, None, out)
+        return product
     gate, up = gate_up.chunk(2, dim=-1)
     out = gate_up.new_empty(gate.shape) if out is None else out
     high = torch.promote_types(gate.dtype, torch.float32)
@@ -26,6 +40,10 @@ def gated(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 def gated_backward(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
     """Write the gradient of `gated` into d_gate_up [..., 2f], of the dtype of gate_up or of FP32."""
+    kernels = gated_kernels(gate_up)
+    if kernels is not None:
+        kernels.gated_backward(d_out, gate_up, d_gate_up)
+        return
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     high = torch.promote_types(gate.dtype, torch.float32)
@@ -60,8 +78,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
+class FeedForward(Protocol):
+    """What computes a `SwiGLU`."""
+
+    def __call__(self, ffn: "SwiGLU", x: Tensor, source: Recomputed[Any] | None) -> Tensor: ...
+
+
+def plain_ffn(ffn: "SwiGLU", x: Tensor, source: Recomputed[Any] | None) -> Tensor:
+    """x [..., hidden] -> [..., hidden] through the two linears, each as it multiplies."""
+    gate_up = ffn.gate_up(x, source)
+    again = None
+    if ffn.recompute:
+        kept = gate_up.detach()
+        again = Recomputed(lambda: gated(kept))
+    return ffn.down(swiglu(gate_up), again)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) x up(x)): a dense layer's FFN, and the shared experts taken together.
+
+    `compute` is what computes it; another may be put in its place.
 
     Args:
         hidden_size: width of the stream.
@@ -79,14 +115,10 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.compute: FeedForward = plain_ffn
         self.gate_up = Linear(hidden_size, 2 * width, dtype, device)
         self.down = Linear(width, hidden_size, dtype, device)
 
-    def forward(self, x: Tensor, source: Recomputed[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Recomputed[Any] | None = None) -> Tensor:
         """x [..., hidden] -> [..., hidden]; `source` makes x again in backward and is asked once."""
-        gate_up = self.gate_up(x, source)
-        again = None
-        if self.recompute:
-            kept = gate_up.detach()
-            again = Recomputed(lambda: gated(kept))
-        return self.down(swiglu(gate_up), again)
+        return self.compute(self, x, source)

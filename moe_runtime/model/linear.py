@@ -1,6 +1,6 @@
 """The linear layer: bias-free, with a weight gradient that can be deferred and an input made again."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,39 @@ def linear(
     return out
 
 
+class Multiplier(Protocol):
+    """What multiplies in a `Linear`. An input is handed back to it in the form in which it keeps one."""
+
+    def __call__(self, x: Tensor, weight: Tensor, source: Recomputed[Any] | None = None) -> Tensor:
+        """As `linear`, differentiable."""
+        ...
+
+    def keep(self, x: Tensor, users: int) -> Recomputed[Any]:
+        """A source for `users` requests, where x is kept for more than the weight gradient."""
+        ...
+
+    def again(self, kept: Any, weight: Tensor) -> Tensor:
+        """The same product, bit for bit, from what a source gave; for backward, without autograd."""
+        ...
+
+
+class PlainMultiplier:
+    """Products in the dtype of the operands."""
+
+    def __call__(self, x: Tensor, weight: Tensor, source: Recomputed[Any] | None = None) -> Tensor:
+        return linear(x, weight, source)
+
+    def keep(self, x: Tensor, users: int) -> Recomputed[Any]:
+        kept = x.detach()
+        return Recomputed(lambda: kept, users)
+
+    def again(self, kept: Any, weight: Tensor) -> Tensor:
+        flat = product(kept.reshape(-1, kept.shape[-1]), weight.detach().t())
+        return flat.view(*kept.shape[:-1], weight.shape[0])
+
+
 class Linear(nn.Module):
-    """A bias-free linear layer.
+    """A bias-free linear layer; `multiplier` multiplies, and another may be put in its place.
 
     Args:
         in_features: width of the input.
@@ -74,7 +105,8 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        self.multiplier: Multiplier = PlainMultiplier()
 
-    def forward(self, x: Tensor, source: Recomputed[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Recomputed[Any] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; `source` as in `linear`."""
-        return linear(x, self.weight, source)
+        return self.multiplier(x, self.weight, source)

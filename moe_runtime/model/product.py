@@ -29,6 +29,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32) if widens(tensor) else tensor
 
 
+@functools.cache
+def _adds_in_fp32(device: torch.device) -> bool:
+    """True where torch adds a product of BF16 to an FP32 sum in one call; tried once a device."""
+    if device.type != "cuda":
+        return False
+    sums, ones = torch.zeros(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(sums, ones, ones, out_dtype=torch.float32, beta=1, out=sums)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return bool((sums == 16).all())
+
+
 def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """left [m, k] times right [k, n], rounded to `out_dtype` (default: the dtype of `left`)."""
     return torch.mm(wide(left), wide(right)).to(out_dtype or left.dtype)
@@ -37,11 +50,15 @@ def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -
 def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
     """out [m, n] = or += left [m, k] times right [k, n]; `out` may be wider than the operands.
 
-    Then nothing is rounded to the operands' dtype in between: weight gradients are summed in FP32.
+    Then nothing is rounded to the operands' dtype in between: weight gradients are summed in FP32, on a
+    GPU in the pass that makes them.
     """
+    # With beta 0 whatever `out` holds, NaN included, is ignored.
+    beta = 1 if accumulate else 0
     if out.dtype == wide(left).dtype:
-        # With beta 0 whatever `out` holds, NaN included, is ignored.
-        torch.addmm(out, wide(left), wide(right), beta=1 if accumulate else 0, out=out)
+        torch.addmm(out, wide(left), wide(right), beta=beta, out=out)
+    elif left.dtype == torch.bfloat16 and out.dtype == torch.float32 and _adds_in_fp32(out.device):
+        torch.addmm(out, left, right, out_dtype=torch.float32, beta=beta, out=out)  # type: ignore[call-overload]
     elif accumulate:
         out.add_(_unrounded(left, right, out.dtype))
     else:

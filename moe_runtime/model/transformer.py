@@ -12,6 +12,7 @@ import torch
 from moe_comm import autograd as differentiable
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.local import LocalDispatcher
+from moe_comm.wire.carried import carry_over
 from torch import Tensor, nn
 
 from moe_runtime.config.schema import ModelConfig, RecomputeConfig
@@ -130,12 +131,12 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits [batch, seq, vocab] for int64 tokens [batch, seq]; MTP takes no part."""
         state = {"tokens": tokens}
-        self._run((*self._trunk(extra=0), self._final_norm()), state)
+        self.run_phases((*self._trunk(extra=0), self._final_norm()), state)
         return self.head(state["hidden"])
 
     def losses(self, tokens: Tensor) -> Losses:
         """Losses of int64 tokens [batch, seq + 1 + mtp_depth], differentiable by plain autograd."""
-        return self._run(self.phases(), {"tokens": tokens})
+        return self.run_phases(self.phases(), {"tokens": tokens})
 
     def _mtp(self) -> list[MTP]:
         return [mtp for mtp in self.mtp.values() if isinstance(mtp, MTP)] if self.has_head else []
@@ -197,7 +198,7 @@ class Transformer(nn.Module):
 
         return Compute("mtp_in", mtp.name, mtp_in, ("hidden", "tokens"), ("resid",))
 
-    def _run(self, phases: tuple[Phase, ...], state: dict[str, Tensor]) -> Losses:
+    def run_phases(self, phases: tuple[Phase, ...], state: dict[str, Tensor]) -> Losses:
         """Run phases under plain autograd; `state` holds the input slots and receives the others."""
         totals = {slot: torch.zeros((), device=state["tokens"].device) for slot in SCALARS}
         counts: list[Tensor] = []
@@ -207,10 +208,11 @@ class Transformer(nn.Module):
             inputs = [state[slot] for slot in phase.inputs]
             if isinstance(phase, Dispatch):
                 shape = inputs[0].shape
-                received = differentiable.dispatch(self.dispatcher, inputs[0].flatten(0, 1), *inputs[1:])
+                tokens = carry_over(inputs[0], inputs[0].flatten(0, 1))
+                received = differentiable.dispatch(self.dispatcher, tokens, *inputs[1:])
                 outputs: tuple[Tensor, ...] = (received.rows, received.row_weights, received.row_counts)
                 handle = received.handle
-                counts.append(torch.bincount(inputs[2].flatten(), minlength=self.config.num_experts))
+                counts.append(_count(inputs[2].flatten(), self.config.num_experts))
             elif isinstance(phase, Combine):
                 routed = differentiable.combine(self.dispatcher, inputs[0], handle)
                 outputs = (routed.view(shape),)
@@ -224,6 +226,12 @@ class Transformer(nn.Module):
         experts = self.config.num_experts
         stacked = torch.stack(counts) if counts else torch.zeros(0, experts, dtype=torch.int64)
         return Losses(totals[LOSS], totals[LOSS_MTP], totals[BALANCE], stacked)
+
+
+def _count(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is in expert_ids [choices]: int64 [num_experts]; without a wait."""
+    counts = expert_ids.new_zeros(num_experts)
+    return counts.scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
 
 
 def _merge(layer: str) -> Compute:

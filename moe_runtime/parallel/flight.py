@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moe_comm.wire.carried import carry_over
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -134,6 +135,7 @@ def let_in(values: dict[str, Tensor], taped: Taped) -> dict[str, Tensor]:
     def one(slot: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        return _Gate.apply(ticket, value, slot, taped.grads)  # type: ignore[no-untyped-call]
+        entered: Tensor = _Gate.apply(ticket, value, slot, taped.grads)  # type: ignore[no-untyped-call]
+        return carry_over(value, entered)
 
     return {slot: one(slot, value) for slot, value in values.items()}

@@ -26,6 +26,7 @@ from typing import Any
 from moe_comm.dispatcher import Dispatcher, Pending
 from moe_comm.errors import ReceiveOverflow
 from moe_comm.rounds import Experts, LayerInRounds, plan_after
+from moe_comm.wire.carried import carry_over
 from torch import Tensor
 
 
@@ -56,7 +57,7 @@ class BlockInRounds:
         self._layer = LayerInRounds(
             dispatcher,
             plan_after(overflow, dispatcher, expert_ids),
-            tokens.reshape(-1, tokens.shape[-1]),
+            carry_over(tokens, tokens.reshape(-1, tokens.shape[-1])),
             weights,
             expert_ids,
             experts,

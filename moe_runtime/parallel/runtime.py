@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, ScheduleError
+from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
@@ -27,6 +28,7 @@ class Runtime:
     Args:
         chunks: stage -> module, in ascending stage order.
         named_params: canonical name -> parameter, each object once, in ascending stage order.
+        weight_casts: FP8 forms of the weights; dropped whenever weights change.
         tied_embedding: the embedding that first and last stage hold a copy of each, or None.
         executor: runs training and validation programs.
         sampler: runs forwards that end with the normed stream, before head and MTP.
@@ -41,6 +43,7 @@ class Runtime:
     chunks: dict[int, Transformer]
     named_params: list[tuple[str, Parameter]]
     tied_embedding: Parameter | None
+    weight_casts: WeightCasts
     load: ExpertLoad
     clock: Clock
     dispatcher: Dispatcher

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from moe_comm.dispatcher import Dispatcher, Pending, Received
 from moe_comm.errors import ReceiveOverflow
+from moe_comm.wire.carried import carry_over
 from torch import Tensor
 
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP, SCALARS, Combine, Compute, Dispatch, Phase
@@ -130,7 +131,7 @@ class StageRunner:
             if slot in SCALARS:
                 flight.scalars.append((slot, phase.layer, result.detach()))
             else:
-                flight.state[slot] = result.detach()
+                flight.state[slot] = carry_over(result, result.detach())
 
     def _inputs(self, phase: Compute, flight: Flight) -> dict[str, Tensor] | None:
         """What a phase reads; None if these are rows that did not fit, and have now gone in rounds."""
@@ -165,7 +166,8 @@ class StageRunner:
         if training:
             self._count_experts(phase.layer, expert_ids)
         flight.token_shape = tokens.shape
-        pending = self._dispatcher.dispatch(tokens.reshape(-1, tokens.shape[-1]), weights, expert_ids)
+        lines = carry_over(tokens, tokens.reshape(-1, tokens.shape[-1]))
+        pending = self._dispatcher.dispatch(lines, weights, expert_ids)
 
         def store(received: Received) -> None:
             rows, weights = received.rows, received.row_weights
@@ -268,7 +270,7 @@ class StageRunner:
         if slot in SCALARS:
             return torch.tensor(weights.of(slot), dtype=exit.dtype, device=exit.device)
         grad = self._take_grad(flight, slot)
-        return None if grad is None else grad.reshape(exit.shape)
+        return None if grad is None else carry_over(grad, grad.reshape(exit.shape))
 
     def _backward_in_rounds(self, flight: Flight, block: BlockInRounds) -> None:
         with self._sink.collect(None):

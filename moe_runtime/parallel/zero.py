@@ -88,6 +88,7 @@ class ZeroOptimizer:
         stage: 1 partitions optimizer states, 2 also gradients.
         grad_clip: largest global gradient norm; 0 turns clipping off.
         bucket_elements: gradients put together before they travel; bounds the memory of a reduction.
+        weights_written: called when the model's weights have changed: what was made of them is stale.
 
     Raises:
         ConfigError: stage 2 over several pipeline ranks, or a rank without parameters.
@@ -107,12 +108,14 @@ class ZeroOptimizer:
         stage: Literal[1, 2] = 1,
         grad_clip: float = 0.0,
         bucket_elements: int = 2**24,
+        weights_written: Callable[[], None] = lambda: None,
     ) -> None:
         self._named = [(name, param) for name, param in named_params if param.requires_grad]
         if not self._named:
             raise ConfigError("layout.layers_per_stage: a pipeline rank holds no parameter; give it a layer")
         if stage == 2 and dist.get_world_size(norm_group) > 1:
             raise ConfigError("layout.zero_stage: 2 needs layout.pp 1; use zero_stage 1 with a pipeline")
+        self._weights_written = weights_written
         names = {param: name for name, param in self._named}
         self._groups = complete_groups(groups, names)
         self._accum_dtype = torch.promote_types(self._named[0][1].dtype, torch.float32)
@@ -219,6 +222,7 @@ class ZeroOptimizer:
             self._engine.norm_check = lambda theirs: _compare_norms(norm, theirs)
             self._engine.set_lr(lr)
             self._engine.step()
+            self._weights_written()
         self.zero_grad()
         return StepResult(norm, not skipped and 0.0 < self._grad_clip < norm + 1e-6, skipped)
 
@@ -253,6 +257,7 @@ class ZeroOptimizer:
     def refresh_weights(self) -> None:
         """Write all masters, rounded, into the model's weights on every rank; a collective call."""
         self._engine.update_lp_params()
+        self._weights_written()
 
     def _square_sum(self) -> float:
         """Sum of squares over every distinct parameter of the model, the same on all ranks."""

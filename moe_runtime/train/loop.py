@@ -13,6 +13,7 @@ from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError, DataError, NumericsError
+from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
@@ -89,6 +90,8 @@ def _loop(run: Run, stop: StopRequest) -> int:
         record = run.step(step)
         step += 1
         _tell_choice(run)
+        if step == run.start + 1:
+            _tell_fp8(run)
         if step == run.config.metrics.trace_step:
             _trace(run, step)
         stopping = run.state.peers.any_true(stop.wanted)
@@ -134,6 +137,14 @@ def _tell_choice(run: Run) -> None:
     said, run.runtime.chosen = run.runtime.chosen, None
     if said is not None:
         run.recorder.event("schedule", message=said)
+        run.recorder.say(said)
+
+
+def _tell_fp8(run: Run) -> None:
+    """Which FP8 products the first step ran, once in a process."""
+    if run.config.precision == "fp8":
+        said = which_path(run.runtime.device)
+        run.recorder.event("fp8", message=said)
         run.recorder.say(said)
 
 

@@ -11,6 +11,20 @@ from moe_runtime.errors import ConfigError
 LOCK_FILE = ".lock"
 
 
+def enter_run(run_dir: Path) -> TextIO | None:
+    """Make the run folder and lock it, as `lock_run` does.
+
+    Raises:
+        ConfigError: it cannot be written, or another process holds it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return lock_run(run_dir)
+    except OSError as error:
+        text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
+        raise ConfigError(text) from error
+
+
 def lock_run(run_dir: Path) -> TextIO | None:
     """Hold the folder for this process until it ends, however it ends.
 

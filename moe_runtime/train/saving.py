@@ -91,6 +91,7 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
             moments: dict = {}
             restore_partition(saved[partition.group], partition, moments)
             state.optimizer.client.load_native_state(partition.master, moments)  # type: ignore[attr-defined]
+        state.runtime.weight_casts.drop()
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))

@@ -75,6 +75,7 @@ class Setting:
         chunks: parts of a dispatch; None: the default.
         max_rows: rows that a rank may receive; None: any number.
         confirm: agree before combines and backwards too.
+        keep_tiles: hand out what arrives in E4M3 as it is.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Setting:
     chunks: int | None = None
     max_rows: int | None = None
     confirm: bool = True
+    keep_tiles: bool = False
 
     def open(self, num_experts: int, groups: Transport, **layout: int) -> Dispatcher:
         """The dispatcher, with further numbers of its placement; all ranks call it together."""
@@ -96,6 +98,7 @@ class Setting:
             chunks=self.chunks,
             max_rows=self.max_rows,
             confirm=self.confirm,
+            keep_tiles=self.keep_tiles,
         )
 
     def layout(self, num_experts: int, ranks: int) -> Layout:

@@ -6,10 +6,14 @@ Nothing of `moe_runtime.parallel` is used here.
 from dataclasses import dataclass
 
 import torch
+from moe_comm.local import LocalDispatcher
 from torch import Tensor
 
 from moe_runtime.build import DTYPES
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.router import update_bias
 from moe_runtime.model.transformer import Losses, Transformer
 
@@ -30,13 +34,17 @@ class PlainModel:
         self, config: RunConfig, biases: dict[int, float], document_separator: int | None = None
     ) -> None:
         self.config = config
+        is_fp8 = config.precision == "fp8"
         self.model = Transformer(
             config.model,
             recompute=config.recompute,
             dtype=DTYPES[config.precision],
             document_separator=document_separator,
+            dispatcher=LocalDispatcher(config.model.num_experts, keep_tiles=is_fp8),
         )
         self.model.init_weights(config.seed)
+        if is_fp8:
+            use_fp8(self.model, Policy(config.fp8), WeightCasts())
         preset_biases(self.model, biases)
         decays = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]

@@ -33,6 +33,7 @@ from moe_comm.wire.tile_triton import TILE, quantise_tile
 
 ROWS_AT_ONCE = 4
 TILES_AT_ONCE = 8
+QUANTISE_WARPS = 2  # then a thread has 16 codes, and one store writes them; with four it would have 8
 
 
 @triton.jit
@@ -168,7 +169,13 @@ def permute_tokens(tokens: Tensor, slot_rows: Tensor, rows: Tensor) -> Tensor:
 
 
 def permute_quantise(
-    tokens: Tensor, slot_rows: Tensor, codes: Tensor, scales: Tensor, *, hardware_cast: bool = False
+    tokens: Tensor,
+    slot_rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    hardware_cast: bool = False,
+    num_warps: int = QUANTISE_WARPS,
 ) -> None:
     """Quantise each token to E4M3 in tiles of 1x128 and write it to its rows.
 
@@ -181,6 +188,7 @@ def permute_quantise(
         scales: [rows, ceil(hidden / 128)], written in place, likewise; float32, or uint8 for a power of
             two kept as its biased exponent.
         hardware_cast: round with the cast instruction of sm_89 and newer.
+        num_warps: of a program.
 
     Raises:
         InputError: tensors that do not fit together.
@@ -212,7 +220,7 @@ def permute_quantise(
             HARDWARE_CAST=hardware_cast,
             READ_ALIGN=vector_bytes(tokens),
             WRITE_ALIGN=vector_bytes(codes),
-            num_warps=NUM_WARPS,
+            num_warps=num_warps,
         )
 
 

@@ -12,6 +12,9 @@ the same way, so a scale can never part from its codes.
     fp8_pow2    h x E4M3, h/128 x biased exponent     1.008 h    2^-4 |x|, at least 2^-17.8 amax of the tile
 
 No float8 dtype leaves a codec: transports move bytes, and gloo and MPI know no such type.
+
+`fp8_pow2` does not cast what has been cast: rows that carry their tiles (`carried.py`) are sent as those,
+and with `keeps_tiles` they are left as tiles on arrival.
 """
 
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_comm.errors import CommError
+from moe_comm.wire.carried import stand_in, tiles_of
 from moe_comm.wire.tile import ScaleKind, dequantise_tiles, num_tiles, quantise_tiles
 
 Fields = tuple[tuple[int, torch.dtype], ...]
@@ -32,6 +36,11 @@ class WireCodec(Protocol):
     @property
     def name(self) -> str:
         """What `open_wire` calls it."""
+        ...
+
+    @property
+    def keeps_tiles(self) -> bool:
+        """Whether `decode` gives stand-ins that carry tiles (`carried.py`) instead of values."""
         ...
 
     def fields(self, hidden: int, dtype: torch.dtype) -> Fields:
@@ -59,6 +68,7 @@ class AsIsCodec:
     """Rows travel in their own dtype: bit for bit the same, NaN payloads too, and never copied."""
 
     name = "auto"
+    keeps_tiles = False
 
     def fields(self, hidden: int, dtype: torch.dtype) -> Fields:
         return ((hidden, dtype),)
@@ -82,6 +92,8 @@ class FloatCodec:
         name: what `open_wire` calls it.
         dtype: what travels.
     """
+
+    keeps_tiles = False
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
@@ -109,23 +121,29 @@ class Fp8Codec:
     Args:
         name: what `open_wire` calls it.
         scales: `fp32` or `pow2`.
+        keeps_tiles: `decode` gives a stand-in that carries the tiles; with `pow2` only.
 
     Ref: DSV3 §3.3.2, §3.3.3
     """
 
-    def __init__(self, name: str, scales: ScaleKind) -> None:
+    def __init__(self, name: str, scales: ScaleKind, keeps_tiles: bool = False) -> None:
+        assert scales == "pow2" or not keeps_tiles, "tiles are kept with scales that are powers of two"
         self.name = name
         self._scales = scales
+        self.keeps_tiles = keeps_tiles
 
     def fields(self, hidden: int, dtype: torch.dtype) -> Fields:
         scale_dtype = torch.float32 if self._scales == "fp32" else torch.uint8
         return ((hidden, torch.uint8), (num_tiles(hidden), scale_dtype))
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return quantise_tiles(rows, self._scales)
+        carried = tiles_of(rows) if self._scales == "pow2" else None
+        return quantise_tiles(rows, self._scales) if carried is None else carried
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scales = parts
+        if self.keeps_tiles:
+            return stand_in(codes.contiguous(), scales.contiguous(), dtype)
         return dequantise_tiles(codes, scales, dtype)
 
 
@@ -150,7 +168,7 @@ def open_wire(name: str) -> WireCodec:
     raise CommError(f"wire: expected one of {', '.join(WIRES)}, got {name!r}")
 
 
-def wire_pair(name: str) -> tuple[WireCodec, WireCodec]:
+def wire_pair(name: str, keep_tiles: bool = False) -> tuple[WireCodec, WireCodec]:
     """Codecs for (dispatch and the backward of combine, combine and the backward of dispatch).
 
     What is summed after it has travelled goes in BF16 where the other way goes in FP8: each addend
@@ -158,11 +176,15 @@ def wire_pair(name: str) -> tuple[WireCodec, WireCodec]:
 
     Args:
         name: one of WIRES.
+        keep_tiles: the first of them leaves what arrives as tiles.
 
     Raises:
-        CommError: no such wire.
+        CommError: no such wire, or keep_tiles with one other than fp8_pow2.
 
     Ref: DSV3 §3.3.3
     """
     dispatch = open_wire(name)
+    if keep_tiles and name != "fp8_pow2":
+        raise CommError(f"keep_tiles: expected wire fp8_pow2, got {name!r}; choose it, or keep no tiles")
+    dispatch = Fp8Codec(name, "pow2", keeps_tiles=True) if keep_tiles else dispatch
     return dispatch, open_wire("bf16") if name in ("fp8", "fp8_pow2") else dispatch

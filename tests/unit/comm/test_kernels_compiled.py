@@ -160,8 +160,8 @@ def call_layout() -> None:
 CASES: dict[str, tuple[Callable[[], None], int, tuple[str, ...]]] = {
     "permute": (call_permute, 1, (r"LDG\.E\.128", r"STG\.E\.EF\.128")),
     "permute into records": (lambda: call_permute(14352), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.128")),
-    "quantise": (lambda: call_quantise(torch.float32, False), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.64")),
-    "quantise, pow2": (lambda: call_quantise(torch.uint8, False), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.64")),
+    "quantise": (lambda: call_quantise(torch.float32, False), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.128")),
+    "quantise, pow2": (lambda: call_quantise(torch.uint8, False), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.128")),
     "quantise, cast instruction": (lambda: call_quantise(torch.float32, True), 1, (r"F2FP\.\S*E4M3\S*",)),
     "gather": (lambda: call_gather(HIDDEN, torch.bfloat16), 1, (r"LDG\.E\.128", r"STG\.E\.EF\.128")),
     "gather of weights": (lambda: call_gather(1, torch.float32), 1, (r"LDG\.E",)),

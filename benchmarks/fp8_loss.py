@@ -1,0 +1,231 @@
+"""Does training end at the same loss in FP8 as in BF16? A small MoE on real text, paired runs.
+
+    python benchmarks/fp8_loss.py --out fp8_loss.jsonl                        # all runs that are missing
+    python benchmarks/fp8_loss.py --out fp8_loss.jsonl --variants bf16 fp8    # these alone
+    python benchmarks/fp8_loss.py --out fp8_loss.jsonl --report
+
+Runs with one seed share initial weights, data and order: the standard library as bytes. The loss of a run is
+the mean of its last 200 steps; the figure is the relative difference to `bf16`. Weights and activations are
+BF16 and masters FP32 in all variants:
+
+    bf16           every product in BF16
+    fp8            the policy of `fp8/policy.py`, rows of experts dispatched as FP8 tiles
+    bf16-wgrad     the same with weight gradients multiplied in BF16
+    block-grads    the same with gradients in 128 x 128 blocks
+    fixed-scales   E4M3 under one scale for each kind of tensor, fixed at the first cast: must miss the gate
+    unscaled       E4M3 without any scale: must miss the gate
+
+A run is one line of the file, written when it ends; what is in the file is not run again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_comm.local import LocalDispatcher
+from torch import Tensor
+
+from benchmarks.fp8_controls import BlockGradients, FixedScales
+from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.schema import DataConfig, ModelConfig, RecipeConfig
+from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.prepare import ensure_prepared
+from moe_runtime.data.shards import TokenDataset
+from moe_runtime.fp8 import cast
+from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.model.fp8_model import use_fp8
+from moe_runtime.model.router import update_bias
+from moe_runtime.model.transformer import Transformer
+from moe_runtime.optim.schedule import lr_at
+
+GATE = 0.0025
+LAST = 200
+SEQ_LEN, BATCH = 128, 8
+PEAK_LR, CLIP, GAMMA, ALPHA = 2e-3, 1.0, 1e-3, 1e-4
+VARIANTS = ("bf16", "fp8", "bf16-wgrad", "block-grads", "fixed-scales", "unscaled")
+MODEL = ModelConfig(
+    vocab_size=264,
+    hidden_size=256,
+    num_layers=3,
+    num_dense_layers=1,
+    ffn_size=512,
+    num_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=128,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    num_experts=8,
+    top_k=2,
+    expert_ffn_size=256,
+    num_groups=4,
+    num_groups_kept=2,
+    mtp_depth=0,
+    init_std=0.02,
+)
+
+
+def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCasts | None]:
+    """A model of one variant; the casts of its weights, where it has some."""
+    keeps = variant in ("fp8", "bf16-wgrad")
+    dispatcher = LocalDispatcher(MODEL.num_experts, keep_tiles=keeps)
+    model = Transformer(MODEL, dtype=torch.bfloat16, device=device, dispatcher=dispatcher)
+    model.init_weights(seed)
+    if variant == "bf16":
+        return model, None
+    policy = Policy(Fp8Config(wgrad="bf16") if variant == "bf16-wgrad" else Fp8Config())
+    if variant in ("fixed-scales", "unscaled"):
+        fixed = FixedScales(None if variant == "fixed-scales" else 1.0)
+        weights = WeightCasts(fixed.weight)
+        use_fp8(model, policy, weights, fixed)
+    else:
+        weights = WeightCasts()
+        use_fp8(model, policy, weights, BlockGradients() if variant == "block-grads" else cast)
+    return model, weights
+
+
+class Masters:
+    """FP32 masters and gradients of BF16 weights, and AdamW over them."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._params = list(model.parameters())
+        self._masters = [param.detach().float() for param in self._params]
+        for param, master in zip(self._params, self._masters, strict=True):
+            master.grad = torch.zeros_like(master)
+            param.grad_sink = self._sink_into(master.grad)  # type: ignore[attr-defined]
+        groups = [
+            {"params": [m for m in self._masters if m.ndim > 1], "weight_decay": 0.1},
+            {"params": [m for m in self._masters if m.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+
+    def _sink_into(self, buffer: Tensor) -> Any:
+        def sink(weight: Tensor, accumulate: Any, deferrable: bool) -> None:
+            with torch.no_grad():
+                accumulate(buffer)
+
+        return sink
+
+    def step(self, lr: float) -> None:
+        """Clip, update the masters, round them into the weights, zero the gradients."""
+        for param, master in zip(self._params, self._masters, strict=True):
+            if param.grad is not None and master.grad is not None:  # norm gains, the router
+                master.grad.add_(param.grad)
+                param.grad = None
+        torch.nn.utils.clip_grad_norm_(self._masters, CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        with torch.no_grad():
+            for param, master in zip(self._params, self._masters, strict=True):
+                param.copy_(master)
+        self._optimizer.zero_grad(set_to_none=False)
+
+
+def train(variant: str, seed: int, steps: int, data: Path, device: str) -> dict[str, Any]:
+    """One run: its line."""
+    began = time.perf_counter()
+    model, weights = build(variant, seed, device)
+    masters = Masters(model)
+    loader = BatchLoader(TokenDataset.open(data, "train"), SEQ_LEN, 0, seed, MODEL.vocab_size)
+    recipe = _recipe(steps)
+    losses = []
+    for step in range(steps):
+        found = model.losses(loader.sequences(step * BATCH, BATCH).to(device))
+        (found.loss + ALPHA * found.balance).backward()
+        masters.step(lr_at(recipe, PEAK_LR, step, step * BATCH * SEQ_LEN))
+        if weights is not None:
+            weights.drop()
+        for (_, moe), counts in zip(model.moe_layers(), found.counts, strict=True):
+            update_bias(moe.router.bias, counts, GAMMA)
+        losses.append(found.loss.detach())  # no wait of the host for a device
+    losses = [float(loss) for loss in losses]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "loss": statistics.fmean(losses[-LAST:]),
+        "validation": _validate(model, data, device),
+        "device": device,
+        "step_s": (time.perf_counter() - began) / steps,
+        "every_20": [round(statistics.fmean(losses[i : i + 20]), 5) for i in range(0, steps, 20)],
+    }
+
+
+def _recipe(steps: int) -> RecipeConfig:
+    tokens = steps * BATCH * SEQ_LEN
+    return RecipeConfig(
+        warmup_steps=50, constant_until_tokens=tokens // 2, cosine_tokens=tokens // 2, min_lr_ratio=0.1
+    )
+
+
+@torch.no_grad()
+def _validate(model: Transformer, data: Path, device: str) -> float:
+    loader = BatchLoader(TokenDataset.open(data, "validation"), SEQ_LEN, 0, 0, MODEL.vocab_size)
+    batches = loader.validation_batches(128, 16)
+    return statistics.fmean(float(model.losses(rows.to(device)).loss) for rows in batches)
+
+
+def read(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Runs that are done, by variant, seed and steps."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    runs = [json.loads(line) for line in lines if line.endswith("}")]
+    return {(run["variant"], run["seed"], run["steps"]): run for run in runs}
+
+
+def report(runs: dict[tuple[str, int, int], dict[str, Any]], steps: int) -> None:
+    """A line for each variant: relative difference of the loss to BF16, seed by seed, and of their means."""
+    print(f"{steps} steps; loss: mean of the last {LAST}; difference to bf16 in %, gate {GATE:.2%}")
+    for variant in VARIANTS:
+        pairs = [
+            (run, runs["bf16", seed, steps])
+            for (name, seed, length), run in sorted(runs.items())
+            if name == variant and length == steps and ("bf16", seed, steps) in runs
+        ]
+        if not pairs:
+            continue
+        losses = [run["loss"] for run, _ in pairs]
+        apart = [100 * (run["loss"] / base["loss"] - 1) for run, base in pairs]
+        held = [100 * (run["validation"] / base["validation"] - 1) for run, base in pairs]
+        mean = statistics.fmean(apart)
+        verdict = "holds" if abs(mean) < 100 * GATE else "MISSES"
+        each = " ".join(f"{number:+.3f}" for number in apart)
+        print(
+            f"{variant:13} loss {statistics.fmean(losses):.4f}  by seed {each}  mean {mean:+.3f}: {verdict}"
+            f"  validation {statistics.fmean(held):+.3f}"
+        )
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="lines of runs, added to")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--data", type=Path, default=Path("data/stdlib-byte"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--report", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not args.report:
+        config = DataConfig(path=str(args.data), source="builtin:stdlib", tokenizer="byte")
+        ensure_prepared(config, seed=0)
+        for seed in args.seeds:
+            for variant in args.variants:
+                if (variant, seed, args.steps) not in read(args.out):
+                    line = train(variant, seed, args.steps, args.data, args.device)
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    figures = f"{line['loss']:.4f}, {line['step_s']:.3f} s a step"
+                    print(f"{variant} seed {seed}: {figures}", flush=True)
+    report(read(args.out), args.steps)
+
+
+if __name__ == "__main__":
+    main()

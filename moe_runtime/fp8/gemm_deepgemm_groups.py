@@ -1,0 +1,136 @@
+"""DeepGEMM's grouped kernels on groups that begin anywhere.
+
+Rows (`multiply_groups_into`). The library cuts the rows into tiles of 128 and gives each tile to one expert,
+so a group has to begin at a multiple of 128. Padding all groups costs a copy of every code and, dearer, of
+every result. Here rows stay where they lie: a tile goes to the group of its first row, which is right for
+all but the first rows of the groups that begin inside of a tile. Those heads, at most 127 rows a group, are
+copied to tiles of their own, multiplied again and written over what the first pass left there.
+
+    rows     | group 0 ........... | group 1 ....... | group 2 ...
+    tiles    |   0   |   0   |   0   |   1   |   1   |   2   |        first pass
+    heads                          |1 |              |2  |             second pass
+
+Tokens (`weight_grad_groups`). The library wants each group's columns as a matrix of their own: one copy of
+the codes, in words of 8 bytes, which is cheap beside the products (1 byte read and written for each, against
+4 read and written for each element of the result). Columns that the casts wrote so at once would save it.
+
+Kernels are compiled for a way of cutting, not for a number of rows: counts may change at every step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles
+
+_TILES_RECIPE = (1, 1, 128)
+_WORD = torch.int64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What each pass does.
+
+    Args:
+        tile_groups: int32 [rows rounded up to 128] on the device: the group that a row's tile goes to.
+        head_rows: int64 [heads x 128] on the device: rows to do again; a short head repeats its last row.
+        head_groups: int32 [heads x 128] on the device: the group of each.
+        tokens: int32 [groups] on the device: tokens of each group, rounded up to 128.
+    """
+
+    tile_groups: Tensor
+    head_rows: Tensor
+    head_groups: Tensor
+    tokens: Tensor
+
+
+_cuts: WeakKeyDictionary[Groups, Cut] = WeakKeyDictionary()
+
+
+def cut_of(groups: Groups) -> Cut:
+    """The passes over the rows of groups, from counts on the CPU; kept for all products of the groups."""
+    if groups not in _cuts:
+        ends = groups.counts.cumsum(0)
+        firsts = ends - groups.counts
+        tiles = torch.arange(0, groups.num_rows, TILE)
+        tile_groups = torch.searchsorted(ends, tiles, right=True)
+        group = torch.nonzero((groups.counts > 0) & (firsts % TILE != 0)).flatten()
+        first = firsts[group]
+        size = torch.minimum(TILE - first % TILE, groups.counts[group])
+        within = torch.minimum(torch.arange(TILE), size[:, None] - 1)
+        made = (
+            tile_groups.repeat_interleave(TILE).to(torch.int32),
+            (first[:, None] + within).flatten(),
+            group.repeat_interleave(TILE).to(torch.int32),
+            groups.padded_counts.to(torch.int32),
+        )
+        _cuts[groups] = Cut(*(numbers.to(groups.device, non_blocking=True) for numbers in made))
+    return _cuts[groups]
+
+
+def multiply_rows(library: Any, out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
+    """Write rows of each group times its matrix into out [m, n].
+
+    Args:
+        out: bfloat16, rows that begin at multiples of 16 bytes; m, n and k are not 0.
+        left: [m, k], float8, scales with strides (1, m rounded up to 4).
+        right: [g, n, k], float8.
+    """
+    cut = cut_of(groups)
+    weights = (right.codes, right.scales)
+
+    def product(target: Tensor, codes: Tensor, scales: Tensor, layout: Tensor) -> None:
+        library.m_grouped_fp8_gemm_nt_contiguous((codes, scales), weights, target, layout, compiled_dims="")
+
+    product(out, left.codes, left.scales, cut.tile_groups[: out.shape[0]])
+    if cut.head_rows.numel():
+        made = out.new_empty(cut.head_rows.numel(), out.shape[1])
+        codes = words(left.codes).index_select(0, cut.head_rows).view(torch.float8_e4m3fn)
+        scales = left.scales.t().index_select(1, cut.head_rows).t()
+        product(made, codes, scales, cut.head_groups)
+        words(out).index_copy_(0, cut.head_rows, words(made))
+
+
+def add_tokens(library: Any, out: Tensor, left: Tiles, right: Tiles, groups: Groups) -> None:
+    """Add the sums over each group's tokens to out [g, n, k].
+
+    Args:
+        out: float32, contiguous.
+        left, right: [n, t] and [k, t], float8, scales with strides (1, rows rounded up to 4).
+    """
+    counts = groups.padded_counts.tolist()
+    library.k_grouped_fp8_gemm_nt_contiguous(
+        (group_major(left.codes, counts), left.scales),
+        (group_major(right.codes, counts), right.scales),
+        out,
+        counts,
+        cut_of(groups).tokens,
+        c=out,
+        recipe=_TILES_RECIPE,
+    )
+
+
+def group_major(codes: Tensor, counts: list[int]) -> Tensor:
+    """[rows x tokens]: the codes [rows, tokens] with each group's tokens as a matrix of their own."""
+    if codes.shape[1] in counts:
+        return codes.contiguous().view(-1)
+    columns = words(codes)
+    flat = columns.new_empty(columns.numel())
+    start, rows, unit = 0, len(columns), codes.shape[1] // columns.shape[1]
+    for count in counts:
+        end = start + count // unit
+        flat[rows * start : rows * end].view(rows, end - start).copy_(columns[:, start:end])
+        start = end
+    return flat.view(codes.dtype)
+
+
+def words(matrix: Tensor) -> Tensor:
+    """The same bytes in words of 8 where rows allow it, for copies that are faster so."""
+    size = matrix.element_size()
+    places = (matrix.shape[-1], matrix.stride(0), matrix.storage_offset())
+    if matrix.stride(-1) == 1 and all(place * size % _WORD.itemsize == 0 for place in places):
+        return matrix.view(_WORD)
+    return matrix.view(torch.uint8) if size == 1 else matrix

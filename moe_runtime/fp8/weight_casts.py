@@ -1,0 +1,76 @@
+"""FP8 forms of weights: made once, used by all microbatches of a step, dropped when the weights change.
+
+A weight is read 2 x microbatches times between two optimizer steps, and casting it costs as much traffic as a
+small product. So its blocks, and those of its transpose for Dgrad, are kept: two bytes a parameter.
+
+Who changes weights says `drop()`: the optimizer after its step, whoever loads a checkpoint. An entry also
+remembers where its weight was and at which version, and is not used for another; but that alone would not
+do, for ZeRO writes weights through flat buffers whose writes a parameter's version need not show.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_runtime.fp8.cast import cast_weight, cast_weight_both
+from moe_runtime.fp8.tiled import Blocks
+
+
+@dataclass
+class _Entry:
+    weight: Tensor
+    blocks: Blocks
+    place: tuple[int, int]  # address and version of the weight
+    transposed: Blocks | None = None
+
+
+class WeightCasts:
+    """Blocks of weights, by weight.
+
+    Args:
+        cast: makes the blocks of a weight [..., out, in].
+    """
+
+    def __init__(self, cast: Callable[[Tensor], Blocks] = cast_weight) -> None:
+        self._cast = cast
+        self._entries: dict[int, _Entry] = {}
+
+    def blocks(self, weight: Tensor) -> Blocks:
+        """Blocks of weight [..., out, in]: right operand of Fprop."""
+        return self._entry(weight).blocks
+
+    def transposed(self, weight: Tensor) -> Blocks:
+        """Blocks [..., in, out] of the transposed weight: right operand of Dgrad."""
+        entry = self._entry(weight)
+        if entry.transposed is None:
+            entry.transposed = entry.blocks.transposed()
+        return entry.transposed
+
+    def drop(self) -> None:
+        """Forget all: the weights have changed, or are about to."""
+        self._entries.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """What is held now."""
+        held = [entry.blocks for entry in self._entries.values()]
+        held += [entry.transposed for entry in self._entries.values() if entry.transposed is not None]
+        return [tensor for blocks in held for tensor in (blocks.codes, blocks.scales)]
+
+    def _entry(self, weight: Tensor) -> _Entry:
+        place = (weight.data_ptr(), weight._version)
+        entry = self._entries.get(id(weight))
+        if entry is None or entry.weight is not weight or entry.place != place:
+            if weight.is_cuda and weight.requires_grad:
+                # Both from one read: moving bytes across in torch costs several times as much.
+                blocks, across = cast_weight_both(weight.detach())
+                entry = _Entry(weight, blocks, place, across)
+            else:
+                entry = _Entry(weight, self._cast(weight.detach()), place)
+            self._entries[id(weight)] = entry
+        return entry
