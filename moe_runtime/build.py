@@ -5,7 +5,6 @@ Whatever one rank finds wrong here, all ranks say alike.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
 from moe_runtime.checkpoint.store import CheckpointStore
-from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
@@ -35,7 +33,6 @@ from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
-from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.groups import parameter_groups
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
@@ -52,7 +49,7 @@ from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.loop import Run
 from moe_runtime.train.resume import resume
 from moe_runtime.train.run_lock import enter_run
-from moe_runtime.train.saving import TrainingState
+from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
 CONFIG_FILE = "config.yaml"
@@ -309,10 +306,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     run_dir = Path(config.out_dir) / config.name
     lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
-    state = TrainingState(runtime, optimizer, peers, tokenizer)
-    if config.train.ema_decay is not None:
-        owned = weights_to_save(state.weights(), state.first_expert, peers)
-        state = replace(state, ema=HostEma(owned, config.train.ema_decay))
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, said = resume(store, state, fresh)
     recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
