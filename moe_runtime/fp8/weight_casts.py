@@ -66,7 +66,7 @@ class WeightCasts:
         place = (weight.data_ptr(), weight._version)
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight is not weight or entry.place != place:
-            if weight.is_cuda and weight.requires_grad:
+            if weight.is_cuda and weight.requires_grad and self._cast is cast_weight:
                 # Both from one read: moving bytes across in torch costs several times as much.
                 blocks, across = cast_weight_both(weight.detach())
                 entry = _Entry(weight, blocks, place, across)
