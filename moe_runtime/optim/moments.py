@@ -42,7 +42,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from moe_comm.wire.formats import E4M3, FP32_MANTISSA_BITS, FRACTION_BITS, UE5M3, decode, encode_stochastic
+from moe_comm.wire.formats import (
+    E4M3,
+    FP32_INFINITY,
+    FP32_MAGNITUDE,
+    FP32_MANTISSA_BITS,
+    FRACTION_BITS,
+    UE5M3,
+    decode,
+    encode_stochastic,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -282,7 +291,9 @@ def _encode_roots(roots: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     The scale is the smallest power of two under which the block's largest root does not saturate:
     its exponent, one more where the mantissa exceeds that of UE5M3's largest value.
     """
-    largest = roots.amax(dim=1, keepdim=True).view(torch.int32)
+    # Of NaN the sign is taken off, and its bits count as those of infinity.
+    largest = roots.amax(dim=1, keepdim=True).view(torch.int32) & FP32_MAGNITUDE
+    largest.clamp_(max=FP32_INFINITY)
     exponent = (largest + (FP32_MANTISSA - MAX_ROOT_MANTISSA)).bitwise_right_shift_(FP32_MANTISSA_BITS)
     scale = exponent.sub_(UE5M3.max_exponent).clamp_(min=SCALE_BIAS + MIN_SCALE_EXPONENT)
     inverse = (2 * SCALE_BIAS - scale).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)
