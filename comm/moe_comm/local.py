@@ -102,7 +102,7 @@ class LocalDispatcher(SharedByCopies):
         require_own_handle("combine", handle, self)
         check_rows(rows, handle.plan.row_slots.numel(), handle.hidden, "combine")
         self._count(rows.shape[0])
-        return handle.plan.bags.sum(rows)
+        return _sums_of(rows, handle.plan)
 
     @torch.no_grad()
     def _combine_backward(self, d_tokens: Tensor, handle: LocalHandle) -> Tensor:
@@ -119,15 +119,34 @@ class LocalDispatcher(SharedByCopies):
         plan = handle.plan
         check_rows(d_rows, plan.row_slots.numel(), handle.hidden, "dispatch_backward", d_row_weights)
         self._count(d_rows.shape[0])
-        return plan.bags.sum(d_rows), plan.weights_of_slots(d_row_weights)
+        return _sums_of(d_rows, plan), plan.weights_of_slots(d_row_weights)
 
     def give_up(self, cause: BaseException) -> None:
         """See `Dispatcher.give_up`; nobody else is concerned."""
 
     def _gather(self, tokens: Tensor, plan: SendPlan) -> Tensor:
         """The token of each row, as the codec gives it: [rows, hidden]."""
-        parts = [part.index_select(0, plan.row_tokens) for part in self._codec.encode(tokens)]
+        parts = [_rows_of(part, plan) for part in self._codec.encode(tokens)]
         return self._codec.decode(parts, tokens.dtype)
 
     def _count(self, num_rows: int) -> None:
         self.traffic.count_rows((num_rows,), 0, 0, (0,))
+
+
+def _rows_of(values: Tensor, plan: SendPlan) -> Tensor:
+    """Values [tokens, columns] of the token of each row."""
+    if not values.is_cuda:
+        return values.index_select(0, plan.row_tokens)
+    from moe_comm.kernels.permute import permute_tokens  # brings triton
+
+    rows = values.new_empty(plan.row_tokens.numel(), values.shape[1])
+    return permute_tokens(values, plan.slot_rows, rows)
+
+
+def _sums_of(rows: Tensor, plan: SendPlan) -> Tensor:
+    """The sum of the rows of each token, in the order of its choices."""
+    if not rows.is_cuda:
+        return plan.bags.sum(rows)
+    from moe_comm.kernels.unpermute import sum_rows  # brings triton
+
+    return sum_rows(rows, plan.bags.indices, plan.bags.offsets)

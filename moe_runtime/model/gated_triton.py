@@ -15,7 +15,7 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def gated_kernel(
+def swiglu_kernel(
     gate_up: tl.tensor,
     weights: tl.tensor,
     out: tl.tensor,
@@ -39,7 +39,7 @@ def gated_kernel(
 
 
 @triton.jit
-def gated_backward_kernel(
+def swiglu_backward_kernel(
     d_product: tl.tensor,
     gate_up: tl.tensor,
     weights: tl.tensor,
@@ -100,7 +100,7 @@ def gated(gate_up: Tensor, row_weights: Tensor | None = None, out: Tensor | None
     target = out.view(-1, width)
     if target.numel():
         block = min(BLOCK, triton.next_power_of_2(width))
-        gated_kernel[(flat.shape[0] * triton.cdiv(width, block),)](
+        swiglu_kernel[(flat.shape[0] * triton.cdiv(width, block),)](
             flat,
             flat if row_weights is None else row_weights,
             target,
@@ -130,7 +130,7 @@ def gated_backward(
     weights = flat if row_weights is None else row_weights
     d_weights = flat if row_weights is None else torch.zeros_like(row_weights)
     if target.numel():
-        gated_backward_kernel[(flat.shape[0],)](
+        swiglu_backward_kernel[(flat.shape[0],)](
             pull,
             flat,
             weights,

@@ -41,6 +41,11 @@ Heads = tuple[Tensor, Tensor, Tensor]
 ShareOutput = Callable[[Tensor], tuple[Recomputed[Any], Callable[[], Tensor]]]
 
 
+def _pads_value(x: Tensor) -> bool:
+    """Whether attention wants v as wide as q and k."""
+    return not x.is_cuda
+
+
 def _kernels(q: Tensor, rope: int) -> ModuleType | None:
     """Heads in one kernel each way, where this device has it."""
     if not q.is_cuda:
@@ -235,7 +240,7 @@ class MLA(nn.Module):
             kv_source = self.kv_b.multiplier.keep(c_kv, 2) if kv_source is None else kv_source
         q, kv = self._split(up(c_q, q_source)), self._split(self.kv_b(c_kv, kv_source))
         turns = self._turns(x)
-        width = self.v if x.is_cuda else max(self.nope + self.rope, self.v)
+        width = max(self.nope + self.rope, self.v) if _pads_value(x) else self.v
         heads: Heads = _Heads.apply(q, kv, k_rope, turns, self.v, width)
         remake = None
         if remakes:
@@ -255,7 +260,8 @@ class MLA(nn.Module):
 
         def again() -> Tensor:
             heads = self._split(values().view(shape)).to(dtype)
-            return nn.functional.pad(heads, (0, width - self.v)).transpose(1, 2)
+            padded = nn.functional.pad(heads, (0, width - self.v)) if width > self.v else heads
+            return padded.transpose(1, 2)
 
         for box in saved:
             box.value, box.again = None, again

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe_runtime.cli.bench import slice_precisions
+from moe_runtime.cli.bench_slice.kernels import SHOWN, kind_of, summarise
+from moe_runtime.cli.bench_slice.measure import _each
 from moe_runtime.cli.bench_slice.report import describe
 from moe_runtime.cli.bench_slice.shapes import (
     GIB,
@@ -67,6 +69,7 @@ def test_precisions_are_checked_by_name() -> None:
 
 
 def test_the_table_names_the_ratio_and_both_shares() -> None:
+    events = [("nvjet_tst_128x256", 6.0, 4), ("cast_rows_kernel", 3.0, 2), ("something", 1.0, 1)]
     one = {
         "step_s": 2.0,
         "step_s_range": [1.9, 2.1],
@@ -85,9 +88,60 @@ def test_the_table_names_the_ratio_and_both_shares() -> None:
         "peaks": {"bf16": 7e14, "fp8": 1.2e15, "copy": 3e12},
         "loss_at_the_same_weights": {"bf16": 9.0, "fp8": 9.01},
         "results": {"bf16": one, "fp8": one | both},
-        "kernels": {},
+        "kernels": {"fp8": summarise(events) | {"elapsed_ms": 12.0}},
+        "fp8_products": {"dense": {"deepgemm": 7}},
+        "failed": {"bf16": "Traceback: it broke"},
         "peer": None,
     }
     text = describe(result)
+    assert "FP8 products, dense: deepgemm 7" in text
+    assert "one microbatch in fp8: 12.0 ms, of which kernels 10.0 ms in 7 launches" in text
+    assert (
+        "60.0%  products" in text and "30.0%  casts" in text and "bf16 failed" in text and "it broke" in text
+    )
     assert "FP8 over BF16: 1.30x tokens/s" in text
     assert "25.0% / 50.0% of the BF16 peak" in text and "20.0% / 40.0% with FP8 products" in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "products"),
+        ("void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u>", "products"),
+        ("product_kernel", "products"),
+        ("gated_backward_kernel", "casts"),
+        ("cast_gated_tiles_kernel", "casts"),
+        ("columns_of_packed_kernel", "casts"),
+        ("swiglu_backward_kernel", "SwiGLU and heads"),
+        ("permute_kernel", "moved rows"),
+        ("void at::native::elementwise_kernel<direct_copy_kernel_cuda>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "elementwise"),
+        ("whatever", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+def test_times_of_kernels_add_up() -> None:
+    found = summarise([(f"kernel {number}", 1.0 + number, 2) for number in range(SHOWN + 5)])
+    assert len(found["kernels"]) == SHOWN + 1
+    assert found["ms"] == pytest.approx(sum(kernel["ms"] for kernel in found["kernels"]))
+    assert found["launches"] == sum(kernel["launches"] for kernel in found["kernels"])
+
+
+def test_what_fails_in_one_precision_leaves_the_other() -> None:
+    failed: dict[str, str] = {}
+    ran = []
+
+    def run(precision: str) -> None:
+        if precision == "fp8":
+            raise RuntimeError("no such kernel")
+        ran.append(precision)
+
+    for _ in range(2):
+        _each(["fp8", "bf16"], run, failed)
+    assert ran == ["bf16", "bf16"] and "no such kernel" in failed["fp8"]
+    with pytest.raises(RuntimeError):
+        _each(["fp8"], run, {}, (RuntimeError,))

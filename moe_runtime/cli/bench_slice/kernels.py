@@ -1,5 +1,6 @@
-"""Where the time of one microbatch goes, by kernel."""
+"""Where the time of one microbatch goes, by kernel and by kind of work."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,28 +10,60 @@ from torch.profiler import ProfilerActivity, profile
 from moe_runtime.cli.bench_slice.subject import Subject
 
 SHOWN = 30
+# The first kind whose pattern is found in a kernel's name; what none finds is `other`.
+KINDS = (
+    ("attention", r"sdpa|flash|fmha|attention|_mha"),
+    ("moved rows", r"permute|sum_rows|gather|index_select|embedding|scatter|sort|indexSelect"),
+    ("casts", r"cast_|gated_backward_kernel|columns_of|decode_kernel|pack_kernel|quantise_kernel"),
+    ("products", r"product_kernel|gemm|nvjet|cutlass|xmma|wgmma|deep_gemm|grouped"),
+    ("SwiGLU and heads", r"swiglu|join_kernel|part_kernel|silu"),
+    ("norms", r"rms_?norm|layer_?norm|RMSNorm|GammaBeta"),
+    ("copies", r"copy|Memcpy|Memset|transpose|CatArray|fill"),
+    ("elementwise", r"elementwise|reduce|softmax|foreach|multi_tensor|adam"),
+)
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    for kind, pattern in KINDS:
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return kind
+    return "other"
 
 
 def time_by_kernel(subject: Subject, precision: str, tokens: Tensor) -> dict[str, Any]:
     """Milliseconds and launches of the longest kernels of one forward and backward; the rest summed up."""
     subject.use(precision)
     subject.add_gradients(tokens)
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with profile(activities=[ProfilerActivity.CUDA]) as found:
+        begin.record()
         subject.add_gradients(tokens)
+        end.record()
         torch.cuda.synchronize()
     subject.update()
-    events = [event for event in found.key_averages() if event.self_device_time_total > 0]
-    events.sort(key=lambda event: -event.self_device_time_total)
+    events = [(e.key, e.self_device_time_total / 1e3, e.count) for e in found.key_averages()]
+    return summarise([event for event in events if event[1] > 0]) | {"elapsed_ms": begin.elapsed_time(end)}
+
+
+def summarise(events: list[tuple[str, float, int]]) -> dict[str, Any]:
+    """Sums and the longest kernels of (name, milliseconds, launches)."""
+    events = sorted(events, key=lambda event: -event[1])
     listed = [
-        {"ms": event.self_device_time_total / 1e3, "launches": event.count, "kernel": event.key[:120]}
-        for event in events[:SHOWN]
+        {"ms": ms, "launches": count, "kind": kind_of(name), "kernel": name[:120]}
+        for name, ms, count in events[:SHOWN]
     ]
     rest = events[SHOWN:]
-    listed.append(
-        {
-            "ms": sum(event.self_device_time_total for event in rest) / 1e3,
-            "launches": sum(event.count for event in rest),
-            "kernel": f"{len(rest)} others",
-        }
-    )
-    return {"ms": sum(event.self_device_time_total for event in events) / 1e3, "kernels": listed}
+    if rest:
+        ms, count = sum(event[1] for event in rest), sum(event[2] for event in rest)
+        listed.append({"ms": ms, "launches": count, "kind": "", "kernel": f"{len(rest)} others"})
+    kinds: dict[str, float] = {}
+    for name, ms, _ in events:
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms
+    return {
+        "ms": sum(event[1] for event in events),
+        "launches": sum(event[2] for event in events),
+        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "kernels": listed,
+    }

@@ -1,7 +1,10 @@
 """Times steps of the slice, BF16 and FP8 in turn, against peaks measured in the same run."""
 
 import statistics
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from moe_runtime.cli.bench_slice.shapes import (
 )
 from moe_runtime.cli.bench_slice.subject import PRECISIONS, Subject
 from moe_runtime.errors import ConfigError
+from moe_runtime.fp8.gemm_choice import used
 
 CONVENTIONS: tuple[Convention, ...] = ("causal", "full")
 
@@ -45,10 +49,10 @@ class Settings:
     experts: int | None = None
     sequences: int = 2
     seq_len: int = 4096
-    microbatches: int = 4
+    microbatches: int = 16
     vocab_size: int = 16384
     rounds: int = 3
-    steps: int = 2
+    steps: int = 1
     precisions: tuple[str, ...] = PRECISIONS
     kernels: bool = False
     peer: bool = False
@@ -74,24 +78,36 @@ def measure(settings: Settings) -> dict[str, Any]:
         raise ConfigError("bench train: expected a CUDA device for --device cuda, got none; use --device cpu")
     peaks = measure_peaks()
     torch.cuda.empty_cache()
-    subject, experts = _open_subject(settings)
+    failed: dict[str, str] = {}
+    subject, experts = _open_subject(settings, failed)
     config = slice_config(experts, settings.vocab_size)
     batch = _draw_tokens(settings)
-    same_weights = {}
-    for precision in settings.precisions:
+    works = [name for name in settings.precisions if name not in failed]
+    same_weights: dict[str, float] = {}
+    timed = {precision: Timed([], [], []) for precision in works}
+    kernels: dict[str, dict[str, Any]] = {}
+
+    def first_loss(precision: str) -> None:
         subject.use(precision)
         same_weights[precision] = float(subject.loss(batch[0]))
-    timed = {precision: Timed([], [], []) for precision in settings.precisions}
-    for turn in range(settings.rounds):
-        order = settings.precisions if turn % 2 == 0 else settings.precisions[::-1]
-        for precision in order:
-            _take_turn(subject, precision, batch, settings.steps, timed[precision])
+
+    def turn(precision: str) -> None:
+        _take_turn(subject, precision, batch, settings.steps, timed[precision])
+        _tell(f"a turn of {precision}: {timed[precision].steps[-1]:.3f} s a step")
+
+    def list_kernels(precision: str) -> None:
+        kernels[precision] = time_by_kernel(subject, precision, batch[0])
+
+    _each(works, first_loss, failed)
+    for number in range(settings.rounds):
+        _each(works if number % 2 == 0 else works[::-1], turn, failed)
+    if settings.kernels:
+        _each(works, list_kernels, failed)
     work = operations(config, settings.sequences * settings.microbatches, settings.seq_len)
     tokens = settings.sequences * settings.microbatches * settings.seq_len
-    results = {name: _result(found, name, work, tokens, peaks) for name, found in timed.items()}
-    kernels = {}
-    if settings.kernels:
-        kernels = {name: time_by_kernel(subject, name, batch[0]) for name in settings.precisions}
+    results = {
+        name: _result(found, name, work, tokens, peaks) for name, found in timed.items() if found.steps
+    }
     del subject
     torch.cuda.empty_cache()
     return {
@@ -104,8 +120,39 @@ def measure(settings: Settings) -> dict[str, Any]:
         "loss_at_the_same_weights": same_weights,
         "results": results,
         "kernels": kernels,
+        "failed": failed,
+        "fp8_products": used(),
         "peer": _peer(settings) if settings.peer else None,
     }
+
+
+def _each(
+    precisions: list[str],
+    run: Callable[[str], None],
+    failed: dict[str, str],
+    passes: tuple[type[Exception], ...] = (),
+) -> None:
+    """Run it for each that has not failed; what fails is noted, and the others go on.
+
+    Args:
+        passes: errors that end the measurement all the same.
+    """
+    for precision in precisions:
+        if precision in failed:
+            continue
+        try:
+            run(precision)
+        except passes:
+            raise
+        except Exception:
+            failed[precision] = traceback.format_exc(limit=-8)
+            _tell(f"{precision} failed: {failed[precision]}")
+
+
+def _tell(what: str) -> None:
+    """Say at once how far it is: a run that is cut short shall not have been in vain."""
+    sys.stderr.write(f"{what}\n")
+    sys.stderr.flush()
 
 
 def _peer(settings: Settings) -> dict[str, Any]:
@@ -114,14 +161,14 @@ def _peer(settings: Settings) -> dict[str, Any]:
     return measure_peer(settings.rounds)
 
 
-def _open_subject(settings: Settings) -> tuple[Subject, int]:
+def _open_subject(settings: Settings, failed: dict[str, str]) -> tuple[Subject, int]:
     """The model with as many experts as asked for, or as fit; what fits is tried by one microbatch."""
     free = torch.cuda.mem_get_info()[0]
     tokens = settings.sequences * settings.seq_len
     experts = settings.experts or experts_that_fit(free, settings.vocab_size, tokens)
     while True:
         try:
-            return _try_subject(settings, experts), experts
+            return _try_subject(settings, experts, failed), experts
         except torch.cuda.OutOfMemoryError as error:
             if settings.experts is not None or experts <= 2 * EXPERT_STEP:
                 raise ConfigError(
@@ -132,13 +179,18 @@ def _open_subject(settings: Settings) -> tuple[Subject, int]:
         experts -= EXPERT_STEP
 
 
-def _try_subject(settings: Settings, experts: int) -> Subject:
+def _try_subject(settings: Settings, experts: int, failed: dict[str, str]) -> Subject:
     subject = Subject(slice_config(experts, settings.vocab_size), torch.device("cuda"))
     tokens = _draw_tokens(settings)[0]
-    for precision in settings.precisions:
+
+    def one_step(precision: str) -> None:
         subject.use(precision)
         subject.add_gradients(tokens)
         subject.update()
+        torch.cuda.synchronize()
+        _tell(f"{experts} experts in {precision}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+    _each(list(settings.precisions), one_step, failed, (torch.cuda.OutOfMemoryError,))
     torch.cuda.synchronize()
     return subject
 

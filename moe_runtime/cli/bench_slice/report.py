@@ -35,12 +35,26 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"FP8 over BF16: {ratio:.2f}x tokens/s")
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result["loss_at_the_same_weights"].items())
     lines.append(f"loss at the same weights: {losses}")
+    for role, counts in result["fp8_products"].items():
+        lines.append(f"FP8 products, {role}: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     for name, found_kernels in result["kernels"].items():
-        lines.append(f"\nkernels of one microbatch in {name}: {found_kernels['ms']:.1f} ms")
-        lines += [f"{k['ms']:9.2f} ms {k['launches']:6}  {k['kernel']}" for k in found_kernels["kernels"]]
+        lines += ["", *_describe_kernels(name, found_kernels)]
+    for name, error in result["failed"].items():
+        lines.append(f"\n{name} failed and is left out:\n{error}")
     if result["peer"] is not None:
         lines.append("\n" + _describe_peer(result["peer"]))
     return "\n".join(lines)
+
+
+def _describe_kernels(precision: str, found: dict[str, Any]) -> list[str]:
+    busy, elapsed = found["ms"], found["elapsed_ms"]
+    lines = [
+        f"one microbatch in {precision}: {elapsed:.1f} ms, of which kernels {busy:.1f} ms in "
+        f"{found['launches']} launches"
+    ]
+    lines += [f"{ms:9.2f} ms {ms / busy:6.1%}  {kind}" for kind, ms in found["kinds"].items()]
+    lines += [f"{k['ms']:9.2f} ms {k['launches']:6}  {k['kind']:17}{k['kernel']}" for k in found["kernels"]]
+    return lines
 
 
 def _describe_peer(peer: dict[str, Any]) -> str:

@@ -5,13 +5,17 @@ Each case raises where something is wrong; the last line printed is what went wr
 
 import json
 import traceback
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor
 
-from moe_runtime.model import gated_triton, heads_triton
+from moe_runtime.config.schema import RecomputeConfig
+from moe_runtime.model import experts, experts_grouped, ffn, gated_triton, heads_triton, mla
 from moe_runtime.model.mla import _Heads
 from moe_runtime.model.rope import Rotary
+from moe_runtime.model.transformer import Transformer
+from tests.unit.model.samples import small_config
 
 
 def _draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -96,6 +100,36 @@ def case_gated_wider_than_a_block() -> None:
 
 def case_gated_without_rows() -> None:
     _gated(0, 64, torch.bfloat16, True)
+
+
+def _gradients(recompute: RecomputeConfig) -> list[Tensor]:
+    """Losses and gradients of a small model in FP32."""
+    model = Transformer(small_config(expert_ffn_size=8), dtype=torch.float32, recompute=recompute)
+    model.init_weights(seed=1)
+    tokens = torch.randint(model.config.vocab_size, (2, 10), generator=torch.Generator().manual_seed(2))
+    losses = model.losses(tokens)
+    (losses.loss + losses.balance).backward()
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    return [losses.loss.detach(), *grads]
+
+
+def case_a_model_by_all_the_kernels_is_the_model() -> None:
+    for recompute in (RecomputeConfig(), RecomputeConfig(norm=True, swiglu=True, mla_up=True)):
+        wanted = _gradients(recompute)
+        with (
+            patch.object(mla, "_pads_value", lambda _: False),
+            patch.object(mla, "_kernels", lambda *_: heads_triton),
+            patch.object(ffn, "gated_kernels", lambda _: gated_triton),
+            patch.object(experts_grouped, "gated_kernels", lambda _: gated_triton),
+            patch.object(experts, "grouped_gemm_serves", lambda _: True),
+            patch.object(heads_triton, "join_heads", Mock(wraps=heads_triton.join_heads)) as joined,
+            patch.object(gated_triton, "gated_backward", Mock(wraps=gated_triton.gated_backward)) as gated,
+        ):
+            found = _gradients(recompute)
+        assert joined.call_count and gated.call_count
+        assert len(found) == len(wanted)
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def main() -> None:
