@@ -150,8 +150,9 @@ class FixedScales(_Composed):
         return self._columns("activation", cast.decode(tiles), groups)
 
     @torch.no_grad()
-    def weight(self, x: Tensor) -> Blocks:
-        """Blocks of a weight [..., out, in]."""
+    def weight(self, x: Tensor) -> tuple[Blocks, Blocks]:
+        """Blocks of a weight [..., out, in], and of its transposed."""
         codes, scale = self._codes("weight", x)
         shape = (*x.shape[:-2], num_tiles(x.shape[-2]), num_tiles(x.shape[-1]))
-        return Blocks(codes, torch.full(shape, scale, device=x.device))
+        blocks = Blocks(codes, torch.full(shape, scale, device=x.device))
+        return blocks, blocks.transposed()

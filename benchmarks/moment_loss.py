@@ -5,8 +5,10 @@
 
 Runs of a pair share seed, initial weights and data: the standard library as bytes. The loss of a run is the
 mean of its last 200 steps. The masters are one flat FP32 tensor for each parameter group, as under ZeRO, so
-blocks of 128 cut through parameters. `control` keeps m in FP32 and v, as v, in E4M3 under a power-of-two
-scale for each block of 128, rounded to nearest: it must miss the gate that `fp8` keeps.
+blocks of 128 cut through parameters. Controls: `control` keeps m in FP32 and v, as v, in E4M3 under a
+power-of-two scale for each block of 128, rounded to nearest; it must miss the gate that `fp8` keeps.
+`perturbed` is FP32 with initial weights changed by one part in 10^6: what it differs by is the chaos of
+training, below which no storage can be told from another.
 """
 
 import argparse
@@ -32,7 +34,7 @@ GATE = 0.0025
 LAST = 200
 SEQ_LEN, BATCH = 64, 16
 PEAK_LR = 3e-4
-STORAGES = ("fp32", "fp8", "control")
+STORAGES = ("fp32", "fp8", "control", "perturbed")
 MODEL = ModelConfig(
     vocab_size=264,
     hidden_size=64,
@@ -81,7 +83,11 @@ def train(storage: str, beta2: float, seed: int, steps: int, data: Path) -> list
     model = Transformer(MODEL)
     model.init_weights(seed)
     groups = flat_groups(model)
-    kind = "fp32" if storage == "control" else storage
+    if storage == "perturbed":
+        draw = torch.Generator().manual_seed(seed)
+        for flat in (group["params"][0] for group in groups):
+            flat.mul_(1 + 1e-6 * torch.randn(flat.shape, generator=draw))
+    kind = storage if storage == "fp8" else "fp32"
     optimizer = AdamW(groups, betas=(0.9, beta2), moments=kind, seed=seed)
     half = steps // 2
     recipe = RecipeConfig(warmup_steps=20, constant_until_tokens=half, cosine_tokens=steps - half)
@@ -150,7 +156,9 @@ def main() -> None:
     runs = read_runs(args.out)
     if not args.report:
         ensure_prepared(DataConfig(path=args.data, source="builtin:stdlib"), 0)
-        wanted = [(s, b, i) for i in range(args.seeds) for b in args.beta2 for s in STORAGES]
+        places = [(beta2, seed) for seed in range(args.seeds) for beta2 in args.beta2]
+        wanted = [(storage, *place) for place in places for storage in STORAGES[:3]]
+        wanted += [("perturbed", *place) for place in places]
         for storage, beta2, seed in wanted:
             if (storage, beta2, seed) in runs or (storage == "control" and seed >= args.control_seeds):
                 continue

@@ -5,7 +5,6 @@ Whatever one rank finds wrong here, all ranks say alike.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.lane import Lane
 from moe_comm.placement import Placement
-from torch.nn import Parameter
 
 from moe_runtime.checkpoint.store import CheckpointStore
-from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
@@ -36,7 +33,6 @@ from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
-from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.groups import parameter_groups
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
@@ -45,6 +41,7 @@ from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.p2p import TorchTransport, Transport
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
+from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
@@ -52,7 +49,7 @@ from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.loop import Run
 from moe_runtime.train.resume import resume
 from moe_runtime.train.run_lock import enter_run
-from moe_runtime.train.saving import TrainingState
+from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
 CONFIG_FILE = "config.yaml"
@@ -98,8 +95,8 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts = _use_precision(config, chunks, device)
-    tied = _tie_embedding(config, layout, chunks)
-    named = _unique_parameters(chunks)
+    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
+    named = unique_parameters(chunks)
     sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
@@ -260,37 +257,6 @@ def _places(layout: ResolvedLayout, pp_rank: int) -> list[tuple[int, int]]:
     ]
 
 
-def _tie_embedding(
-    config: RunConfig, layout: ResolvedLayout, chunks: dict[int, Transformer]
-) -> Parameter | None:
-    """Share the embedding of MTP with the first stage's where both are here; else give the copy."""
-    first, last = 0, layout.num_stages - 1
-    if config.model.mtp_depth == 0 or first == last:
-        return None
-    if first in chunks and last in chunks:
-        chunks[last].embed.weight = chunks[first].embed.weight
-        return None
-    held = next((stage for stage in (first, last) if stage in chunks), None)
-    if held is None:
-        return None
-    weight = chunks[held].embed.weight
-    # A flat group of its own, so that both copies are rounded alike; one of them counts in the norm.
-    weight.is_tied = True  # type: ignore[attr-defined]
-    weight.ds_pipe_replicated = held == last  # type: ignore[attr-defined]
-    return weight
-
-
-def _unique_parameters(chunks: dict[int, Transformer]) -> list[tuple[str, Parameter]]:
-    seen: dict[int, str] = {}
-    named = []
-    for chunk in chunks.values():
-        for name, param in chunk.named_parameters():
-            if id(param) not in seen:
-                seen[id(param)] = name
-                named.append((name, param))
-    return named
-
-
 def _runners(
     chunks: dict[int, Transformer],
     places: list[tuple[int, int]],
@@ -340,10 +306,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     run_dir = Path(config.out_dir) / config.name
     lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
-    state = TrainingState(runtime, optimizer, peers, tokenizer)
-    if config.train.ema_decay is not None:
-        owned = weights_to_save(state.weights(), state.first_expert, peers)
-        state = replace(state, ema=HostEma(owned, config.train.ema_decay))
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, said = resume(store, state, fresh)
     recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))

@@ -13,39 +13,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_runtime.fp8.cast import cast_weight, cast_weight_both
+from moe_runtime.fp8.cast import cast_weight_both
 from moe_runtime.fp8.tiled import Blocks
 
 
 @dataclass
 class _Entry:
     weight: Tensor
-    blocks: Blocks
+    both: tuple[Blocks, Blocks]
     place: tuple[int, int]  # address and version of the weight
-    transposed: Blocks | None = None
 
 
 class WeightCasts:
     """Blocks of weights, by weight.
 
     Args:
-        cast: makes the blocks of a weight [..., out, in].
+        cast: makes the blocks of a weight [..., out, in], and of its transposed.
     """
 
-    def __init__(self, cast: Callable[[Tensor], Blocks] = cast_weight) -> None:
+    def __init__(self, cast: Callable[[Tensor], tuple[Blocks, Blocks]] = cast_weight_both) -> None:
         self._cast = cast
         self._entries: dict[int, _Entry] = {}
 
     def blocks(self, weight: Tensor) -> Blocks:
         """Blocks of weight [..., out, in]: right operand of Fprop."""
-        return self._entry(weight).blocks
+        return self._entry(weight).both[0]
 
     def transposed(self, weight: Tensor) -> Blocks:
         """Blocks [..., in, out] of the transposed weight: right operand of Dgrad."""
-        entry = self._entry(weight)
-        if entry.transposed is None:
-            entry.transposed = entry.blocks.transposed()
-        return entry.transposed
+        return self._entry(weight).both[1]
 
     def drop(self) -> None:
         """Forget all: the weights have changed, or are about to."""
@@ -58,19 +54,12 @@ class WeightCasts:
 
     def tensors(self) -> list[Tensor]:
         """What is held now."""
-        held = [entry.blocks for entry in self._entries.values()]
-        held += [entry.transposed for entry in self._entries.values() if entry.transposed is not None]
+        held = [blocks for entry in self._entries.values() for blocks in entry.both]
         return [tensor for blocks in held for tensor in (blocks.codes, blocks.scales)]
 
     def _entry(self, weight: Tensor) -> _Entry:
         place = (weight.data_ptr(), weight._version)
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight is not weight or entry.place != place:
-            if weight.is_cuda and weight.requires_grad:
-                # Both from one read: moving bytes across in torch costs several times as much.
-                blocks, across = cast_weight_both(weight.detach())
-                entry = _Entry(weight, blocks, place, across)
-            else:
-                entry = _Entry(weight, self._cast(weight.detach()), place)
-            self._entries[id(weight)] = entry
+            entry = self._entries[id(weight)] = _Entry(weight, self._cast(weight.detach()), place)
         return entry

@@ -175,7 +175,7 @@ class AdamW(torch.optim.Optimizer):
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, before, strict=True):
-            group.update({key: own[key] for key in LOCAL})
+            group.update({key: own[key] for key in LOCAL if key in own})
             group.setdefault("seed", own["seed"])
             group.pop(STEPS, None)
         self._settle_all(spoil=False)  # these tensors may still be the caller's

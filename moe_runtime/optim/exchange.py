@@ -27,7 +27,9 @@ from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.moments import BLOCK, MEAN, SQUARE, STEP, Fp8Moments, MomentStorage, Noise, State
 
 OWN, STEPS = "made_with", "steps_of_groups"
-LOCAL = ("moments", "offset", "group_id", OWN)
+# The very object under STEPS whose load was looked into: another load brings another.
+CHECKED = "checked_load"
+LOCAL = ("moments", "offset", "group_id", OWN, CHECKED)
 # Elements decoded or encoded at a time.
 _WINDOW = 8192 * BLOCK
 _HYPER = ("lr", "betas", "eps", "weight_decay")
@@ -54,13 +56,15 @@ def steps_of(groups: list[Group], state: Any) -> dict[int, list[float]]:
 
 
 def check_hyperparameters(groups: list[Group]) -> None:
-    """Refuse groups that were made different and came back from a checkpoint alike.
+    """Refuse groups that were made different and came back from a checkpoint alike; once for each load.
 
     Raises:
         CheckpointError: says what was lost and how to set it.
     """
     if len(groups) < 2 or not all(STEPS in group and OWN in group for group in groups):
         return
+    if all(group.get(CHECKED) is group[STEPS] for group in groups):
+        return  # schedules may make them alike later
     for key in _HYPER:
         made, found = [group[OWN][key] for group in groups], [group[key] for group in groups]
         if any(value != made[0] for value in made) and all(value == found[0] for value in found):
@@ -68,6 +72,8 @@ def check_hyperparameters(groups: list[Group]) -> None:
                 f"optimizer state: DeepSpeed gave all groups the {key} of the first, {found[0]}, expected "
                 f"{made} as they were made; call optimizer.restore_hyperparameters() after load_checkpoint"
             )
+    for group in groups:
+        group[CHECKED] = group[STEPS]
 
 
 def restore_own(groups: list[Group]) -> None:
@@ -76,7 +82,7 @@ def restore_own(groups: list[Group]) -> None:
     for group in groups:
         group.update(group[OWN])
         group["lr"] = group["lr"] * progress
-        group.pop(STEPS, None)
+        group[CHECKED] = group.get(STEPS)
 
 
 def own_step(group: Group, state: State) -> Tensor:

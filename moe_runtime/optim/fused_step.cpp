@@ -145,12 +145,16 @@ template <bool kCounted>
 void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8_t* __restrict means,
                     uint8_t* __restrict roots, uint8_t* __restrict scale, const uint32_t* __restrict words,
                     const Factors& f, int32_t smallest_scale, Seen* __restrict seen) {
+    // Codes pass through 32 bits of their own, so that the loops below work on one width and stay in registers.
     alignas(64) float mean[kBlock], root[kBlock];
+    alignas(64) int32_t root_codes[kBlock], ratio_codes[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) root_codes[i] = roots[i];
+    for (int64_t i = 0; i < kBlock; ++i) ratio_codes[i] = means[i];
     const float old_power = as_float(static_cast<int32_t>(*scale) << 23);
     int32_t largest = 0;
     for (int64_t i = 0; i < kBlock; ++i) {
-        const float old_root = Root::decode(roots[i]) * old_power;
-        const int32_t ratio = means[i];
+        const float old_root = Root::decode(root_codes[i]) * old_power;
+        const int32_t ratio = ratio_codes[i];
         const float magnitude = Ratio::decode(ratio & 0x7F) * old_root * 0.0625f;
         const float before = old_root * old_root;
         float new_mean = as_float(as_bits(magnitude) ^ ((ratio & 0x80) << 24));
@@ -174,10 +178,12 @@ void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8
         const float unit = Root::decode(code) * power;
         const int32_t ratio = as_bits(mean[i] / unit);  // anything where the root is zero
         const int32_t ratio_code = Ratio::encode(ratio & kMagnitude, noise * 741103597u) | ((ratio >> 24) & 0x80);
-        roots[i] = static_cast<uint8_t>(code);
-        means[i] = static_cast<uint8_t>(code == 0 ? 0 : ratio_code);
+        root_codes[i] = code;
+        ratio_codes[i] = code == 0 ? 0 : ratio_code;
         if (kCounted) seen->stored[i] = (unit * 16.0f) * (unit * 16.0f);
     }
+    for (int64_t i = 0; i < kBlock; ++i) roots[i] = static_cast<uint8_t>(root_codes[i]);
+    for (int64_t i = 0; i < kBlock; ++i) means[i] = static_cast<uint8_t>(ratio_codes[i]);
     *scale = static_cast<uint8_t>(biased);
 }
 

@@ -1,6 +1,6 @@
 """Which implementation takes the step: plain tensors, compiled C++ on the CPU, Triton on CUDA.
 
-    path       FP8 (and BF16, on the CPU) moments of float32 parameters
+    path       FP8 and BF16 moments of float32 parameters
     auto       fused where it can be had; where not, eager, and a line in the log says so once
     eager      plain tensor operations
     compiled   fused; an error where it cannot be had
@@ -69,13 +69,11 @@ def _open(device: str, kind: str) -> tuple[FusedStep | None, str]:
 
 
 def _triton_form(kind: str) -> FusedStep | str:
-    if kind != "fp8":
-        return "a fused form is written for fp8 alone"
     try:
-        from moe_runtime.optim.fused_step_triton import fused_step
+        from moe_runtime.optim import bf16_step_triton, fused_step_triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    return fused_step
+    return {"fp8": fused_step_triton.fused_step, "bf16": bf16_step_triton.bf16_step}[kind]
 
 
 def _compiled_form(device: str, kind: str) -> FusedStep | str:

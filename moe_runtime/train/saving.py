@@ -4,7 +4,7 @@ Everything else of the state is arithmetic on the step number (data order, sched
 moments), so a resumed run takes the same bits onward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -45,6 +45,14 @@ class TrainingState:
         """Every parameter and saved buffer of this rank, live."""
         chunks = self.runtime.chunks.values()
         return {name: tensor for chunk in chunks for name, tensor in chunk.state_dict().items()}
+
+
+def with_ema(state: TrainingState, decay: float | None) -> TrainingState:
+    """The same with an average of what this rank writes, unless `decay` is None; a collective call."""
+    if decay is None:
+        return state
+    owned = weights_to_save(state.weights(), state.first_expert, state.peers)
+    return replace(state, ema=HostEma(owned, decay))
 
 
 def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: int) -> Saved | SaveFailed:

@@ -37,13 +37,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (texts / f"{number}.txt").write_text(f"document {number}: " + "the quick brown fox. " * 20)
     prepare(Request(f"dir:{texts}", "byte", 0, 0.0, 0.3), folder / "data")
     store = CheckpointStore(folder / "run", Peers(), 2)
+    older: dict[str, torch.Tensor] = {}
     for step in (10, 20):
         model = Transformer(RUN.model)
         model.init_weights(step)
         meta = SaveMeta(tokens=step * 16, config=RUN.model_dump(mode="json"), layout={"pp": 1, "dp": 1})
         extras = {TOKENIZER_FILE: ByteTokenizer().to_json().encode()}
         weights = weights_to_save(model.state_dict(), 0, Peers())
-        assert isinstance(store.save(step, Contribution(weights, extras=extras), meta), Saved)
+        # Its average: of the newer one, the weights of the older; so that it can be told from them.
+        average = {name: tensor.float() for name, tensor in older.items()} if older else {}
+        assert isinstance(store.save(step, Contribution(weights, extras=extras, ema=average), meta), Saved)
+        older = weights
     return folder
 
 
@@ -117,6 +121,20 @@ def test_generate_continues_a_prompt_repeatably(made: Path) -> None:
 def test_generate_prints_the_text_that_json_holds(made: Path) -> None:
     options = ("generate", made / "run", "--prompt", "the ", "--max-tokens", 8, "--temperature", 0)
     assert call(*options) == "the " + json.loads(call(*options, "--json"))["text"] + "\n"
+
+
+def test_eval_and_generate_take_the_average_of_the_weights_if_asked(made: Path) -> None:
+    newer, older = (made / "run" / "checkpoints" / f"step_{step:08d}" for step in (20, 10))
+    measure = ("eval", "--data", made / "data", "--json")
+    averaged = json.loads(call(*measure, newer, "--ema"))
+    assert averaged["ema"] and averaged["loss"] == json.loads(call(*measure, older))["loss"]
+    assert averaged["loss"] != json.loads(call(*measure, newer))["loss"]
+    draw = ("generate", "--prompt", "the ", "--max-tokens", 8, "--json", "--seed", 3)
+    tokens = json.loads(call(*draw, newer, "--ema"))["tokens"]
+    assert tokens == json.loads(call(*draw, older))["tokens"]
+    for command in (measure, draw):
+        with pytest.raises(CheckpointError, match="expected averaged weights, got none"):
+            call(*command, older, "--ema")
 
 
 def test_generate_needs_neither_prompt_text_nor_the_data_folder(made: Path, run_dir: Path) -> None:

@@ -69,6 +69,7 @@ def test_a_model_is_loaded_from_the_average(runs: Path) -> None:
     assert not torch.equal(model.state_dict()["head.weight"], load_model(runs / "one").state_dict()["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_to_average_begins_at_its_weights_and_one_without_says_so(runs: Path) -> None:
     config = str(runs.parent / "run.yaml")
     common = ("name=late", "train.eval_every=0", "layout={}", "train.sample_tokens=1")

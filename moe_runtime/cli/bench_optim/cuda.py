@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_runtime.optim.counter_rng import derive_key
 from moe_runtime.optim.eager_step import eager_step, torch_step
-from moe_runtime.optim.moments import Fp8Moments, FullMoments, Noise, State
+from moe_runtime.optim.moments import Bf16Moments, Fp8Moments, FullMoments, MomentStorage, Noise, State
 from moe_runtime.optim.statistics import blank_counters, read_counters
 from moe_runtime.optim.update import Factors, factors_of
 
@@ -59,51 +59,60 @@ def noise_of(step: int, offset: int = 0) -> Noise:
 
 
 def wrong_bits(device: torch.device, most: int = 1 << 20) -> list[str]:
-    """Cases of up to `most` elements in which the fused step differs from the plain one on the CPU."""
+    """Cases of up to `most` elements in which a fused step differs from the plain one on the CPU."""
+    from moe_runtime.optim.bf16_step_triton import bf16_step
     from moe_runtime.optim.fused_step_triton import fused_step
 
-    wrong = []
-    cases = [
-        (1, 0),
-        (127, 5),
-        (6682, 64),
-        (1 << 20, 0),
-        (300_001, (1 << 32) - 100_000),
-        (3001, (1 << 32) - 1000),
+    forms: list[tuple[MomentStorage, Callable[..., None]]] = [
+        (Fp8Moments(), fused_step),
+        (Bf16Moments(), bf16_step),
     ]
-    for count, offset in [case for case in cases if case[0] <= most]:
-        for half in (False, True):
-            plain, ours = make_case(count, torch.device("cpu")), make_case(count, torch.device("cpu"))
-            ours = Case(
-                ours.value.to(device),
-                ours.grad.to(device),
-                ours.grad_bf16.to(device),
-                {name: tensor.to(device) for name, tensor in ours.state.items()},
-                ours.working.to(device),
-            )
-            counts = blank_counters(torch.device("cpu")), blank_counters(device)
-            for step in (1, 2, 3):
-                factors, noise = factors_of(GROUP, step), noise_of(step, offset)
-                grads = [case.grad_bf16 if half else case.grad for case in (plain, ours)]
-                eager_step(plain.value, grads[0], Fp8Moments(), plain.state, factors, noise, counts[0])
-                fused_step(ours.value, grads[1], ours.state, factors, noise, ours.working, counts[1])
-            pairs = {"weight": (plain.value, ours.value), "working": (plain.value.bfloat16(), ours.working)}
-            pairs |= {name: (plain.state[name], ours.state[name]) for name in plain.state}
-            same = {name: torch.equal(want, got.cpu()) for name, (want, got) in pairs.items()}
-            same["counts"] = read_counters(counts[0], count, 1.0) == read_counters(counts[1], count, 1.0)
-            gradient = "bf16" if half else "fp32"
-            wrong += [
-                f"{name} of {count} ({gradient} gradient)" for name, is_same in same.items() if not is_same
-            ]
-    return wrong
+    carry = 1 << 32
+    layouts = [(1, 0), (127, 5), (6682, 64), (1 << 20, 0), (300_001, carry - 100_000), (3001, carry - 1000)]
+    return [
+        f"{name} of {count} ({storage.kind}, {'bf16' if half else 'fp32'} gradient)"
+        for count, offset in layouts
+        if count <= most
+        for half in (False, True)
+        for storage, form in forms
+        for name in _differing(form, storage, count, offset, half, device)
+    ]
+
+
+def _differing(
+    form: Callable[..., None],
+    storage: MomentStorage,
+    count: int,
+    offset: int,
+    half: bool,
+    device: torch.device,
+) -> list[str]:
+    """Names of what three steps leave with other bits."""
+    cpu = torch.device("cpu")
+    case = make_case(count, cpu)
+    grad = case.grad_bf16 if half else case.grad
+    value, working = case.value.to(device, copy=True), case.working.to(device, copy=True)
+    expected, state = storage.blank(case.value), storage.blank(value)
+    counts = blank_counters(cpu), blank_counters(device)
+    for step in (1, 2, 3):
+        factors, noise = factors_of(GROUP, step), noise_of(step, offset)
+        counters = counts[0] if storage.kind == "fp8" else None
+        eager_step(case.value, grad, storage, expected, factors, noise, counters)
+        form(value, grad.to(device), state, factors, noise, working, counts[1])
+    pairs = {"weight": (case.value, value), "working copy": (case.value.bfloat16(), working)}
+    pairs |= {name: (expected[name], state[name]) for name in expected}
+    found = [name for name, (want, got) in pairs.items() if not torch.equal(want, got.cpu())]
+    joined = [read_counters(counters, count, 1.0) for counters in counts]
+    return found if joined[0] == joined[1] else [*found, "counts"]
 
 
 def contenders(case: Case, factors: Factors) -> dict[str, tuple[Callable[[], object], float]]:
     """By name: what to time, and the bytes it cannot avoid."""
+    from moe_runtime.optim.bf16_step_triton import bf16_step
     from moe_runtime.optim.fused_step_triton import fused_step
 
     count, device = case.value.numel(), case.value.device
-    full = FullMoments().blank(case.value)
+    full, bf16_state = FullMoments().blank(case.value), Bf16Moments().blank(case.value)
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     counters = blank_counters(device)
@@ -120,6 +129,10 @@ def contenders(case: Case, factors: Factors) -> dict[str, tuple[Callable[[], obj
         "fp8, working copy, counted": (
             lambda: fused_step(*plain, case.working, counters),
             count * (14 + STATE_BYTES),
+        ),
+        "bf16, working copy": (
+            lambda: bf16_step(case.value, case.grad, bf16_state, factors, noise_of(2), case.working),
+            22.0 * count,
         ),
         "torch fused, fp32 moments": (
             lambda: torch_step(case.value, case.grad, full, GROUP, 2),

@@ -170,7 +170,7 @@ def test_a_cast_of_a_weight_is_used_until_it_is_dropped_and_never_for_another_we
 
     def counting(weight: Tensor) -> Any:
         made.append(weight)
-        return cast.cast_weight(weight)
+        return cast.cast_weight_both(weight)
 
     weights, weight = WeightCasts(counting), torch.randn(40, 24)
     first = weights.blocks(weight)

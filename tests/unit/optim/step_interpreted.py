@@ -2,7 +2,8 @@
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so this runs in a process of its own:
 `python -m tests.unit.optim.step_interpreted` runs each `case_` and prints {name: what went wrong or ""}.
-The working copy is left out: the interpreter cuts BF16 off instead of rounding it (see the PTX test).
+The working copy of the step with FP8 moments is left out: the interpreter cuts BF16 off instead of rounding
+it (see the PTX test).
 """
 
 import json
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 
 from moe_runtime.optim import fused_step_triton
+from moe_runtime.optim.bf16_step_triton import bf16_step
 from moe_runtime.optim.fused_step_triton import fused_step
 from moe_runtime.optim.moments import Fp8Moments
 from tests.unit.optim.step_cases import LAYOUTS, differences, plain, run
@@ -54,6 +56,12 @@ def case_what_is_not_finite_reads_as_after_the_plain_step() -> None:
     for mine, theirs in zip((*got, ours.value), (*want, expected.value), strict=True):
         assert torch.equal(mine.nan_to_num(nan=-1.0), theirs.nan_to_num(nan=-1.0))
     assert got[1][[3, 200, 300]].isnan().all() and ours.counts.nonfinite == 3
+
+
+def case_bf16_moments_have_the_bits_of_the_plain_step() -> None:
+    for count, dtype in ((1, torch.float32), (2500, torch.bfloat16)):
+        ours, expected = (run(form, "bf16", count, 0, dtype) for form in (bf16_step, plain("bf16")))
+        assert not differences(ours, expected), (count, dtype)
 
 
 def case_the_comparison_sees_another_noise() -> None:

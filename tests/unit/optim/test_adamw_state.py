@@ -196,8 +196,23 @@ def test_stage_3_may_not_give_all_groups_the_first_ones_weight_decay() -> None:
     with pytest.raises(CheckpointError, match=r"the weight_decay of the first, 0\.1, expected"):
         train(other, fresh[0], range(3, 4))
     other.restore_hyperparameters()
+    assert all(group["steps_of_groups"] == {0: [3.0], 1: [3.0]} for group in other.param_groups)
     assert [(g["weight_decay"], g["lr"]) for g in other.param_groups] == [(0.1, 0.005), (0.0, 0.005)]
     train(other, fresh[0], range(3, 4))
+
+
+def test_groups_that_a_schedule_makes_alike_later_are_not_complained_of() -> None:
+    """Groups of BF16_Optimizer come back with their own values, all in sight; rates may then end at zero."""
+    optimizer, params = two_groups()
+    for param in params:
+        train(optimizer, param, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group, loaded in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in loaded.items() if key != "params"})
+    train(optimizer, params[0], range(3, 4))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    train(optimizer, params[0], range(4, 5))
 
 
 def test_groups_made_alike_come_back_alike_without_complaint() -> None:

@@ -100,3 +100,19 @@ def test_an_average_of_other_weights_is_refused_whole(change: str) -> None:
     with pytest.raises(CheckpointError, match="average of b: expected \\[1\\], got"):
         ema.restore(saved)
     assert ema.tensors()["a"].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_on_a_gpu_are_averaged_on_the_host_as_those_on_a_cpu_are() -> None:
+    live = weights(torch.bfloat16)
+    on_gpu = {name: tensor.cuda() for name, tensor in live.items()}
+    ours, theirs = HostEma(on_gpu, 0.9), HostEma(live, 0.9)
+    for step in range(5):
+        ours.join(), theirs.join()
+        for name, tensor in live.items():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(step)).bfloat16())
+            on_gpu[name].copy_(tensor)
+        ours.start(), theirs.start()
+    for name, average in ours.tensors().items():
+        assert average.device.type == "cpu" and torch.equal(average, theirs.tensors()[name])
