@@ -3,8 +3,8 @@
     PYTHONPATH=.:comm python3 benchmarks/fp8_gemm.py --out FOLDER [--seconds 45] [--part NAME]
 
 Each part is a process of its own with a limit, so that one that hangs or breaks costs its own lines only;
-lines are written as they come, to FOLDER/<part>.jsonl. `--part prepare` alone compiles the kernels of DeepGEMM
-for the shapes of `bench fp8`, by several processes, and counts those for changing counts of rows.
+lines are written as they come, to FOLDER/<part>.jsonl. `--part prepare` alone compiles the kernels of
+DeepGEMM for the shapes of `bench fp8`, by several processes, and counts those for changing counts of rows.
 The results are for reading: `moe-runtime bench fp8 --device cuda --write-table` makes the table that is used.
 """
 

@@ -168,7 +168,6 @@ def gated_backward_cast_on_device(
     *,
     hardware_cast: bool | None = None,
     columns: int = COLUMNS,
-    num_warps: int = WARPS,
     max_registers: int | None = None,
 ) -> tuple[Tiles, Tiles, Tensor | None]:
     """The gradient of gate_up in tiles both ways, and that of the row weights.
@@ -180,7 +179,6 @@ def gated_backward_cast_on_device(
         groups: of the rows; None: one group.
         hardware_cast: as in `cast_columns_on_device`.
         columns: of a program that makes columns; a power of two up to 128.
-        num_warps: of a program.
         max_registers: of a thread; None: REGISTERS with the conversion instructions, else the compiler's.
 
     Returns:
@@ -193,7 +191,6 @@ def gated_backward_cast_on_device(
     if width % TILE:
         return _in_steps(d_product, gate_up, weights, groups, hardware_cast)
     is_hardware = has_cast_instruction(device) if hardware_cast is None else hardware_cast
-    max_registers = max_registers or (REGISTERS if is_hardware else None)
     made, turned = empty_tiles(rows, 2 * width, device), empty_tiles(2 * width, groups.num_padded, device)
     parts = None if weights is None else torch.empty((width // TILE, rows), device=device)
     if made.codes.numel():
@@ -220,7 +217,7 @@ def gated_backward_cast_on_device(
             WEIGHTED=weights is not None,
             HARDWARE_CAST=is_hardware,
             COLUMNS=columns,
-            **launch_options(num_warps, max_registers),
+            **launch_options(WARPS, max_registers or (REGISTERS if is_hardware else None)),
         )
     return made, turned, None if parts is None else parts.sum(0)
 

@@ -42,7 +42,7 @@ class Plan:
     band: int = 8
 
 
-# Swept on an H200 (benchmarks/fp8_gemm.py). No other is faster at every shape of its role by more than runs vary.
+# Swept on an H200 (benchmarks/fp8_gemm.py). None beats these at all shapes by more than runs differ.
 PLANS = {
     "dense": Plan(64, 128, 4, 3, programs=3),
     "groups": Plan(64, 128, 4, 3, programs=2, band=16),
