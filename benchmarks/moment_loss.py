@@ -32,8 +32,8 @@ from moe_runtime.optim.schedule import lr_at
 
 GATE = 0.0025
 LAST = 200
-SEQ_LEN, BATCH = 64, 16
-PEAK_LR = 3e-4
+SEQ_LEN, BATCH = 64, 64
+PEAK_LR = 1.5e-3
 STORAGES = ("fp32", "fp8", "control", "perturbed")
 MODEL = ModelConfig(
     vocab_size=264,
@@ -135,8 +135,9 @@ def report(runs: dict[tuple[str, float, int], dict]) -> None:
             found = differences(runs, storage, beta2)
             if found:
                 mean, each = statistics.mean(found), " ".join(f"{x:+.3%}" for x in found)
+                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
                 verdict = "holds" if abs(mean) <= GATE else "misses"
-                print(f"beta2 {beta2:<6} {storage:8} {mean:+.3%} {verdict}; seeds: {each}")
+                print(f"beta2 {beta2:<6} {storage:8} {mean:+.3%} +- {error:.3%} {verdict}; seeds: {each}")
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("moment_loss.jsonl"))
     parser.add_argument("--data", default="data/stdlib-byte")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--control-seeds", type=int, default=1, help="it misses by far more than seeds differ"

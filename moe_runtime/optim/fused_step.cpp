@@ -140,6 +140,12 @@ void count_block(const Seen& seen, const uint8_t* means, const uint8_t* roots, i
     to.add(found);
 }
 
+// Noise that rounds up a little more often; see `lifted` in moments.py.
+inline uint32_t lifted(uint32_t noise) {
+    const uint32_t threshold = noise & kFractionMask, leading = threshold >> 15;
+    return threshold + ((leading * (4095 - leading) * 3) >> 4);
+}
+
 // One whole block. `words` holds the noise of its elements.
 template <bool kCounted>
 void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8_t* __restrict means,
@@ -174,7 +180,7 @@ void step_fp8_block(float* __restrict value, const float* __restrict grad, uint8
     const float inverse = as_float((254 - biased) << 23), power = as_float((biased - 4) << 23);
     for (int64_t i = 0; i < kBlock; ++i) {
         const uint32_t noise = words[i];
-        const int32_t code = Root::encode(as_bits(root[i] * inverse) & kMagnitude, noise);
+        const int32_t code = Root::encode(as_bits(root[i] * inverse) & kMagnitude, lifted(noise));
         const float unit = Root::decode(code) * power;
         const int32_t ratio = as_bits(mean[i] / unit);  // anything where the root is zero
         const int32_t ratio_code = Ratio::encode(ratio & kMagnitude, noise * 741103597u) | ((ratio >> 24) & 0x80);

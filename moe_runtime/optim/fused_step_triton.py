@@ -185,13 +185,23 @@ def adamw(
 
 
 @triton.jit
+def lifted(noise: tl.tensor) -> Any:
+    """See `moments.lifted`; uint32 as `noise`."""
+    threshold = noise.to(tl.int32, bitcast=True) & _FRACTION_MASK
+    leading = threshold >> 15
+    return threshold + ((leading * (4095 - leading) * 3) >> 4)
+
+
+@triton.jit
 def encode_block(mean: tl.tensor, root: tl.tensor, noise: tl.tensor) -> Any:
     """Fp8Moments.write: (codes of sqrt(v), codes of m / sqrt(v), biased scales [ROWS], new roots)."""
     bits = root.to(tl.int32, bitcast=True)
     largest = tl.minimum(tl.max(bits & _MAGNITUDE, axis=1), _INFINITY)
     scale = tl.maximum(((largest + _ROOT_ROUND) >> 23) - 16, _MIN_SCALE)
     scaled = root * power_of_two(254 - scale)[:, None]
-    code = encode(scaled.to(tl.int32, bitcast=True), noise, _ROOT_REBIAS, _ROOT_NORMAL, _ROOT_FIXED, 0xFE)
+    code = encode(
+        scaled.to(tl.int32, bitcast=True), lifted(noise), _ROOT_REBIAS, _ROOT_NORMAL, _ROOT_FIXED, 0xFE
+    )
     units = decode_root(code, power_of_two(scale - _RATIO_EXPONENT))
     ratio = tl.div_rn(mean, units).to(tl.int32, bitcast=True)  # anything where the root is zero
     again = noise * _MULTIPLIER_2

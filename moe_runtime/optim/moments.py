@@ -42,7 +42,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from moe_comm.wire.formats import E4M3, FP32_MANTISSA_BITS, UE5M3, decode, encode_stochastic
+from moe_comm.wire.formats import (
+    E4M3,
+    FP32_INFINITY,
+    FP32_MAGNITUDE,
+    FP32_MANTISSA_BITS,
+    FRACTION_BITS,
+    UE5M3,
+    decode,
+    encode_stochastic,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -231,7 +240,7 @@ class Fp8Moments:
         """Encode a window; m becomes zero where sqrt(v) did."""
         roots, means = rounded_sqrt(_as_blocks(square)), _as_blocks(mean)
         bits = random_bits(noise.key, noise.offset + start, roots.numel(), roots.device).view_as(roots)
-        root_codes, scales = _encode_roots(roots, bits)
+        root_codes, scales = _encode_roots(roots, lifted(bits))
         # Units of the root as it will be read; where that is zero, the quotient is masked afterwards.
         units = _decode_roots(root_codes, scales - RATIO_EXPONENT).clamp_(min=SMALLEST_NORMAL)
         ratio_codes = encode_stochastic(means / units, E4M3, second_draw(bits))
@@ -247,6 +256,21 @@ def rounded_sqrt(values: Tensor) -> Tensor:
     exact: a root of 24 bits is never so near the middle of two that a last place of double decides.
     """
     return values.to(torch.float64).sqrt_().to(values.dtype)
+
+
+def lifted(bits: Tensor) -> Tensor:
+    """Noise under which sqrt(v) is rounded up a little more often than its fraction says, fresh.
+
+    With an exact probability f the mean of stored sqrt(v) is right, but what the update divides by it is
+    not: 1 / x bends, and the spread that rounding makes around the average (11 to 17 %) raises the mean of
+    exact / stored to 1.007 to 1.015, which acts as a higher learning rate. f + f (1 - f) 3/128 brings it to
+    0.997 to 1.005, at beta2 0.95 and 0.999, for Gaussian and heavy-tailed gradients. It is done to the
+    noise, in 12 leading bits, so that it is the same integers everywhere; zero noise and full noise stay,
+    so a value that the format holds still never moves.
+    """
+    threshold = bits & ((1 << FRACTION_BITS) - 1)
+    leading = threshold >> (FRACTION_BITS - 12)
+    return leading.mul(4095 - leading).mul_(3).bitwise_right_shift_(4).add_(threshold)
 
 
 def _fp8_shapes(param: Tensor) -> dict[str, tuple[int, int]]:
@@ -267,7 +291,9 @@ def _encode_roots(roots: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     The scale is the smallest power of two under which the block's largest root does not saturate:
     its exponent, one more where the mantissa exceeds that of UE5M3's largest value.
     """
-    largest = roots.amax(dim=1, keepdim=True).view(torch.int32)
+    # Of NaN the sign is taken off, and its bits count as those of infinity.
+    largest = roots.amax(dim=1, keepdim=True).view(torch.int32) & FP32_MAGNITUDE
+    largest.clamp_(max=FP32_INFINITY)
     exponent = (largest + (FP32_MANTISSA - MAX_ROOT_MANTISSA)).bitwise_right_shift_(FP32_MANTISSA_BITS)
     scale = exponent.sub_(UE5M3.max_exponent).clamp_(min=SCALE_BIAS + MIN_SCALE_EXPONENT)
     inverse = (2 * SCALE_BIAS - scale).bitwise_left_shift_(FP32_MANTISSA_BITS).view(torch.float32)

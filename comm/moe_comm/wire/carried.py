@@ -131,8 +131,12 @@ def float_scales(scales: Tensor) -> Tensor:
 
 
 def byte_scales(scales: Tensor) -> Tensor:
-    """Biased exponents, uint8, of scales float32 that are normal powers of two or NaN."""
-    return scales.view(torch.int32).bitwise_right_shift(FP32_MANTISSA_BITS).to(torch.uint8)
+    """Biased exponents, uint8, of scales float32 that are normal powers of two or NaN; at any strides.
+
+    They come with adjacent columns, as fields of records do: a GPU's casts lay numbers out by columns.
+    """
+    exponents = scales.view(torch.int32).bitwise_right_shift(FP32_MANTISSA_BITS)
+    return exponents.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def _hang(rows: Tensor, codes: Tensor, scales: Tensor, is_stand_in: bool) -> Tensor:

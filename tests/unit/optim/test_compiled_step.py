@@ -54,6 +54,7 @@ def test_the_comparison_sees_one_code_and_one_count() -> None:
 
 def spoil(grad: torch.Tensor) -> None:
     grad[3], grad[200], grad[300] = torch.inf, torch.nan, 3e30  # the square of the last is infinite
+    grad[400] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # NaN with its sign set
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -64,8 +65,8 @@ def test_what_is_not_finite_reads_as_after_the_plain_step(kind: str) -> None:
         assert torch.equal(got.nan_to_num(nan=-1.0), want.nan_to_num(nan=-1.0))
     assert torch.equal(ours.value.nan_to_num(nan=-1.0), expected.value.nan_to_num(nan=-1.0))
     if kind == "fp8":
-        assert Fp8Moments().read(ours.state, 0, 600)[1][[3, 200, 300]].isnan().all()
-        assert ours.counts.nonfinite == expected.counts.nonfinite == 3
+        assert Fp8Moments().read(ours.state, 0, 600)[1][[3, 200, 300, 400]].isnan().all()
+        assert ours.counts.nonfinite == expected.counts.nonfinite == 4
 
 
 def test_denormal_and_huge_gradients_give_the_same_bits() -> None:

@@ -112,10 +112,10 @@ def test_nearest_rounding_of_v_cannot_be_asked_for() -> None:
 
 @pytest.mark.slow
 def test_a_small_moe_trains_with_fp8_moments_and_not_with_linear_e4m3_to_nearest(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One seed of benchmarks/moment_loss.py. Seeds differ by some tenths of a per cent, so the gate of 0.25 %
-    is for the mean over seeds that the script makes; one pair is held to 1 %, and the control fails that."""
+    """One seed of benchmarks/moment_loss.py with an eighth of its batch. Such pairs differ by half a per cent
+    from chaos alone, so the gate of 0.25 % is for the script's mean over seeds; here the control fails."""
     from benchmarks import moment_loss
     from moe_runtime.config.schema import DataConfig
     from moe_runtime.data.prepare import ensure_prepared
@@ -127,8 +127,10 @@ def test_a_small_moe_trains_with_fp8_moments_and_not_with_linear_e4m3_to_nearest
     data = tmp_path / "data"
     ensure_prepared(DataConfig(path=str(data), source=f"dir:{text}"), 0)
     loss = {}
+    monkeypatch.setattr(moment_loss, "BATCH", 8)
+    monkeypatch.setattr(moment_loss, "PEAK_LR", 1e-3)
     for storage in ("fp32", "fp8", "control"):
         losses = moment_loss.train(storage, 0.95, 0, 600, data)
         loss[storage] = sum(losses[-moment_loss.LAST :]) / moment_loss.LAST
-    assert abs(loss["fp8"] / loss["fp32"] - 1) < 0.01
-    assert abs(loss["control"] / loss["fp32"] - 1) > 0.02
+    assert abs(loss["fp8"] / loss["fp32"] - 1) < 0.02
+    assert loss["control"] / loss["fp32"] - 1 > 0.03
