@@ -207,7 +207,7 @@ def check_retile(x: Tensor, groups: Groups) -> str:
     uneven[:, 3], uneven[:128, 5], uneven[130:256, 9] = 0.0, 2.0**-14, -0.0
     rows = c.cast_rows_on_device(uneven)
     plain = plain_columns(plain_decode(rows), groups)
-    wide = c.columns_of_on_device(rows, groups, packed=False)
+    wide = c.columns_of_on_device(rows, groups, hardware_cast=False)
     return same(c.columns_of_on_device(rows, groups), plain) or same(wide, plain)
 
 

@@ -121,7 +121,7 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
         "columns": (
             lambda **o: c.cast_columns_on_device(i.x, i.groups, **o),
             x_bytes + padded,
-            [*grid("columns", (64, 2), (128, 4)), *capped(80)],
+            [*grid("columns", (64, 4), (128, 4)), *capped(80)],
         ),
         "both": (
             lambda **o: c.cast_both_on_device(i.x, i.groups, **o),
@@ -132,16 +132,13 @@ def plain_plans(i: Inputs) -> dict[str, Plan]:
             lambda **o: c.columns_of_on_device(i.tiles, i.groups, **o),
             code_bytes + padded,
             [
-                {"packed": False, "num_warps": 2},
-                {"packed": False, "max_registers": 80},
-                *grid("columns", (64, 2), (128, 4)),
-                *capped(80),
+                *grid("columns", (64, 4), (128, 4)),
             ],
         ),
         "normed": (
             lambda **o: c.cast_normed_on_device(i.x, i.gain, 1e-6, **o),
             2 * x_bytes + code_bytes,
-            [{"gain_first": True}, {"num_warps": 4}],
+            [{"num_warps": 4}],
         ),
         "weight": (lambda **o: c.cast_weight_on_device(i.x, **o), x_bytes + i.x.numel(), warps),
         "weight_both": (
@@ -174,7 +171,7 @@ def gated_plans(i: Inputs) -> dict[str, Plan]:
         "gated_backward": (
             lambda **o: c.gated_backward_cast_on_device(i.d_product, *cached, **o),
             i.d_product.nbytes + 2 * wide_codes + wide_padded,
-            [*grid("columns", (32, 2), (64, 8)), *capped(80)],
+            capped(96),
         ),
     }
 

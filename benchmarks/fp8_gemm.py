@@ -1,10 +1,10 @@
-"""Which plans of the Triton kernel and which ways of DeepGEMM with groups are worth having, on one GPU.
+"""Which plans of the Triton kernel are worth having, and how often DeepGEMM compiles, on one GPU.
 
     PYTHONPATH=.:comm python3 benchmarks/fp8_gemm.py --out FOLDER [--seconds 45] [--part NAME]
 
 Each part is a process of its own with a limit, so that one that hangs or breaks costs its own lines only;
-lines are written as they come, to FOLDER/<part>.jsonl. Kernels of DeepGEMM are compiled first by several
-processes, for these shapes and those of `bench fp8`.
+lines are written as they come, to FOLDER/<part>.jsonl. `--part prepare` alone compiles the kernels of
+DeepGEMM for the shapes of `bench fp8`, by several processes, and counts those for changing counts of rows.
 The results are for reading: `moe-runtime bench fp8 --device cuda --write-table` makes the table that is used.
 """
 
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.cli.bench_fp8.cases import Shape, gpu_shapes, plain_call, ragged
+from moe_runtime.cli.bench_fp8.cases import Shape, gpu_shapes, ragged
 
 SWEPT = [
     Shape("dense", 4096, 4096, 7168),
@@ -55,14 +55,6 @@ def write(options: argparse.Namespace, line: dict[str, Any]) -> None:
     print(options.part, text, flush=True)
 
 
-def part_peaks(options: argparse.Namespace) -> None:
-    import torch
-
-    from moe_runtime.cli.bench_fp8.clock import peaks
-
-    write(options, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **peaks()})
-
-
 def part_warm(options: argparse.Namespace) -> None:
     """Have DeepGEMM compile what some of the shapes need."""
     import torch
@@ -77,8 +69,6 @@ def part_warm(options: argparse.Namespace) -> None:
         try:
             x = make_operands(shape, device, 0)
             fp8_call(shape, groups, x, gemm_deepgemm, False)()
-            for call in ways_of(shape, groups, x).values():
-                call()
             torch.cuda.synchronize()
             found = "done"
         except Exception as error:
@@ -86,76 +76,6 @@ def part_warm(options: argparse.Namespace) -> None:
         write(
             options, {"shape": shape.name, "result": found, "seconds": round(time.perf_counter() - begin, 1)}
         )
-        torch.cuda.empty_cache()
-
-
-def ways_of(shape: Shape, groups: Any, x: Any) -> dict[str, Any]:
-    """Other ways of DeepGEMM with groups, as calls that write x.out, or add to it, or only copy."""
-    from moe_runtime.fp8 import gemm_deepgemm as dense
-    from moe_runtime.fp8 import gemm_deepgemm_groups as grouped
-
-    if shape.role == "groups":
-        return {
-            "one by one": lambda: dense._one_by_one(x.out, x.left_tiles, x.right_tiles, groups),
-            "all rows padded": lambda: all_padded(x, groups),
-        }
-    if shape.role == "wgrad_groups":
-        counts = groups.padded_counts.tolist()
-        sides = (x.left_tiles.codes, x.right_tiles.codes)
-        return {
-            "one by one": lambda: dense._tokens_one_by_one(x.out, x.left_tiles, x.right_tiles, groups, True),
-            "copies alone": lambda: [grouped.group_major(codes, counts) for codes in sides],
-        }
-    return {}
-
-
-def all_padded(x: Any, groups: Any) -> None:
-    """Every row copied to where its group begins at a multiple of 128, and every result copied back."""
-    import torch
-
-    from moe_runtime.fp8.gemm_deepgemm import _library
-    from moe_runtime.fp8.gemm_deepgemm_groups import words
-
-    if not hasattr(x, "padded"):
-        first, size = groups.tile_rows.long().unbind(1)
-        within = torch.minimum(torch.arange(128, device=first.device), size[:, None] - 1)
-        group = torch.searchsorted(groups.ends.long(), first.contiguous(), right=True).repeat_interleave(128)
-        object.__setattr__(x, "padded", ((first[:, None] + within).flatten(), group.int()))
-    rows, group = x.padded
-    codes = words(x.left_tiles.codes).index_select(0, rows).view(torch.float8_e4m3fn)
-    scales = x.left_tiles.scales.t().index_select(1, rows).t()
-    made = x.out.new_empty(len(rows), x.out.shape[1])
-    right = (x.right_tiles.codes.view(torch.float8_e4m3fn), x.right_tiles.scales)
-    _library().m_grouped_fp8_gemm_nt_contiguous((codes, scales), right, made, group, compiled_dims="")
-    words(x.out).index_copy_(0, rows, words(made))
-
-
-def part_ways(options: argparse.Namespace) -> None:
-    """The ways with groups against each other, checked against BF16 first."""
-    import torch
-
-    from moe_runtime.cli.bench_fp8.cases import groups_of, sets_of
-    from moe_runtime.cli.bench_fp8.clock import device_seconds
-    from moe_runtime.cli.bench_fp8.measure import measure_shape
-    from moe_runtime.fp8.difference import difference
-
-    device = torch.device("cuda")
-    for shape in SWEPT:
-        if not shape.counts:
-            continue
-        line = measure_shape(shape, device, ["deepgemm", "scaled_mm", "triton"], 12)
-        groups, sets = groups_of(shape, device), sets_of(shape, device)
-        exact = plain_call(shape, groups, sets[0])()
-        for name in ways_of(shape, groups, sets[0]):
-            calls = [ways_of(shape, groups, x)[name] for x in sets]
-            sets[0].out.fill_(0 if "wgrad" in shape.role else torch.nan)
-            calls[0]()
-            line["difference"][name] = difference(exact, sets[0].out)
-            seconds = device_seconds(calls, 12)
-            line["tflops"][name] = round(shape.flops / seconds / 1e12, 1)
-            line[f"{name}, us"] = round(seconds * 1e6)
-        write(options, line)
-        del sets
         torch.cuda.empty_cache()
 
 
@@ -237,7 +157,6 @@ PARTS = {
     "prepare": lambda options: part_prepare(options),
     "warm": part_warm,
     "counts": part_counts,
-    "ways": part_ways,
     "plans": part_plans,
     "compile": part_compile,
 }
@@ -275,8 +194,7 @@ def part_prepare(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace) -> None:
     begin = time.monotonic()
     part_prepare(options)
-    for part in ("ways", "plans"):
-        finish(start(options, part), options.seconds - (time.monotonic() - begin), part)
+    finish(start(options, "plans"), options.seconds - (time.monotonic() - begin), "plans")
 
 
 def main() -> None:

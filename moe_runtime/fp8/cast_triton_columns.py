@@ -29,7 +29,7 @@ from moe_runtime.fp8.cast_triton_tile import (
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
-COLUMNS, COLUMN_WARPS = 64, 4  # of a program of `cast_columns`: 16 KiB of BF16
+COLUMNS, COLUMN_WARPS = 64, 2  # of a program of `cast_columns`: 16 KiB of BF16
 BOTH_WARPS = (
     4  # twice that without the cast instruction; `cast_both` needs 128 columns, for it makes row tiles too
 )

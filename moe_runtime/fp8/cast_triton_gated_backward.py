@@ -42,6 +42,7 @@ from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
 COLUMNS, WARPS = 32, 4
+REGISTERS = 80  # of a thread: a sixth program fits a multiprocessor
 
 
 @triton.jit
@@ -167,7 +168,6 @@ def gated_backward_cast_on_device(
     *,
     hardware_cast: bool | None = None,
     columns: int = COLUMNS,
-    num_warps: int = WARPS,
     max_registers: int | None = None,
 ) -> tuple[Tiles, Tiles, Tensor | None]:
     """The gradient of gate_up in tiles both ways, and that of the row weights.
@@ -177,9 +177,9 @@ def gated_backward_cast_on_device(
         gate_up: [m, 2f] as cached.
         row_weights: [m] floating.
         groups: of the rows; None: one group.
-        hardware_cast, max_registers: as in `cast_columns_on_device`.
+        hardware_cast: as in `cast_columns_on_device`.
         columns: of a program that makes columns; a power of two up to 128.
-        num_warps: of a program.
+        max_registers: of a thread; None: REGISTERS with the conversion instructions, else the compiler's.
 
     Returns:
         (Tiles [m, 2f], Tiles [2f, padded m], float32 [m] or None). For f no multiple of 128: `_in_steps`.
@@ -190,6 +190,7 @@ def gated_backward_cast_on_device(
     weights = adjacent(row_weights)
     if width % TILE:
         return _in_steps(d_product, gate_up, weights, groups, hardware_cast)
+    is_hardware = has_cast_instruction(device) if hardware_cast is None else hardware_cast
     made, turned = empty_tiles(rows, 2 * width, device), empty_tiles(2 * width, groups.num_padded, device)
     parts = None if weights is None else torch.empty((width // TILE, rows), device=device)
     if made.codes.numel():
@@ -214,9 +215,9 @@ def gated_backward_cast_on_device(
             turned.codes.shape[1] // 4,
             turned.scales.stride(1),
             WEIGHTED=weights is not None,
-            HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=is_hardware,
             COLUMNS=columns,
-            **launch_options(num_warps, max_registers),
+            **launch_options(WARPS, max_registers or (REGISTERS if is_hardware else None)),
         )
     return made, turned, None if parts is None else parts.sum(0)
 

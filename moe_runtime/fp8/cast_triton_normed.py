@@ -40,7 +40,6 @@ def cast_normed_kernel(
     eps: float,
     HARDWARE_CAST: tl.constexpr,
     TILES: tl.constexpr,
-    GAIN_FIRST: tl.constexpr,
 ) -> None:
     """One row; TILES is a power of two that holds all of its tiles."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,13 +47,11 @@ def cast_normed_kernel(
     column = tile[:, None] * _TILE + tl.arange(0, _TILE)[None, :]
     is_inside = column < num_columns
     high = tl.load(values + row * row_stride + column, mask=is_inside, other=0.0).to(tl.float32)
-    if GAIN_FIRST:
-        gains = tl.load(gain + column, mask=is_inside, other=0.0).to(tl.float32)
+    # Before the mean square is known: the wait for it covers that for the gain.
+    gains = tl.load(gain + column, mask=is_inside, other=0.0).to(tl.float32)
     total = tl.sum(tl.sum(high * high, axis=1), axis=0)
     factor = tl.rsqrt(total / num_columns + eps)
     tl.store(rstd + row, factor)
-    if not GAIN_FIRST:
-        gains = tl.load(gain + column, mask=is_inside, other=0.0).to(tl.float32)
     narrowed = rounded(high * factor * gains, out.dtype.element_ty, HARDWARE_CAST)
     tl.store(out + row * num_columns + column, narrowed, mask=is_inside)
     seen = narrowed.to(tl.float32)
@@ -72,7 +69,6 @@ def cast_normed_on_device(
     hardware_cast: bool | None = None,
     num_warps: int = WARPS,
     max_registers: int | None = None,
-    gain_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tiles]:
     """RMSNorm of rows and a cast of its output.
 
@@ -83,7 +79,6 @@ def cast_normed_on_device(
         hardware_cast: use the conversion instructions; None: where the device has them.
         num_warps: of a program, which takes one row.
         max_registers: of a thread; None: as the compiler likes.
-        gain_first: read it before the mean square is known; else after, in fewer registers, from L1.
 
     Returns:
         (output [m, k] of the dtype of x, 1 / root mean square float32 [m], Tiles [m, k] of the output).
@@ -106,7 +101,6 @@ def cast_normed_on_device(
             made.scales.stride(1),
             eps,
             HARDWARE_CAST=has_cast_instruction(x.device) if hardware_cast is None else hardware_cast,
-            GAIN_FIRST=gain_first,
             TILES=triton.next_power_of_2(num_tiles(columns)),
             **launch_options(num_warps, max_registers),
         )

@@ -30,7 +30,7 @@ _INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 _SMALLEST_SCALE: tl.constexpr = tl.constexpr((127 - 108) << 23)  # of a tile of zeros
 _LOWEST_TOP: tl.constexpr = tl.constexpr((127 - 93) << 23)  # 2^-15 of it is no less than that
 _LARGEST_SHIFT: tl.constexpr = tl.constexpr(15)
-COLUMNS, WARPS = 64, 4
+COLUMNS, WARPS = 64, 2
 
 
 @triton.jit
@@ -327,7 +327,6 @@ def columns_of_on_device(
     columns: int = COLUMNS,
     num_warps: int = WARPS,
     max_registers: int | None = None,
-    packed: bool = True,
 ) -> Tiles:
     """Tiles along the tokens from tiles along the features, for a weight gradient.
 
@@ -338,7 +337,6 @@ def columns_of_on_device(
         columns: of a program; a power of two up to 128.
         num_warps: of a program.
         max_registers: of a thread; None: as the compiler likes.
-        packed: through FP16 where that is exact and the hardware can.
 
     Returns:
         Tiles [k, padded m].
@@ -348,7 +346,7 @@ def columns_of_on_device(
     made = empty_tiles(codes.shape[1], groups.num_padded, codes.device)
     if made.codes.numel():
         is_hardware = has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast
-        packed = packed and is_hardware and (codes.shape[1] | codes.stride(0) | codes.data_ptr()) % 4 == 0
+        packed = is_hardware and (codes.shape[1] | codes.stride(0) | codes.data_ptr()) % 4 == 0
         columns_of_kernel[(groups.num_padded // TILE * triton.cdiv(codes.shape[1], columns),)](
             codes,
             codes.view(torch.int32) if packed else None,

@@ -69,7 +69,7 @@ def multiply_groups(
     _check(groups.num_rows == rows, f"groups of {rows} rows in all, got {groups.num_rows}")
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.codes.device)
     _check_out(out, [rows, columns])
-    chosen = _backend("groups", rows, columns, depth, out.device, backend)
+    chosen = _backend("groups", rows, columns, depth, out.device, backend, num_groups)
     chosen.multiply_groups_into(out, left, right, groups)
     return out
 
@@ -91,18 +91,20 @@ def weight_grad_groups(
     _check(out.dim() == 3, f"out [groups, n, k], got {list(out.shape)}")
     _check_groups(groups, out.shape[0])
     _check_out(out, [out.shape[0], rows, columns])
-    chosen = _backend("wgrad_groups", rows, columns, tokens, out.device, backend)
+    chosen = _backend("wgrad_groups", rows, columns, tokens, out.device, backend, out.shape[0])
     chosen.weight_grad_groups(out, left, right, groups, accumulate)
     return out
 
 
-def _backend(role: str, m: int, n: int, k: int, device: torch.device, wanted: str) -> ModuleType:
+def _backend(
+    role: str, m: int, n: int, k: int, device: torch.device, wanted: str, groups: int = 0
+) -> ModuleType:
     """The module that computes this product."""
     if device.type == "cpu" and wanted in ("auto", "reference"):
         return gemm_reference
     from moe_runtime.fp8 import gemm_choice  # type: ignore[attr-defined]
 
-    chosen: ModuleType = gemm_choice.backend_for(role, m, n, k, device, wanted)
+    chosen: ModuleType = gemm_choice.backend_for(role, m, n, k, device, wanted, groups=groups)
     return chosen
 
 

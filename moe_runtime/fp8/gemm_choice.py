@@ -2,10 +2,11 @@
 
 `crossover.json` holds, for each device by name and each role, shapes with the TFLOP/s of every back end
 (`moe-runtime bench fp8 --device cuda --write-table` makes it). A shape takes the line nearest to it in the
-logarithms of m, n and k, and there the fastest of the back ends that run here: that is known at the start,
-and one that does not is left out of every choice and named once in the log. Nothing else is silent either: a
-back end asked for by name that cannot run raises; `auto` says once for each role and back end what runs. A
-device without measurements takes those of a like one, or the order below, and the log says which.
+logarithms of m, n, k and the number of groups, and there the fastest of the back ends that run here: that is
+known at the start, and one that does not is left out of every choice and named once in the log. Nothing else
+is silent either: a back end asked for by name that cannot run raises; `auto` says once for each role and back
+end what runs. A device without measurements takes those of a like one, or the order below, and the log says
+which. Lines of groups are of ragged ones alone, which training has; equal ones are served by them.
 
 Speeds are of FP8 only. Where BF16 was faster (weight gradients of groups on an H200) FP8 runs all the same:
 BF16 would need operands that nobody keeps. `fp8.wgrad` turns FP8 off for a role.
@@ -42,7 +43,9 @@ _log = logging.getLogger("moe_runtime.fp8")
 _used: dict[tuple[str, str], int] = {}
 
 
-def backend_for(role: str, m: int, n: int, k: int, device: torch.device, wanted: str = "auto") -> ModuleType:
+def backend_for(
+    role: str, m: int, n: int, k: int, device: torch.device, wanted: str = "auto", *, groups: int = 0
+) -> ModuleType:
     """The module that computes a product.
 
     Args:
@@ -50,12 +53,13 @@ def backend_for(role: str, m: int, n: int, k: int, device: torch.device, wanted:
         m, n, k: rows and columns of the result and length of the sum; of all groups together where tokens
             are rows or are summed.
         wanted: `auto`, or the name of a back end.
+        groups: how many; 0 for a product without. Many small ones rank otherwise than few large ones.
 
     Raises:
         ConfigError: no such back end, or it cannot run on this device.
     """
     if wanted == "auto":
-        name = _choose(role, m, n, k, device)
+        name = _choose(role, m, n, k, groups, device)
     else:
         name = wanted
         reason = cannot_run(name, device)
@@ -106,7 +110,7 @@ def _table() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _choose(role: str, m: int, n: int, k: int, device: torch.device) -> str:
+def _choose(role: str, m: int, n: int, k: int, groups: int, device: torch.device) -> str:
     """The name of the back end for `auto`; kept, since counts of rows come again."""
     if device.type == "cpu":
         return "reference"
@@ -118,7 +122,7 @@ def _choose(role: str, m: int, n: int, k: int, device: torch.device) -> str:
             f"FP8 products ({role}) on {name}: no fast back end runs ({told}); use BF16, or ask for reference"
         )
     lines = _lines(name, role)
-    order = _fastest_first(lines, m, n, k) if lines else list(_UNMEASURED[role])
+    order = _fastest_first(lines, (m, n, k, groups)) if lines else list(_UNMEASURED[role])
     known = [backend for backend in order if backend in able]
     return known[0] if known else able[0]
 
@@ -154,12 +158,14 @@ def _say(message: str) -> None:
     _log.warning(message)
 
 
-def _fastest_first(lines: list[dict[str, Any]], m: int, n: int, k: int) -> list[str]:
-    """Back ends by their speed at the shape nearest to (m, n, k)."""
+def _fastest_first(lines: list[dict[str, Any]], shape: tuple[int, int, int, int]) -> list[str]:
+    """Back ends by their speed at the line nearest to a shape (m, n, k, groups)."""
 
     def distance(line: dict[str, Any]) -> float:
-        pairs = ((m, line["m"]), (n, line["n"]), (k, line["k"]))
-        return sum(math.log(max(ours, 1) / theirs) ** 2 for ours, theirs in pairs)
+        measured = (line["m"], line["n"], line["k"], line["groups"])
+        return sum(
+            math.log(max(ours, 1) / max(theirs, 1)) ** 2 for ours, theirs in zip(shape, measured, strict=True)
+        )
 
     speeds: dict[str, float] = min(lines, key=distance)["tflops"]
     return sorted((name for name in speeds if name in BACKENDS), key=lambda name: -speeds[name])

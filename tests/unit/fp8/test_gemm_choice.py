@@ -18,8 +18,8 @@ GPU = torch.device("cuda", 0)
 LARGE = {"bf16": 700, "triton": 800, "deepgemm": 1300, "scaled_mm": 1000}
 SMALL = {"bf16": 70, "triton": 80, "deepgemm": 60, "scaled_mm": 50}
 LINES: list[dict[str, Any]] = [
-    {"m": 4096, "n": 4096, "k": 7168, "tflops": LARGE},
-    {"m": 64, "n": 2048, "k": 512, "tflops": SMALL},
+    {"m": 4096, "n": 4096, "k": 7168, "groups": 0, "tflops": LARGE},
+    {"m": 64, "n": 2048, "k": 512, "groups": 0, "tflops": SMALL},
 ]
 
 
@@ -40,8 +40,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     return reasons
 
 
-def chosen(role: str, m: int, n: int, k: int) -> str:
-    name: str = backend_for(role, m, n, k, GPU).name  # type: ignore[attr-defined]
+def chosen(role: str, m: int, n: int, k: int, groups: int = 0) -> str:
+    name: str = backend_for(role, m, n, k, GPU, groups=groups).name  # type: ignore[attr-defined]
     return name
 
 
@@ -85,6 +85,31 @@ def test_a_device_like_one_that_was_measured(
     )
 
 
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("has_deepgemm", [True, False])
+def test_what_the_stored_table_chooses(
+    pretended: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, device: str, has_deepgemm: bool
+) -> None:
+    table = json.loads(gemm_choice.TABLE.read_text())["devices"]
+    monkeypatch.setattr(gemm_choice, "device_name", lambda _: device)
+    monkeypatch.setattr(gemm_choice, "_table", lambda: table)
+    pretended["deepgemm"] = None if has_deepgemm else "a wheel, got none"
+
+    def best(otherwise: str) -> str:
+        return "deepgemm" if has_deepgemm else otherwise
+
+    assert chosen("dense", 4096, 7168, 4096) == best("scaled_mm")
+    assert chosen("dense", 4096, 7168, 2112) == best("triton")
+    assert chosen("wgrad", 4096, 7168, 4096) == best("scaled_mm")
+    # As many rows, and as ragged, but many groups or few: a call for each group costs the host as much.
+    for rows in (32768, 32304, 32274):
+        assert chosen("groups", rows, 4096, 7168, 32) == best("triton")
+        assert chosen("groups", rows, 4096, 7168, 8) == best("scaled_mm")
+        assert chosen("wgrad_groups", 4096, 7168, rows, 32) == best("triton")
+        assert chosen("wgrad_groups", 4096, 7168, rows, 8) == best("scaled_mm")
+    assert chosen("groups", 8192, 4096, 7168, 256) == best("triton")
+
+
 @pytest.mark.parametrize("name", ["triton", "scaled_mm", "deepgemm"])
 def test_a_back_end_asked_for_that_cannot_run_raises(name: str) -> None:
     with pytest.raises(ConfigError, match=f"by {name}: expected a CUDA device, got cpu"):
@@ -106,7 +131,7 @@ def test_the_stored_table_can_be_read() -> None:
 def test_a_measurement_is_stored_as_it_is_read(tmp_path: Path) -> None:
     table = tmp_path / "crossover.json"
     table.write_text('{"devices": {"Other": {}}}')
-    told = {"groups": 0, "ragged": False, "shape": "", "failed": {}}
+    told = {"ragged": False, "shape": "", "failed": {}}
     lines = [{**line, "role": role, **told} for role in ("dense", "groups") for line in LINES]
     result = {"device": "Pretended", "torch": "2.11", "peaks": {"bf16_tflops": 790}, "lines": lines}
     run.write_table(result, table)
