@@ -8,7 +8,7 @@ import torch
 from moe_comm.wire.formats import E4M3, decode, encode_nearest
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.optim import AdamW
+from moe_runtime.optim import AdamW, moments
 from moe_runtime.optim.counter_rng import derive_key
 from moe_runtime.optim.moments import BLOCK, Fp8Moments, Noise, moment_storage
 
@@ -134,3 +134,32 @@ def test_a_small_moe_trains_with_fp8_moments_and_not_with_linear_e4m3_to_nearest
         loss[storage] = sum(losses[-moment_loss.LAST :]) / moment_loss.LAST
     assert abs(loss["fp8"] / loss["fp32"] - 1) < 0.02
     assert loss["control"] / loss["fp32"] - 1 > 0.03
+
+
+def update_slope(beta2: float, steps: int) -> float:
+    """Regression of updates with FP8 moments on those with FP32 ones, same Gaussian gradients."""
+    params = [torch.zeros(64 * BLOCK) for _ in range(2)]
+    pair = [
+        AdamW([param], lr=1e-3, betas=(0.9, beta2), weight_decay=0.0, moments=kind, step_path="eager")
+        for param, kind in zip(params, ("fp8", "fp32"), strict=True)
+    ]
+    draw = torch.Generator().manual_seed(0)
+    product = square = 0.0
+    for step in range(steps):
+        before = [param.clone() for param in params]
+        grad = torch.randn(params[0].shape, generator=draw)
+        for param, optimizer in zip(params, pair, strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+        if step >= steps // 4:
+            stored, exact = ((param - start).double() for param, start in zip(params, before, strict=True))
+            product += float(stored @ exact)
+            square += float(exact @ exact)
+    return product / square
+
+
+def test_updates_are_of_the_right_size_on_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbiased rounding of sqrt(v), the control, is not: an update divides by what is stored."""
+    assert abs(update_slope(0.95, 160) - 1) < 0.002
+    monkeypatch.setattr(moments, "lifted", lambda bits: bits)
+    assert update_slope(0.95, 160) - 1 > 0.004
