@@ -32,7 +32,7 @@ def _compare(rank: int, world_size: int, cases: list[Case]) -> dict[str, dict[st
     return {case.name: compare_gradients(case, rank) for case in cases}
 
 
-@pytest.mark.parametrize("world_size", GRADIENTS)
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_losses_are_those_of_one_process_and_gradients_within_rounding(world_size: int) -> None:
     """Losses to FP32's rounding of their mean. Gradients as near as BF16's are between layouts: their sums
     begin in BF16, and tiles along tokens end elsewhere; with retiled gradients of rows, 3 % of the largest."""
@@ -55,7 +55,7 @@ def _train_and_forget_to_drop(rank: int, world_size: int) -> Trained:
     return train_fp8(_case("training", LAYOUTS[world_size]), rank, forgets=False)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_training_takes_the_same_course_in_every_layout(world_size: int) -> None:
     (alone,) = run_ranks_once(_train, 1)
     for trained in run_ranks_once(_train, world_size):
