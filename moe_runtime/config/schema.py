@@ -285,7 +285,10 @@ class TrainConfig(Section):
     total_steps: PositiveInt | None = Field(None, description="stop after this many steps")
     total_tokens: PositiveInt | None = Field(None, description="stop after this many tokens")
     eval_every: Count = Field(100, description="steps between validations; 0: only at the end")
-    eval_sequences: PositiveInt = Field(64, description="validation sequences, the same ones each time")
+    eval_sequences: PositiveInt = Field(
+        64,
+        description="validation sequences, the same ones each time; more where lanes must be filled evenly",
+    )
     sample_every: Count = Field(0, description="steps between text samples; 0: only at the end")
     sample_prompt: str = Field("def ", description="what samples continue")
     sample_tokens: PositiveInt = 200

@@ -47,6 +47,33 @@ def _kernels() -> ModuleType:
     return cast_triton
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(fits: bool, expected: str) -> None:
+    if not fits:
+        raise NumericsError(f"FP8 cast: expected {expected}")
+
+
+def _check_matrix(x: Tensor, name: str) -> None:
+    fits = isinstance(x, Tensor) and x.dim() == 2 and x.dtype in _DTYPES
+    found = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    _check(fits, f"{name} of two axes and a floating dtype of 16 to 64 bits, got {found}")
+
+
+def _check_gated(shape: torch.Size, row_weights: Tensor | None) -> None:
+    _check(shape[1] % 2 == 0, f"gate_up of an even width, gate first, got {list(shape)}")
+    if row_weights is not None:
+        found = list(row_weights.shape)
+        _check(found == [shape[0]], f"row_weights [{shape[0]}], one for each row, got {found}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    fits = isinstance(weight, Tensor) and weight.dim() >= 2 and weight.dtype in _DTYPES
+    found = f"{list(weight.shape)} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+    _check(fits, f"a weight [..., n, k] of a floating dtype of 16 to 64 bits, got {found}")
+
+
 def _all_in_one(groups: Groups | None, x: Tensor | Tiles) -> Groups:
     """The groups, or all rows as one."""
     device = x.codes.device if isinstance(x, Tiles) else x.device
@@ -60,6 +87,7 @@ def _all_in_one(groups: Groups | None, x: Tensor | Tiles) -> Groups:
 @torch.no_grad()
 def cast_rows(x: Tensor, scales: ScaleKind = "pow2") -> Tiles:
     """Tiles [m, k] of x [m, k], any floating dtype of 16 to 64 bits. Ref: DSV3 §3.3.2."""
+    _check_matrix(x, "x")
     if x.is_cuda:
         tiles: Tiles = _kernels().cast_rows_on_device(x, scales)
         return tiles
@@ -73,6 +101,7 @@ def cast_columns(x: Tensor, groups: Groups | None = None) -> Tiles:
     Raises:
         NumericsError: the groups have another number of rows.
     """
+    _check_matrix(x, "x")
     groups = _all_in_one(groups, x)
     if x.is_cuda:
         tiles: Tiles = _kernels().cast_columns_on_device(x, groups)
@@ -83,6 +112,7 @@ def cast_columns(x: Tensor, groups: Groups | None = None) -> Tiles:
 @torch.no_grad()
 def cast_both(x: Tensor, groups: Groups | None = None) -> tuple[Tiles, Tiles]:
     """`cast_rows` and `cast_columns` of x [m, k], from one read."""
+    _check_matrix(x, "x")
     groups = _all_in_one(groups, x)
     if x.is_cuda:
         both: tuple[Tiles, Tiles] = _kernels().cast_both_on_device(x, groups)
@@ -114,6 +144,8 @@ def cast_gated(gate_up: Tensor, row_weights: Tensor | None = None) -> Tiles:
         gate_up: [m, 2f], gate first.
         row_weights: [m].
     """
+    _check_matrix(gate_up, "gate_up")
+    _check_gated(gate_up.shape, row_weights)
     if gate_up.is_cuda:
         tiles: Tiles = _kernels().cast_gated_on_device(gate_up, row_weights)
         return tiles
@@ -125,6 +157,7 @@ def cast_gated_tiles(
     gate_up: Tiles, row_weights: Tensor | None = None, groups: Groups | None = None
 ) -> Tiles:
     """Tiles [f, padded m] of silu(gate) x up (x weight), made again from cached Tiles [m, 2f]."""
+    _check_gated(gate_up.shape, row_weights)
     groups = _all_in_one(groups, gate_up)
     if gate_up.codes.is_cuda:
         tiles: Tiles = _kernels().cast_gated_tiles_on_device(gate_up, row_weights, groups)
@@ -146,6 +179,10 @@ def gated_backward_cast(
     Returns:
         (Tiles [m, 2f], Tiles [2f, padded m], gradient of row_weights float32 [m] or None).
     """
+    _check_matrix(d_product, "d_product")
+    _check_gated(gate_up.shape, row_weights)
+    wanted = [gate_up.shape[0], gate_up.shape[1] // 2]
+    _check(list(d_product.shape) == wanted, f"d_product {wanted}, got {list(d_product.shape)}")
     groups = _all_in_one(groups, gate_up)
     if d_product.is_cuda:
         made: tuple[Tiles, Tiles, Tensor | None] = _kernels().gated_backward_cast_on_device(
@@ -166,6 +203,8 @@ def cast_normed(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Ti
         (output [m, k] of the dtype of x, reciprocal root mean square float32 [m], Tiles [m, k]). The tiles
         are those of the output after its rounding: whoever reads FP8 sees what the others see.
     """
+    _check_matrix(x, "x")
+    _check(list(gain.shape) == [x.shape[1]], f"a gain [{x.shape[1]}], got {list(gain.shape)}")
     if x.is_cuda:
         made: tuple[Tensor, Tensor, Tiles] = _kernels().cast_normed_on_device(x, gain, eps)
         return made
@@ -175,6 +214,7 @@ def cast_normed(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Ti
 @torch.no_grad()
 def cast_weight(weight: Tensor) -> Blocks:
     """Blocks [..., n, k] of weight [..., n, k], scales powers of two. Ref: DSV3 §3.3.2."""
+    _check_weight(weight)
     if weight.is_cuda:
         blocks: Blocks = _kernels().cast_weight_on_device(weight)
         return blocks
@@ -184,6 +224,7 @@ def cast_weight(weight: Tensor) -> Blocks:
 @torch.no_grad()
 def cast_weight_both(weight: Tensor) -> tuple[Blocks, Blocks]:
     """Blocks of weight [..., n, k] and of its transposed [..., k, n], from one read: Fprop's and Dgrad's."""
+    _check_weight(weight)
     if weight.is_cuda:
         both: tuple[Blocks, Blocks] = _kernels().cast_weight_both_on_device(weight)
         return both

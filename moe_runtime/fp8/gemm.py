@@ -37,7 +37,8 @@ def multiply(
         NumericsError: shapes or dtypes do not fit.
         ConfigError: the back end cannot run here.
     """
-    out = torch.empty(left.shape[0], right.shape[0], dtype=out_dtype, device=left.codes.device)
+    (rows, _), (columns, _) = _two_axes(left), _two_axes(right)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=left.codes.device)
     return multiply_into(out, left, right, False, backend)
 
 
@@ -110,6 +111,7 @@ def _backend(
 
 def _two_axes(matrix: Tiles | Blocks) -> tuple[int, int]:
     """(rows, columns) of an operand; its scales are checked too."""
+    _check(isinstance(matrix, Tiles | Blocks), f"Tiles or Blocks, got {type(matrix).__name__}")
     _check(len(matrix.shape) == 2, f"an operand of two axes, got {list(matrix.shape)}")
     rows, columns = matrix.shape
     scale_rows = num_tiles(rows) if isinstance(matrix, Blocks) else rows

@@ -22,6 +22,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from moe_runtime.errors import NumericsError
+
 TILE = 128
 
 
@@ -90,6 +92,14 @@ class Groups:
 
     counts: Tensor
     device: torch.device
+
+    def __post_init__(self) -> None:
+        counts = self.counts
+        fits = isinstance(counts, Tensor) and counts.dtype == torch.int64 and counts.dim() == 1
+        if not fits or counts.is_cuda or bool((counts < 0).any()):
+            raise NumericsError(
+                f"FP8 groups: expected counts int64 [groups] on the CPU, none negative, got {counts!r}"
+            )
 
     @cached_property
     def num_rows(self) -> int:

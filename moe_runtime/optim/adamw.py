@@ -282,6 +282,12 @@ class AdamW(torch.optim.Optimizer):
 
 def _check_group(group: dict[str, Any]) -> None:
     moment_storage(group["moments"])
+    numbers = [group[key] for key in ("lr", "eps", "weight_decay")]
+    if len(group["betas"]) != 2 or not all(isinstance(x, float | int | Tensor) for x in numbers):
+        raise ConfigError(
+            "optim: expected numbers for lr, eps and weight_decay and two betas, "
+            f"got {numbers} and {group['betas']}"
+        )
     beta1, beta2 = group["betas"]
     if not (group["lr"] >= 0 and group["eps"] >= 0 and group["weight_decay"] >= 0):
         found = {key: group[key] for key in ("lr", "eps", "weight_decay")}

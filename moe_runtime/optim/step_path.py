@@ -34,9 +34,10 @@ def checked_path(path: str) -> str:
     Raises:
         ConfigError: another name.
     """
-    chosen = os.environ.get(ENVIRONMENT, path) if path == "auto" else path
+    told = os.environ.get(ENVIRONMENT) if path == "auto" else None
+    chosen, where = (told, ENVIRONMENT) if told else (path, "optim: step_path")
     if chosen not in PATHS:
-        raise ConfigError(f"optim: expected a step path of {', '.join(PATHS)}, got {chosen!r}")
+        raise ConfigError(f"{where}: expected {', '.join(PATHS[:-1])} or {PATHS[-1]}, got {chosen!r}")
     return chosen
 
 

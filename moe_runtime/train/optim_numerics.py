@@ -99,5 +99,5 @@ def check_report(report: Report, config: NumericsConfig) -> list[str]:
     """
     fatal = list(breaches(report, config.stop, "stop"))
     if fatal:
-        raise NumericsError("\n".join(fatal))
+        raise NumericsError("; ".join(fatal))
     return list(breaches(report, config.warn, "warn"))
