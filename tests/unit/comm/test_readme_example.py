@@ -6,7 +6,10 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from moe_comm import dispatcher, errors, factory
+from moe_comm.factory import open_dispatcher
+from moe_comm.placement import Placement
 from moe_comm.wire.codec import WIRES
 
 from tests.ranks import run_ranks
@@ -76,9 +79,20 @@ def test_the_example_runs_under_torchrun(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_example_of_tiles_reads_what_a_dispatcher_hands_out():
+    local = open_dispatcher("local", Placement(4), wire="fp8_pow2", keep_tiles=True)
+    tokens = torch.randn(6, 256)
+    expert_ids = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]])
+    received = local.dispatch(tokens, torch.ones(6, 2), expert_ids).wait()
+    names: dict = {"received": received}
+    exec(compile(examples()[1], "README", "exec"), names)
+    values = names["codes"].view(torch.float8_e4m3fn).float() * names["scale"].repeat_interleave(128, dim=1)
+    assert values.equal(names["rows"]) and received.rows.isnan().all()
+
+
 def test_the_replacement_example_sends_tokens_to_slots_of_their_experts():
     names: dict = {}
-    exec(compile(examples()[1], "README", "exec"), names)
+    exec(compile(examples()[-1], "README", "exec"), names)
     layout, slot_ids = names["layout"], names["slot_ids"]
     assert (layout.slot_experts[0][slot_ids] == names["expert_ids"]).all()
     # Copies take turns: none of an expert's has much more than its part.
