@@ -67,7 +67,7 @@ def _check(results: list[dict[str, dict[str, float]]], tolerance: float) -> None
             assert not bad, f"{name}, rank {rank}: beyond {tolerance}: {bad}"
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_gradients_do_not_depend_on_the_layout(world_size: int, precision: str) -> None:
     layouts = WORLDS[world_size].items()
