@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_deepgemm_groups import add_tokens, multiply_rows, words
+from moe_runtime.fp8.gemm_per_group import add_each, multiply_each
 from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles
 
 _TILES_RECIPE = (1, 1, 128)
@@ -107,7 +108,7 @@ def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups
         out.zero_()
         return
     if out.dtype != torch.bfloat16 or out.shape[1] % _COLUMNS:
-        _one_by_one(out, left, right, groups)
+        multiply_each(multiply_into, out, left, right, groups)
         return
     num_groups, columns, depth = right.shape
     flat = _codes(right.codes.reshape(-1, depth))
@@ -118,22 +119,12 @@ def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups
         out.copy_(target)
 
 
-def _one_by_one(out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
-    """A dense product for each group."""
-    start = 0
-    for group, count in enumerate(groups.counts.tolist()):
-        rows = slice(start, start + count)
-        part = Tiles(left.codes[rows], left.scales[rows])
-        multiply_into(out[rows], part, Blocks(right.codes[group], right.scales[group]), False)
-        start += count
-
-
 def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, accumulate: bool) -> None:
     """Write or add the sums over each group's tokens into out [g, n, k]; left [n, t], right [k, t]."""
     if not out.numel():
         return
     if out.shape[-1] * torch.float32.itemsize % _BYTES:
-        _tokens_one_by_one(out, left, right, groups, accumulate)
+        add_each(multiply_into, out, left, right, groups, accumulate)
         return
     is_direct = out.dtype == torch.float32 and out.is_contiguous()
     target = out if is_direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
@@ -147,16 +138,6 @@ def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, a
             out.add_(target)
         else:
             out.copy_(target)
-
-
-def _tokens_one_by_one(out: Tensor, left: Tiles, right: Tiles, groups: Groups, accumulate: bool) -> None:
-    """A dense product for each group."""
-    start = 0
-    for group, count in enumerate(groups.padded_counts.tolist()):
-        tokens, tiles = slice(start, start + count), slice(start // TILE, (start + count) // TILE)
-        ours, theirs = (Tiles(x.codes[:, tokens], x.scales[:, tiles]) for x in (left, right))
-        multiply_into(out[group], ours, theirs, accumulate)
-        start += count
 
 
 def _as_tiles(blocks: Blocks) -> Tiles:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moe_runtime.fp8.gemm_per_group import add_each, multiply_each
 from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles
 
 _TILES_RECIPE = 4  # torch.nn.functional.ScalingType.BlockWise1x128
@@ -80,26 +81,12 @@ def multiply_into(out: Tensor, left: Tiles, right: Blocks | Tiles, accumulate: b
 
 def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
     """Write rows of each group times its matrix into out [m, n]; left [m, k], right [g, n, k]."""
-    start = 0
-    for group, count in enumerate(groups.counts.tolist()):
-        rows = slice(start, start + count)
-        part = Tiles(left.codes[rows], left.scales[rows])
-        multiply_into(out[rows], part, Blocks(right.codes[group], right.scales[group]), False)
-        start += count
+    multiply_each(multiply_into, out, left, right, groups)
 
 
 def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, accumulate: bool) -> None:
     """Write or add the sums over each group's tokens into out [g, n, k]; left [n, t], right [k, t]."""
-    start = 0
-    for group, count in enumerate(groups.padded_counts.tolist()):
-        tokens = slice(start, start + count)
-        multiply_into(out[group], _tokens(left, tokens), _tokens(right, tokens), accumulate)
-        start += count
-
-
-def _tokens(tiles: Tiles, tokens: slice) -> Tiles:
-    """Some columns of tiles, from one multiple of 128 to another."""
-    return Tiles(tiles.codes[:, tokens], tiles.scales[:, tokens.start // TILE : tokens.stop // TILE])
+    add_each(multiply_into, out, left, right, groups, accumulate)
 
 
 def _up(size: int, unit: int) -> int:
