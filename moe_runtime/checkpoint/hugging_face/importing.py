@@ -217,7 +217,12 @@ def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) 
             for planned in group:
                 scale_writer.write(planned.name, source.reader.read(planned.name))
     config = _run_config(source, said, options)
-    entries = _entries(weights, writer.written, "weights") | _entries(scales, scale_writer.written, "extra")
+    entries = {
+        name: FileEntry(kind="weights", bytes=size, sha256=sha256, tensors=_described(group))
+        for (name, size, sha256), (_, group) in zip(writer.written, weights, strict=True)
+    }
+    for name, size, sha256 in scale_writer.written:  # carried, for they are no parameters
+        entries[name] = FileEntry(kind="extra", bytes=size, sha256=sha256)
     model_text = dump_text({"model": config.model.model_dump(mode="json")})
     for name, data in {**options.extras, MODEL_FILE: model_text.encode()}.items():
         entries[name] = write_bytes(tmp / name, data)
@@ -234,20 +239,10 @@ def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) 
     return sum(tensor.num_bytes for _, group in weights for tensor in group)
 
 
-def _entries(
-    files: list[tuple[str, list[Planned]]], written: list[tuple[str, int, str]], kind: Any
-) -> dict[str, FileEntry]:
-    """What the manifest says of files; scales are carried, and no parameters."""
-    described = {}
-    for (name, group), (_, num_bytes, sha256) in zip(files, written, strict=True):
-        tensors = {
-            each.name: TensorEntry.model_validate({"shape": each.shape, "dtype": each.dtype})
-            for each in group
-        }
-        described[name] = FileEntry(
-            kind=kind, bytes=num_bytes, sha256=sha256, tensors=tensors if kind == "weights" else {}
-        )
-    return described
+def _described(group: list[Planned]) -> dict[str, TensorEntry]:
+    return {
+        each.name: TensorEntry.model_validate({"shape": each.shape, "dtype": each.dtype}) for each in group
+    }
 
 
 def _run_config(source: _Source, said: HubConfig, options: ImportOptions) -> RunConfig:
