@@ -218,7 +218,8 @@ def _validated(values: dict[str, Any], where: str) -> ModelConfig:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         found = explain(error)[0]
-        raise CheckpointError(f"{where}: {_KEYS.get(found.key, found.key)}: {found.text}") from None
+        key = found.key.removeprefix(".")  # of a rule between keys
+        raise CheckpointError(f"{where}: {_KEYS.get(key, key)}: {found.text}") from None
 
 
 def _number(fields: dict[str, Any], key: str, kind: type, where: str) -> Any:
