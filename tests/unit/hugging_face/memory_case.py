@@ -54,7 +54,6 @@ def main(folder: Path) -> None:
         before = peak_bytes()
         import_model(hub, ours, ImportOptions(dtype=torch.bfloat16, shard_bytes=SHARD_BYTES))
         growth["import"] = peak_bytes() - before
-        before = peak_bytes()
         options = ExportOptions(dtype=torch.float32, shard_bytes=SHARD_BYTES)
         export_model(open_checkpoint(ours), folder / f"{name}-again", options)
         growth["export"] = peak_bytes() - before
