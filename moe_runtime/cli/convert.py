@@ -36,6 +36,7 @@ def export(
     kind = _dtype(dtype)
     from moe_runtime.checkpoint.folder import open_checkpoint
     from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_model
+    from moe_runtime.checkpoint.hugging_face.names import ragged_widths
     from moe_runtime.checkpoint.load import config_of
     from moe_runtime.data.hugging_face import hub_files
 
@@ -45,6 +46,11 @@ def export(
         _warn(f"{checkpoint.path} carries no tokenizer: {folder} has none either")
     if config_of(checkpoint).data.document_mask:
         _warn("trained with data.document_mask: in Hugging Face's form attention crosses documents")
+    if fp8 and (widths := ragged_widths(config_of(checkpoint).model)):
+        _warn(
+            f"widths {', '.join(map(str, widths))} are no multiples of 128: transformers without a GPU "
+            "misreads or refuses such matrices in FP8 (version 5.23)"
+        )
     options = ExportOptions(
         fp8=fp8,
         dtype=kind,

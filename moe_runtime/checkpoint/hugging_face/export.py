@@ -159,6 +159,7 @@ class _Source:
                     yield part, rows.to(dtype)
             for copy in parameter.copies:
                 yield copy, whole.to(dtype)
+            del whole, rows  # they keep their file mapped
 
     @property
     def uses_recorded_scales(self) -> bool:
@@ -201,6 +202,7 @@ def _write(tmp: Path, planned: list[Planned], source: _Source, shard_bytes: int)
     with FilesWriter(tmp, files) as writer:
         for name, tensor in source.tensors():
             writer.write(name, tensor)
+            del tensor  # it may keep its file mapped
         for empty in planned:
             if 0 in empty.shape:
                 writer.write(empty.name, torch.empty(empty.shape, dtype=_DTYPES[empty.dtype]))

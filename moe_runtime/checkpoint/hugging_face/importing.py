@@ -212,6 +212,7 @@ def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) 
     with FilesWriter(tmp, weights) as writer:
         for name, tensor in source.tensors():
             writer.write(name, tensor)
+            del tensor  # it may keep its shard mapped
     with FilesWriter(tmp, scales) as scale_writer:
         for _, group in scales:
             for planned in group:

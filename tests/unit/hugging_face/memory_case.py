@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
         hub, ours = folder / name, folder / f"{name}-ours"
         growth["model"] = write_hub(hub, model)
         before = peak_bytes()
-        import_model(hub, ours, ImportOptions(dtype=torch.bfloat16, shard_bytes=SHARD_BYTES))
+        import_model(hub, ours, ImportOptions(shard_bytes=SHARD_BYTES))
         growth["import"] = peak_bytes() - before
-        options = ExportOptions(dtype=torch.float32, shard_bytes=SHARD_BYTES)
+        options = ExportOptions(dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
         export_model(open_checkpoint(ours), folder / f"{name}-again", options)
         growth["export"] = peak_bytes() - before
     print(json.dumps(growth))
