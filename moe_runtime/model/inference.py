@@ -126,7 +126,8 @@ class InferenceModel:
     def _block(
         self, block: Block, attention: LatentAttention, resid: Tensor, latents: Tensor, reach: Reach
     ) -> Tensor:
-        resid = resid + attention(norm(block.attn_norm, resid), latents, reach)
+        if resid.shape[0]:
+            resid = resid + attention(norm(block.attn_norm, resid), latents, reach)
         x = norm(block.ffn_norm, resid)
         if block.moe is None:
             assert block.ffn is not None, f"{block.name} has no FFN"
