@@ -140,8 +140,11 @@ class Decoding:
         """
         model, cache, num_drafts = self._model, self.cache, self._engine.num_drafts
         ahead = torch.arange(num_drafts + 1)
-        slots = (cache.lengths.unsqueeze(1) + ahead).to(cache.tokens.device)
-        window = cache.tokens.gather(1, slots)
+        if cache.rows == 1:
+            begin = int(cache.lengths[0])
+            window = cache.tokens[:, begin : begin + num_drafts + 1]
+        else:
+            window = cache.tokens.gather(1, (cache.lengths.unsqueeze(1) + ahead).to(cache.tokens.device))
         hidden = model.read(cache, window)
         if not self.alive:
             return window, hidden, cache.lengths, window[:, 0]
@@ -151,9 +154,11 @@ class Decoding:
         if num_drafts:
             draft = torch.stack(self._draft_probs, dim=1)
             accept_u = self._draws.at("accept", index[:, :-1])
-            stood, tokens = verify(self._filters.probs(logits), draft, window[:, 1:], accept_u, pick_u)
-            accepted = stood.cpu()
-            hidden = hidden.view(*window.shape, -1)[(ahead <= accepted.unsqueeze(1)).to(hidden.device)]
+            accepted, tokens = verify(self._filters.probs(logits), draft, window[:, 1:], accept_u, pick_u)
+            if cache.rows == 1:
+                hidden = hidden[: int(accepted[0]) + 1]
+            else:
+                hidden = hidden.view(*window.shape, -1)[(ahead <= accepted.unsqueeze(1)).to(hidden.device)]
         else:
             tokens = pick(self._filters.probs(logits.squeeze(1)), pick_u.squeeze(1))
             accepted = torch.zeros_like(cache.lengths)
@@ -229,7 +234,9 @@ class Decoding:
 
     def _drop_finished(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Drop rows whose request has ended; which are left, and what is left of packed outputs."""
-        going = torch.tensor([self.results[one].finish_reason is None for one in self.alive], dtype=torch.bool)
+        going = torch.tensor(
+            [self.results[one].finish_reason is None for one in self.alive], dtype=torch.bool
+        )
         rows = going.nonzero().squeeze(1)
         if bool(going.all()):
             return rows, hidden, counts

@@ -28,28 +28,37 @@ def verify(
             place is used.
 
     Returns:
-        (num_accepted int64 [rows] in 0 .. k, next_token int64 [rows]).
+        (num_accepted int64 [rows] in 0 .. k on the CPU, next_token int64 [rows]).
     """
     num_drafts = drafted.shape[1]
+    counts = _accepted_prefix(target, draft, drafted, accept_u)
+    num_accepted = torch.tensor(counts, dtype=torch.int64)
+    if len(counts) == 1:  # views instead of indices: a batch of one is the common case, and in a hurry
+        count = counts[0]
+        pick_u = pick_u[:, count] if pick_u.dim() == 2 else pick_u
+        wanted = target[:, count]
+        return num_accepted, pick(
+            _remainder(wanted, draft[:, count]) if count < num_drafts else wanted, pick_u
+        )
     rows = torch.arange(drafted.shape[0], device=drafted.device)
-    num_accepted = _accepted_prefix(target, draft, drafted, accept_u)
-    if pick_u.dim() == 2:
-        pick_u = pick_u[rows, num_accepted]
-    wanted = target[rows, num_accepted]  # [rows, vocab]
+    places = num_accepted.to(drafted.device)
+    pick_u = pick_u[rows, places] if pick_u.dim() == 2 else pick_u
+    wanted = target[rows, places]  # [rows, vocab]
     if num_drafts == 0:
         return num_accepted, pick(wanted, pick_u)
-    is_refused = (num_accepted < num_drafts).unsqueeze(-1)
-    covered = draft[rows, num_accepted.clamp(max=num_drafts - 1)] * is_refused
+    is_refused = (places < num_drafts).unsqueeze(-1)
+    covered = draft[rows, places.clamp(max=num_drafts - 1)] * is_refused
     return num_accepted, pick(_remainder(wanted, covered), pick_u)
 
 
-def _accepted_prefix(target: Tensor, draft: Tensor, drafted: Tensor, accept_u: Tensor) -> Tensor:
-    """How many drafts stand before the first that does not: int64 [rows]."""
+def _accepted_prefix(target: Tensor, draft: Tensor, drafted: Tensor, accept_u: Tensor) -> list[int]:
+    """How many drafts of each row stand before the first that does not."""
     chosen = drafted.unsqueeze(-1)
     p = target[:, :-1].gather(-1, chosen).squeeze(-1)
     q = draft.gather(-1, chosen).squeeze(-1)
     # u < p / q without the division; strict, so that p = 0 never stands and p = q always does.
-    return (accept_u * q < p).to(torch.int64).cumprod(dim=1).sum(dim=1)
+    stands: list[list[bool]] = (accept_u * q < p).tolist()
+    return [row.index(False) if False in row else len(row) for row in stands]
 
 
 def _remainder(wanted: Tensor, covered: Tensor) -> Tensor:

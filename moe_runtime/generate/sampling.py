@@ -96,22 +96,16 @@ def filtered_probs(
         top_p: in (0, 1]; at least the likeliest token stays.
 
     Returns:
-        [..., vocab], at least FP32, each row sums to 1.
-
-    Raises:
-        NumericsError: a row holds NaN or +inf, or nothing but -inf.
+        [..., vocab], at least FP32, each row sums to 1; NaN where a row holds NaN or +inf, or nothing but
+        -inf, which `pick` refuses: so the host waits for a device once, not twice.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    peak = wide.amax(dim=-1, keepdim=True)  # NaN if any is
-    if not bool(torch.isfinite(peak).all()):
-        raise NumericsError("sampling: expected finite logits, got NaN or infinity; the model has diverged")
+    below = wide - wide.amax(dim=-1, keepdim=True)  # no temperature overflows; NaN if the peak is not finite
     if not isinstance(temperature, Tensor):
-        if temperature == 0.0:
-            return _one_hot(wide)
-        return _filter((wide - peak) / temperature, top_k, top_p)
+        return _one_hot(below) if temperature == 0.0 else _filter(below / temperature, top_k, top_p)
     is_greedy = (temperature == 0.0).unsqueeze(-1)
     divisor = temperature.to(wide.dtype).unsqueeze(-1).masked_fill(is_greedy, 1.0)
-    return torch.where(is_greedy, _one_hot(wide), _filter((wide - peak) / divisor, top_k, top_p))
+    return torch.where(is_greedy, _one_hot(below), _filter(below / divisor, top_k, top_p))
 
 
 def keep_top_k(logits: Tensor, top_k: int | Tensor) -> Tensor:
@@ -166,10 +160,11 @@ def pick(probs: Tensor, u: Tensor) -> Tensor:
         NumericsError: a row sums to 0 or is not finite.
     """
     total = probs.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    if not bool(((total > 0) & (total < torch.inf)).all()):
-        raise NumericsError("sampling: expected probabilities with a positive, finite sum, got another")
     cdf = (probs * (_ONE / total)).to(torch.int64).cumsum(dim=-1)
-    below = (u.unsqueeze(-1) * cdf[..., -1:]).to(torch.int64)  # u < 1, so below the sum after rounding too
+    last = cdf[..., -1:]
+    if not bool((last > 0).all()):  # NaN and infinity become the lowest integer, or zero
+        raise NumericsError("sampling: expected finite logits, got NaN or infinity; the model has diverged")
+    below = (u.unsqueeze(-1) * last).to(torch.int64)  # u < 1, so below the sum after rounding too
     return torch.searchsorted(cdf, below, right=True).squeeze(-1)
 
 
@@ -196,9 +191,10 @@ def _filter(scaled: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tenso
     return keep_top_p(torch.softmax(keep_top_k(scaled, top_k), dim=-1), top_p)
 
 
-def _one_hot(logits: Tensor) -> Tensor:
-    likeliest = logits.argmax(dim=-1, keepdim=True)  # the first of equals
-    return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
+def _one_hot(below: Tensor) -> Tensor:
+    """1 at the first of the likeliest, whose logit below the peak is 0, or NaN, which stays."""
+    likeliest = below.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(below).scatter_(-1, likeliest, below.gather(-1, likeliest) + 1.0)
 
 
 def _largest(values: Tensor, count: int | Tensor, least: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ it: the main model for d = 0, module d-1 otherwise. Ref: DSV3 (21)-(23), in the 
 """
 
 import torch
+from moe_comm.local import LocalDispatcher
 from torch import Tensor
 
-from moe_comm.local import LocalDispatcher
 from moe_runtime.model.block import Block
-from moe_runtime.model.ffn import SwiGLU, gated
-from moe_runtime.model.few_rows import few_rows, serves
-from moe_runtime.model.latent_attention import LatentAttention, Reach, norm
+from moe_runtime.model.ffn import gated
+from moe_runtime.model.latent_attention import LatentAttention, Norm, Reach
 from moe_runtime.model.latent_cache import LatentCache
+from moe_runtime.model.local_experts import LocalExperts, serves
 from moe_runtime.model.moe import MoE
 from moe_runtime.model.mtp import MTP
 from moe_runtime.model.product import product
@@ -31,37 +31,37 @@ class InferenceModel:
     same calls in the same order.
 
     Args:
-        model: has embedding and head; its parameters are used as they are at each call.
+        model: has embedding and head; its parameters are read where they lie.
+
+    Attributes:
+        spans_ranks: experts lie on several ranks, which then have to make the same calls.
     """
 
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
-        self._model = model
-        self._rotary = model.blocks()[0].attn.rotary
-        self._attention = [LatentAttention(block.attn) for block in model.blocks()]
-        self._drafters = [module for module in model.mtp.values() if isinstance(module, MTP)]
-        self._local = isinstance(model.dispatcher, LocalDispatcher)
+        self._dispatcher, self._separator = model.dispatcher, model.document_separator
+        local = isinstance(model.dispatcher, LocalDispatcher)
+        self.spans_ranks = not local
+        self._embedding, self._head = model.embed.weight.detach(), model.head.weight.detach().t()
+        self._norm, self._rotary = Norm(model.norm), model.blocks()[0].attn.rotary
+        self._layers = [_Layer(block, local) for block in model.layers.values() if isinstance(block, Block)]
+        self._drafters = [_Drafter(mtp, local) for mtp in model.mtp.values() if isinstance(mtp, MTP)]
+        self._high = torch.promote_types(self.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
-        return self._model.head.weight.device
+        return self._head.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of parameters, activations and latents."""
-        return self._model.head.weight.dtype
-
-    @property
-    def spans_ranks(self) -> bool:
-        """Whether experts lie on several ranks, which then have to make the same calls."""
-        return not self._local
+        return self._head.dtype
 
     def new_cache(self, rows: int, slots: int) -> LatentCache:
         """An empty cache for `rows` sequences of up to `slots` tokens, more if need be."""
         return LatentCache(self.config, rows, slots, self.dtype, self.device)
 
-    @torch.no_grad()
     def read(self, cache: LatentCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
         """Append tokens to the rows of a cache.
 
@@ -78,12 +78,11 @@ class InferenceModel:
         cache.reserve(_highest(starts + counts) + (new if cache.rows > 1 else 0))
         self.note(cache, tokens)
         reach = self._reach(cache, starts, counts, 0)
-        resid = self._model.embed(reach.pack(tokens))
-        for number, block in enumerate(self._model.layers.values()):
-            assert isinstance(block, Block)
-            resid = self._block(block, self._attention[number], resid, cache.latents[number], reach)
+        resid = self._embedding.index_select(0, reach.pack(tokens))
+        for number, layer in enumerate(self._layers):
+            resid = self._block(layer, resid, cache.latents[number], reach)
         cache.lengths = starts + counts
-        return norm(self._model.norm, resid)
+        return self._norm(resid)
 
     @staticmethod
     def note(cache: LatentCache, tokens: Tensor, behind: int = 0) -> None:
@@ -96,7 +95,6 @@ class InferenceModel:
         slots = (cache.lengths.unsqueeze(1) + steps).to(tokens.device)
         cache.tokens.scatter_(1, slots, tokens)
 
-    @torch.no_grad()
     def draft(self, depth: int, cache: LatentCache, hidden: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
         """Run MTP module `depth` at slots whose tokens the cache holds; latents there are written.
 
@@ -108,76 +106,109 @@ class InferenceModel:
         Returns:
             [tokens, hidden], normed: `logits` of it are those of the token after each slot.
         """
-        mtp = self._drafters[depth]
+        drafter = self._drafters[depth]
         reach = self._reach(cache, starts, counts, 1 + depth)
-        window = reach.slots.clamp_max(cache.slots - 1)
-        embedded = self._model.embed(reach.pack(cache.tokens.gather(1, window)))
-        joined = torch.cat((norm(mtp.enorm, embedded), norm(mtp.hnorm, hidden)), dim=1)
-        resid = product(joined, mtp.eh_proj.weight.t())
-        number = self.config.num_layers + depth
-        resid = self._block(mtp.block, self._attention[number], resid, cache.latents[number], reach)
-        return norm(mtp.norm, resid)
+        if cache.rows == 1:
+            tokens = cache.tokens[0, reach.stop - reach.slots.shape[1] : reach.stop]
+        else:
+            tokens = reach.pack(cache.tokens.gather(1, reach.slots.clamp_max(cache.slots - 1)))
+        embedded = self._embedding.index_select(0, tokens)
+        joined = torch.cat((drafter.enorm(embedded), drafter.hnorm(hidden)), dim=1)
+        latents = cache.latents[self.config.num_layers + depth]
+        return drafter.norm(self._block(drafter.layer, product(joined, drafter.eh_proj), latents, reach))
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden], normed -> [tokens, vocab]."""
-        return product(hidden, self._model.head.weight.t())
+        return product(hidden, self._head)
 
-    def _block(
-        self, block: Block, attention: LatentAttention, resid: Tensor, latents: Tensor, reach: Reach
-    ) -> Tensor:
-        if resid.shape[0]:
-            resid = resid + attention(norm(block.attn_norm, resid), latents, reach)
-        x = norm(block.ffn_norm, resid)
-        if block.moe is None:
-            assert block.ffn is not None, f"{block.name} has no FFN"
-            return resid + _ffn(block.ffn, x)
-        if block.moe.shared is not None:
-            resid = resid + _ffn(block.moe.shared, x)
-        return resid + self._routed(block.moe, x)
+    def _block(self, layer: "_Layer", resid: Tensor, latents: Tensor, reach: Reach) -> Tensor:
+        if resid.shape[0]:  # a rank without sequences runs the exchanges alone
+            resid = resid + layer.attention(layer.attn_norm(resid), latents, reach)
+        x = layer.ffn_norm(resid)
+        if layer.ffn is not None:  # of a dense layer, or the shared experts
+            resid = resid + product(gated(product(x, layer.ffn[0])), layer.ffn[1])
+        return resid if layer.moe is None else resid + self._routed(layer, layer.moe, x)
 
-    def _routed(self, moe: MoE, x: Tensor) -> Tensor:
-        high = torch.promote_types(x.dtype, torch.float32)
-        logits = torch.mm(x.to(high), moe.router.weight.to(high).t())
+    def _routed(self, layer: "_Layer", moe: MoE, x: Tensor) -> Tensor:
+        logits = torch.mm(x.to(self._high), layer.router.to(self._high))
         weights, expert_ids, _ = moe.router.choose(logits)
-        if self._local and serves(x, expert_ids):
-            return few_rows(moe.experts, x, weights, expert_ids)
-        dispatcher = self._model.dispatcher
-        received = dispatcher.dispatch(x, weights, expert_ids).wait()
-        rows = moe.experts(received.rows, received.row_weights, received.row_counts)
-        return dispatcher.combine(rows, received.handle).wait()
+        if layer.experts is not None and serves(x):
+            return layer.experts(x, weights, expert_ids)
+        with torch.no_grad():
+            received = self._dispatcher.dispatch(x, weights, expert_ids).wait()
+            rows = moe.experts(received.rows, received.row_weights, received.row_counts)
+            return self._dispatcher.combine(rows, received.handle).wait()
 
     def _reach(self, cache: LatentCache, starts: Tensor, counts: Tensor, shift: int) -> Reach:
         """Where tokens at slots starts..starts+counts stand in a layer whose slots are `shift` late."""
+        if cache.rows == 1:
+            return self._reach_of_one(cache, int(starts[0]), int(counts[0]), shift)
         device, new = cache.tokens.device, _highest(counts)
-        stops = starts + counts
-        stop = _highest(stops)
+        stop = _highest(starts + counts)
         steps = torch.arange(new)
         even = bool((counts == new).all())
         slots = (starts.unsqueeze(1) + steps).to(device)
         valid = None if even else (steps < counts.unsqueeze(1)).to(device)
-        high = torch.promote_types(self.dtype, torch.float32)
-        table = self._rotary.table(max(stop, 1), high, device)
-        reach = Reach(slots, valid, table[:0], shift, stop, None)
-        turns = table.index_select(0, reach.pack(slots))
-        separator = self._model.document_separator
-        plain = separator is None
-        if plain and even and new == 1 and bool((stops == stop).all()):
-            return Reach(slots, valid, turns, shift, stop, None)
-        reached = torch.arange(shift, max(stop, shift), device=device)
-        mask = reached <= slots.unsqueeze(2)
+        there = slots.flatten() if valid is None else slots[valid]
+        turns = self._turns(stop).index_select(0, there)
+        barrier = None
+        together = even and new == 1 and bool((starts == starts[:1]).all())
+        if not together or self._separator is not None:
+            barrier = self._barrier(cache, slots, shift, stop)
+        causal = self._separator is None and bool((starts == shift).all())
+        return Reach(slots, valid, turns, shift, stop, barrier, causal)
+
+    def _reach_of_one(self, cache: LatentCache, start: int, count: int, shift: int) -> Reach:
+        """The same for one row, with less ado."""
+        stop = start + count
+        slots = torch.arange(start, stop, device=cache.tokens.device).unsqueeze(0)
+        plain = self._separator is None
+        barrier = None if plain and count == 1 else self._barrier(cache, slots, shift, stop)
+        return Reach(
+            slots, None, self._turns(stop)[start:stop], shift, stop, barrier, plain and start == shift
+        )
+
+    def _turns(self, stop: int) -> Tensor:
+        """Rotary turns of all slots below `stop`, and perhaps of more."""
+        return self._rotary.table(max(stop, 1), self._high, self.device)
+
+    def _barrier(self, cache: LatentCache, slots: Tensor, shift: int, stop: int) -> Tensor:
+        """-inf where a token at `slots` [rows, new] may not look: [rows, new, 1, slots from shift to stop]."""
+        reached = torch.arange(shift, max(stop, shift), device=slots.device)
+        hidden = reached > slots.unsqueeze(2)
+        separator = self._separator
         if separator is not None:
-            mask &= reached >= _document_starts(cache.tokens, separator, slots - shift).unsqueeze(2) + shift
-        causal = plain and bool((starts == shift).all())
-        return Reach(slots, valid, turns, shift, stop, mask, causal)
+            hidden |= reached < _document_starts(cache.tokens, separator, slots - shift).unsqueeze(2) + shift
+        nothing = torch.zeros(hidden.shape, dtype=self._high, device=slots.device)
+        return nothing.masked_fill_(hidden, float("-inf")).unsqueeze(2)
+
+
+class _Layer:
+    """A block's weights as a pass reads them: detached, so that nothing is taped, and transposed."""
+
+    def __init__(self, block: Block, local: bool) -> None:
+        self.attn_norm, self.ffn_norm = Norm(block.attn_norm), Norm(block.ffn_norm)
+        self.attention = LatentAttention(block.attn)
+        self.moe = block.moe
+        ffn = block.ffn if block.moe is None else block.moe.shared
+        self.ffn = None if ffn is None else (ffn.gate_up.weight.detach().t(), ffn.down.weight.detach().t())
+        self.experts: LocalExperts | None = None
+        if block.moe is not None:
+            self.router = block.moe.router.weight.detach().t()
+            self.experts = LocalExperts(block.moe.experts) if local else None
+
+
+class _Drafter:
+    """An MTP module's weights in the same way."""
+
+    def __init__(self, mtp: MTP, local: bool) -> None:
+        self.enorm, self.hnorm, self.norm = Norm(mtp.enorm), Norm(mtp.hnorm), Norm(mtp.norm)
+        self.eh_proj = mtp.eh_proj.weight.detach().t()
+        self.layer = _Layer(mtp.block, local)
 
 
 def _highest(numbers: Tensor) -> int:
     return int(numbers.max()) if numbers.numel() else 0
-
-
-def _ffn(ffn: SwiGLU, x: Tensor) -> Tensor:
-    return product(gated(product(x, ffn.gate_up.weight.t())), ffn.down.weight.t())
 
 
 def _document_starts(tokens: Tensor, separator: int, positions: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_runtime.model.mla import MLA
-from moe_runtime.model.norm import RMSNorm
+from moe_runtime.model.norm import RMSNorm, normalise
 from moe_runtime.model.product import product, wide
 from moe_runtime.model.rope import rotate
 
@@ -31,8 +31,9 @@ class Reach:
         valid: bool [rows, new], which of them are there; None: all.
         turns: complex [tokens, rope / 2], rotary turns of the tokens that are there.
         first, stop: slots below `first` or from `stop` on are out of everyone's reach.
-        mask: bool [rows, new, stop - first], True where a token may look; None: at all of these slots.
-        causal: `mask` would be the plain triangle over the new tokens, with nothing before them.
+        barrier: [rows, new, 1, stop - first], 0 where a token may look and -inf elsewhere, in at least FP32;
+            None: it may look at all of these slots.
+        causal: `barrier` is the plain triangle over the new tokens, with nothing before them.
     """
 
     slots: Tensor
@@ -40,7 +41,7 @@ class Reach:
     turns: Tensor
     first: int
     stop: int
-    mask: Tensor | None
+    barrier: Tensor | None
     causal: bool = False
 
     def spread(self, packed: Tensor) -> Tensor:
@@ -57,22 +58,40 @@ class Reach:
         return spread.flatten(0, 1) if self.valid is None else spread[self.valid]
 
 
-def norm(module: RMSNorm, x: Tensor) -> Tensor:
+class Norm:
     """RMSNorm without a tape."""
-    return module.normalise(x, module.weight, module.eps)[0]
+
+    def __init__(self, module: RMSNorm) -> None:
+        self._gain, self._eps = module.weight.detach(), module.eps
+        self._width = (self._gain.shape[0],)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x [..., dim]."""
+        if x.dtype == torch.bfloat16:  # FP32 inside, rounded once
+            return normalise(x, self._gain, self._eps)[0]
+        return nn.functional.rms_norm(x, self._width, self._gain, self._eps)
 
 
 class LatentAttention:
     """MLA of one layer for tokens that come one after the other.
 
     Args:
-        mla: whose weights it uses, as they are at each call.
+        mla: whose weights it reads, where they lie.
     """
 
     def __init__(self, mla: MLA) -> None:
-        self._mla = mla
-        self._rank, self._rope = mla.config.kv_lora_rank, mla.rope
-        self._heads = mla.config.num_heads
+        self._rank, self._rope, self._nope, self._v = mla.config.kv_lora_rank, mla.rope, mla.nope, mla.v
+        self._heads, self._scale = mla.config.num_heads, mla.scale
+        if mla.config.q_lora_rank is None:
+            self._q_a = self._q_a_norm = None
+            self._q_b = mla.q.weight.detach().t()
+        else:
+            self._q_a, self._q_a_norm = mla.q_a.weight.detach().t(), Norm(mla.q_a_norm)
+            self._q_b = mla.q_b.weight.detach().t()
+        self._kv_a, self._kv_a_norm = mla.kv_a.weight.detach().t(), Norm(mla.kv_a_norm)
+        self._kv_b, self._o = mla.kv_b.weight.detach().t(), mla.o.weight.detach().t()
+        up = self._kv_b.t().view(self._heads, self._nope + self._v, self._rank)
+        self._up_key, self._up_value = up[:, : self._nope], up[:, self._nope :].transpose(1, 2)
 
     def __call__(self, x: Tensor, latents: Tensor, reach: Reach) -> Tensor:
         """Attend, and leave the new tokens' latents in the cache.
@@ -85,26 +104,22 @@ class LatentAttention:
         Returns:
             [tokens, hidden].
         """
-        mla = self._mla
-        latent, k_rope = product(x, mla.kv_a.weight.t()).split([self._rank, self._rope], dim=1)
+        latent, k_rope = product(x, self._kv_a).split([self._rank, self._rope], dim=1)
         query = self._query(x)
-        high = torch.promote_types(x.dtype, torch.float32)
-        keys_too = torch.cat((query[..., mla.nope :], k_rope.unsqueeze(1)), dim=1).to(high)
-        turned = rotate(keys_too, reach.turns).to(x.dtype)  # [tokens, heads + 1, rope]
-        self._remember(torch.cat((norm(mla.kv_a_norm, latent), turned[:, -1]), dim=1), latents, reach)
+        q_nope, q_rope = query[..., : self._nope], query[..., self._nope :]
+        unturned = torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1)
+        turned = rotate(unturned.to(reach.turns.dtype.to_real()), reach.turns).to(x.dtype)
+        self._remember(torch.cat((self._kv_a_norm(latent), turned[:, -1]), dim=1), latents, reach)
         attend = self._lifted if self._lifts(reach) else self._absorbed
         known = latents[:, reach.first : reach.stop]
-        heads = attend(query[..., : mla.nope], turned[:, :-1], known, reach)
-        return product(heads.flatten(1).to(x.dtype), mla.o.weight.t())
+        heads = attend(q_nope, turned[:, :-1], known, reach)
+        return product(heads.flatten(1).to(x.dtype), self._o)
 
     def _query(self, x: Tensor) -> Tensor:
         """Queries of all heads before the rotary part is turned: [tokens, heads, nope + rope]."""
-        mla = self._mla
-        if mla.config.q_lora_rank is None:
-            flat = product(x, mla.q.weight.t())
-        else:
-            flat = product(norm(mla.q_a_norm, product(x, mla.q_a.weight.t())), mla.q_b.weight.t())
-        return flat.unflatten(1, (self._heads, -1))
+        if self._q_a is not None and self._q_a_norm is not None:
+            x = self._q_a_norm(product(x, self._q_a))
+        return product(x, self._q_b).view(x.shape[0], self._heads, -1)
 
     @staticmethod
     def _remember(new: Tensor, latents: Tensor, reach: Reach) -> None:
@@ -118,46 +133,45 @@ class LatentAttention:
 
     def _lifts(self, reach: Reach) -> bool:
         """Whether growing keys and values out of the latents is the cheaper form."""
-        mla, new = self._mla, reach.slots.shape[1]
-        lift = self._rank * (mla.nope + mla.v)  # of each latent, for each head
-        saved = 2 * self._rank + self._rope - (mla.nope + self._rope + mla.v)  # for each new token
-        carried = self._rank * (mla.nope + mla.v) * new  # queries in, outputs back
+        new = reach.slots.shape[1]
+        lift = self._rank * (self._nope + self._v)  # of each latent, for each head
+        saved = 2 * self._rank - self._nope - self._v  # for each new token and latent
+        carried = self._rank * (self._nope + self._v) * new  # queries in, outputs back
         known = reach.stop - reach.first
         return new > 1 and lift * known < saved * known * new + carried
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
         """Queries meet latents: [tokens, heads, v]."""
-        mla = self._mla
         rows, new = reach.slots.shape
-        up = mla.kv_b.weight.view(self._heads, mla.nope + mla.v, self._rank)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), up[:, : mla.nope]).transpose(0, 1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self._up_key).transpose(0, 1)
         query = reach.spread(torch.cat((q_latent, q_rope), dim=2)).view(rows, new * self._heads, -1)
         high = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.bmm(query.to(high), known.to(high).transpose(1, 2)).mul_(mla.scale)
-        if reach.mask is not None:
-            each = scores.view(rows, new, self._heads, -1)
-            each.masked_fill_(~reach.mask.unsqueeze(2), float("-inf"))
+        keys = known.to(high)
+        scores = torch.bmm(query.to(high), keys.transpose(1, 2)).mul_(self._scale)
+        if reach.barrier is not None:
+            scores.view(rows, new, self._heads, -1).add_(reach.barrier)
         weights = scores.softmax(dim=2)
-        gathered = torch.bmm(weights, known[..., : self._rank].to(high)).view(rows, new, self._heads, -1)
+        gathered = torch.bmm(weights, keys[..., : self._rank]).view(rows, new, self._heads, -1)
         gathered = reach.pack(gathered).to(q_nope.dtype).transpose(0, 1)
-        return torch.bmm(gathered, up[:, mla.nope :].transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(gathered, self._up_value).transpose(0, 1)
 
     def _lifted(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
         """Heads of training, grown out of the latents in reach: [tokens, heads, v]."""
-        mla = self._mla
         rows, count = known.shape[:2]
         query = wide(reach.spread(torch.cat((q_nope, q_rope), dim=2)).transpose(1, 2))
         latent, k_rope = known.split([self._rank, self._rope], dim=2)
-        lifted = product(latent.reshape(rows * count, -1), mla.kv_b.weight.t())
+        lifted = product(latent.reshape(rows * count, -1), self._kv_b)
         heads = lifted.view(rows, count, self._heads, -1).transpose(1, 2)
         shared = k_rope.unsqueeze(1).expand(-1, self._heads, -1, -1)
-        key = wide(torch.cat((heads[..., : mla.nope], shared), dim=3))
-        value = wide(heads[..., mla.nope :])
+        key = wide(torch.cat((heads[..., : self._nope], shared), dim=3))
+        value = wide(heads[..., self._nope :])
         width = key.shape[3]
-        if not value.is_cuda and width > mla.v:  # the CPU's flash kernel wants equal widths
-            value = nn.functional.pad(value, (0, width - mla.v))
-        mask = None if reach.mask is None or reach.causal else reach.mask.unsqueeze(1)
+        if not value.is_cuda and width > self._v:  # the CPU's flash kernel wants equal widths
+            value = nn.functional.pad(value, (0, width - self._v))
+        mask = None
+        if reach.barrier is not None and not reach.causal:
+            mask = reach.barrier.transpose(1, 2).to(query.dtype)
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=reach.causal, scale=mla.scale
+            query, key, value, attn_mask=mask, is_causal=reach.causal, scale=self._scale
         )
-        return reach.pack(out[..., : mla.v].transpose(1, 2))
+        return reach.pack(out[..., : self._v].transpose(1, 2))
