@@ -1,123 +1,52 @@
-"""When a sequence ends: a stop token, a stop string, so many tokens, or a full context."""
+"""When a sequence ends other than by a stop token: at a stop string, or when its context is full."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.generate.text import TextStream
-
-FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class StopConditions:
-    """What ends a sequence.
+def token_limit(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:
+    """New tokens that a prompt may be given: at most `max_tokens`, and no more than the context holds.
 
     Args:
-        max_tokens: new tokens, at least 1.
-        ids: tokens that end it and are not given out, such as the end of a document.
-        texts: strings that end it and are not part of its text, wherever tokens cut them.
         context_length: tokens of the prompt and new ones together; None: no limit.
 
     Raises:
-        ConfigError: no tokens to make, or an empty stop string.
+        ConfigError: not one fits.
     """
-
-    max_tokens: int
-    ids: frozenset[int] = frozenset()
-    texts: tuple[str, ...] = ()
-    context_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens: expected at least 1, got {self.max_tokens}")
-        if "" in self.texts:
-            raise ConfigError("stop: expected strings of at least one character, got an empty one")
-
-    def token_limit(self, prompt_tokens: int) -> int:
-        """New tokens that fit after a prompt.
-
-        Raises:
-            ConfigError: none do.
-        """
-        if self.context_length is None:
-            return self.max_tokens
-        if prompt_tokens >= self.context_length:
-            raise ConfigError(
-                f"prompt: expected at most {self.context_length - 1} tokens, one less than the context, got "
-                f"{prompt_tokens}; shorten it"
-            )
-        return min(self.max_tokens, self.context_length - prompt_tokens)
+    if max_tokens < 1:
+        raise ConfigError(f"max tokens: expected at least 1, got {max_tokens}")
+    if context_length is None:
+        return max_tokens
+    if prompt_tokens >= context_length:
+        raise ConfigError(
+            f"prompt: expected at most {context_length - 1} tokens, one less than the context, got "
+            f"{prompt_tokens}; shorten it"
+        )
+    return min(max_tokens, context_length - prompt_tokens)
 
 
-class Output:
-    """What one sequence has given out so far.
-
-    Attributes:
-        tokens: new tokens without a stop token; the last may reach into or beyond a stop string.
-        text: all pieces given out.
-        finish_reason: "stop" for a stop token or string, "length" for a limit, None while it goes on.
-
-    Args:
-        conditions: what ends it.
-        id_bytes: the bytes of each token.
-        prompt_tokens: tokens before the new ones.
+def check_stops(stops: Sequence[str]) -> None:
+    """Refuse a stop string that would stop everything.
 
     Raises:
-        ConfigError: the prompt fills the context.
+        ConfigError: one is empty.
     """
-
-    def __init__(self, conditions: StopConditions, id_bytes: Sequence[bytes], prompt_tokens: int = 0) -> None:
-        self._ids = conditions.ids
-        self._stream = TextStream(id_bytes, conditions.texts)
-        self._limit = conditions.token_limit(prompt_tokens)
-        self._pieces: list[str] = []
-        self.tokens: list[int] = []
-        self.finish_reason: FinishReason | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    @property
-    def tokens_left(self) -> int:
-        """Tokens that may still come; 0 when finished."""
-        return 0 if self.finish_reason else self._limit - len(self.tokens)
-
-    def push(self, token: int) -> str:
-        """Take the next token; the text that became certain. A finished output takes none."""
-        if self.finish_reason is not None:
-            return ""
-        if token in self._ids:
-            return self._finish("stop", "")
-        self.tokens.append(token)
-        piece = self._stream.push(token)
-        if self._stream.is_stopped:
-            return self._finish("stop", piece)
-        if len(self.tokens) == self._limit:
-            return self._finish("length", piece)
-        return self._give(piece)
-
-    def extend(self, tokens: Iterable[int]) -> str:
-        """Take tokens until one finishes it, such as those that a speculative pass accepted."""
-        return "".join(self.push(token) for token in tokens)
-
-    def _finish(self, reason: FinishReason, piece: str) -> str:
-        piece += self._stream.finish()
-        self.finish_reason = "stop" if self._stream.is_stopped else reason
-        return self._give(piece)
-
-    def _give(self, piece: str) -> str:
-        if piece:
-            self._pieces.append(piece)
-        return piece
+    if "" in stops:
+        raise ConfigError("stop: expected strings of at least one character, got an empty one")
 
 
-def stream_text(output: Output, tokens: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as tokens come; asks for no token after the end, and gives out no empty piece."""
-    for token in tokens:
-        if piece := output.push(token):
-            yield piece
-        if output.finish_reason is not None:
-            return
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop string begins that ends first in `text`, the longest of those; None if there is none."""
+    found = [(begin + len(stop), begin) for stop in stops if (begin := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+
+def possible_beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop string begins with and goes on after."""
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    for length in range(longest, 0, -1):
+        tail = text[-length:]
+        if any(len(stop) > length and stop.startswith(tail) for stop in stops):
+            return length
+    return 0
