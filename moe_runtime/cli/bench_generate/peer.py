@@ -43,6 +43,6 @@ class Peer:
 
 
 def bytes_of_cache(cache: Any) -> tuple[int, int]:
-    """(bytes, slots) of what transformers keeps of one sequence: keys and values of all heads."""
+    """(bytes, slots) of what transformers keeps of one sequence: 5.23 keeps latents and rotary keys too."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     return sum(keys.nbytes + values.nbytes for keys, values in layers), layers[0][0].shape[-2]
