@@ -107,7 +107,7 @@ class Decoding:
         depth = self._model.config.mtp_depth
         modules = depth if engine.store is not None else min(depth, engine.num_drafts)
         self._drafter = Drafter(self._model, modules, self.cache) if modules else None
-        self._draft_probs: list[Tensor] = []
+        self.draft_probs: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Piece]:
         hidden, counts = self._read_prompts()
@@ -119,7 +119,7 @@ class Decoding:
             self._store(range(len(self.alive)))
         rows, hidden, counts = self._drop_finished(hidden, counts)
         tokens = tokens[rows.to(tokens.device)]
-        self._draft_probs = [probs[rows.to(probs.device)] for probs in self._draft_probs]
+        self.draft_probs = [probs[rows.to(probs.device)] for probs in self.draft_probs]
         while self._engine.highest(len(self.alive)):
             if not drafted:
                 self._draft(tokens, hidden, counts)
@@ -152,7 +152,7 @@ class Decoding:
         index = self._drawn.unsqueeze(1) + ahead
         pick_u = self._draws.at("pick", index)
         if num_drafts:
-            draft = torch.stack(self._draft_probs, dim=1)
+            draft = torch.stack(self.draft_probs, dim=1)
             accept_u = self._draws.at("accept", index[:, :-1])
             accepted, tokens = verify(self._filters.probs(logits), draft, window[:, 1:], accept_u, pick_u)
             if cache.rows == 1:
@@ -170,15 +170,15 @@ class Decoding:
         """Write the pending tokens [rows] behind each row, and drafts behind them."""
         self._model.note(self.cache, tokens.unsqueeze(1))
         self.cache.reserve(int(self.cache.lengths.max()) + self._engine.num_drafts + 2 if self.alive else 0)
-        self._draft_probs = []
+        self.draft_probs = []
         if self._drafter is not None:
-            self._drafter.propose(hidden, counts, self._engine.num_drafts, self._draw_draft)
+            self._drafter.propose(hidden, counts, self._engine.num_drafts, self.draw_draft)
 
-    def _draw_draft(self, position: int, logits: Tensor) -> Tensor:
+    def draw_draft(self, position: int, logits: Tensor) -> Tensor:
         if not self.alive:
             return logits.new_zeros(0, dtype=torch.int64)
-        self._draft_probs.append(self._filters.probs(logits))
-        return pick(self._draft_probs[-1], self._draws.at("draft", self._drawn + position))
+        self.draft_probs.append(self._filters.probs(logits))
+        return pick(self.draft_probs[-1], self._draws.at("draft", self._drawn + position))
 
     def _first_tokens(self, hidden: Tensor, counts: Tensor) -> Tensor:
         """A token behind each prompt: int64 [rows]."""
@@ -207,7 +207,7 @@ class Decoding:
             window = self.cache.tokens.gather(1, slots.to(self.cache.tokens.device))
             hidden = self._model.read(self.cache, window, counts)
             if left and self._drafter is not None:
-                self._drafter.propose(hidden, counts, 0, self._draw_draft)
+                self._drafter.propose(hidden, counts, 0, self.draw_draft)
         return hidden, counts
 
     def _begin(self, row: int, tokens: list[int]) -> None:
