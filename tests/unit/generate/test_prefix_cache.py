@@ -139,9 +139,15 @@ def test_the_least_recently_used_goes_first(kind: str, tmp_path: Path) -> None:
 
 @KINDS
 @pytest.mark.parametrize("num_others", [1, 2, 3])
-def test_of_one_text_the_end_goes_first(kind: str, num_others: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("found_before", [False, True])
+def test_of_one_text_the_end_goes_first(
+    kind: str, found_before: bool, num_others: int, tmp_path: Path
+) -> None:
     cache = cache_of(kind, tmp_path, num_blocks=4)
-    learn(cache, text_of(1, 2, 3, 4), *(text_of(5 + other) for other in range(num_others)))
+    learn(cache, text_of(1, 2, 3, 4))
+    if found_before:
+        assert true_blocks(cache, text_of(1, 2, 3, 4)) == 4
+    learn(cache, *(text_of(5 + other) for other in range(num_others)))
     assert true_blocks(cache, text_of(1, 2, 3, 4)) == 4 - num_others
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moe_runtime.generate.prefix_blocks import blocks_of
 from moe_runtime.generate.prefix_cache import open_prefix_cache
-from moe_runtime.generate.prefix_folder import FOLDER, PrefixFolder
+from moe_runtime.generate.prefix_folder import FOLDER, PrefixFolder, name_of
 from tests.unit.generate.prefix_samples import (
     BLOCK_BYTES,
     FORM,
@@ -59,19 +60,22 @@ def test_a_block_is_a_safetensors_file(tmp_path: Path) -> None:
 
 def test_links_and_pipes_are_not_followed_and_other_files_not_touched(tmp_path: Path) -> None:
     cache = cache_of("disk", tmp_path, num_blocks=3)
-    learn(cache, text_of(1, 2, 3))
-    first, second, third = (file for file in block_files(tmp_path))
     outside = tmp_path / "outside"
-    first.rename(outside)
-    first.symlink_to(outside)
-    second.unlink()
-    os.mkfifo(second)
-    third.unlink()
-    third.mkdir()
+    for word in (1, 2, 3):
+        learn(cache, text_of(word))
+    link, pipe, folder = (
+        tmp_path / FOLDER / name_of(blocks_of(FORM.fingerprint, text_of(word))[0]) for word in (1, 2, 3)
+    )
+    link.rename(outside)
+    link.symlink_to(outside)  # a good block, if it were followed
+    pipe.unlink()
+    os.mkfifo(pipe)
+    folder.unlink()
+    folder.mkdir()
     (tmp_path / FOLDER / "notes.txt").write_text("mine")
     before = outside.read_bytes()
-    assert true_blocks(cache, text_of(1, 2, 3)) == 0
-    for word in range(4, 9):
+    assert [true_blocks(cache, text_of(word)) for word in (1, 2, 3)] == [0, 0, 0]
+    for word in range(1, 9):
         learn(cache, text_of(word))
     assert outside.read_bytes() == before and (tmp_path / FOLDER / "notes.txt").read_text() == "mine"
 
