@@ -2,10 +2,10 @@
 
 When the main model has read tokens up to L-1 and token L is drawn, module 0 reads the main model's outputs at
 positions ..L-1 together with tokens ..L and drafts token L+1; module 1 reads module 0's outputs with tokens
-..L+1 and drafts L+2, and so on. Beyond the last module it is used again, on its own output: its output at slot
-s stands for the one before it at s+1, for both predict the same token.
+..L+1 and drafts L+2, and so on. Beyond the last module it is used again, on its own output: what it gave at
+slot s stands for what comes before it at s+1, for both predict the same token.
 
-    slot          ..      L      L+1     L+2          (slot s of a module: token s joined to what stands at s-1)
+    slot          ..      L      L+1     L+2          (a module's slot s: token s, and what stands at s-1)
     module 0    true    true      .       .           drafts L+1
     module 1    true    true    draft     .           drafts L+2
     module 1 again                      draft         drafts L+3

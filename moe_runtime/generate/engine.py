@@ -4,12 +4,12 @@
     pass       [token not yet read, k drafts] is read at once; drafts that stand, and one token more, are new
     drafts     MTP modules read the main model's outputs for what is new and draft k tokens again
 
-Without drafts k is 0 and a pass gives one token. Refused drafts leave nothing: their slots lie beyond the row's
-length and are written again. Tokens that come out are distributed as the main model alone has it
+Without drafts k is 0 and a pass gives one token. Refused drafts leave nothing: their slots lie beyond the
+row's length and are written again. Tokens that come out are distributed as the main model alone has it
 (`rejection.py`); greedily they are the same tokens, for each logit depends on the tokens before it alone.
 
-Rows finish at different times; a finished row is dropped from the batch at once. With experts on several ranks
-each rank runs its own requests, and all go on, with no rows if need be, until the last has finished.
+Rows finish at different times; a finished row is dropped from the batch at once. With experts on several
+ranks each rank runs its own requests, and all go on, with no rows if need be, until the last has finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -23,7 +23,7 @@ class Request:
 
     tokens: Sequence[int]
     max_new_tokens: int = 256
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     stops: Callable[[int], bool] | None = None
 

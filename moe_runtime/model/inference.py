@@ -173,7 +173,7 @@ class InferenceModel:
         return self._rotary.table(max(stop, 1), self._high, self.device)
 
     def _barrier(self, cache: LatentCache, slots: Tensor, shift: int, stop: int) -> Tensor:
-        """-inf where a token at `slots` [rows, new] may not look: [rows, new, 1, slots from shift to stop]."""
+        """-inf where a token at `slots` [rows, new] may not look: [rows, new, 1, slots shift..stop]."""
         reached = torch.arange(shift, max(stop, shift), device=slots.device)
         hidden = reached > slots.unsqueeze(2)
         separator = self._separator

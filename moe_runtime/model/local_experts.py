@@ -1,8 +1,8 @@
 """The routed experts of a few tokens, all of them here: sorted by expert, two grouped products, added up.
 
-Training sends tokens through a dispatcher, whose plan has to serve any number of ranks and a backward. Where a
-token or two are decoded, that plan costs more than the products; here it is one sort. The journey through a
-dispatcher is the oracle, and the way for experts on other ranks.
+Training sends tokens through a dispatcher, whose plan has to serve any number of ranks and a backward. Where
+a token or two are decoded, that plan costs more than the products; here it is one sort. The journey through
+a dispatcher is the oracle, and the way for experts on other ranks.
 """
 
 import torch
