@@ -105,7 +105,7 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
         (
             ("import", "none", "ours", "--dtype", "int8"),
             ConfigError,
-            "--dtype: expected one of fp32",
+            "--dtype: expected one of fp32, bf16",
         ),
         (("import", "none", "ours", "--tokenizer", "nonsense"), DataError, "nonsense"),
     ],
