@@ -22,7 +22,7 @@ from moe_runtime.config.schema import ModelConfig
 from tests.unit.hugging_face.models import BASE
 
 SHARD_BYTES = 12_000_000
-WIDE = {"hidden_size": 512, "expert_ffn_size": 1024, "num_experts": 12, "vocab_size": 512, "ffn_size": 64}
+WIDE = {"hidden_size": 512, "expert_ffn_size": 1024, "num_experts": 8, "vocab_size": 512, "ffn_size": 64}
 
 
 def write_hub(folder: Path, model: ModelConfig) -> int:
