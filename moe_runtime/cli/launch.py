@@ -130,7 +130,7 @@ def parse_train(arguments: list[str]) -> dict[str, Any]:
     Raises:
         UsageMistake: a wrong option, or no config.
     """
-    return _parse(train.train, "train", arguments)
+    return _parse(train.train, "launch.sh train", arguments)
 
 
 def parse_generate(arguments: list[str]) -> int:
@@ -139,11 +139,11 @@ def parse_generate(arguments: list[str]) -> int:
     Raises:
         UsageMistake: a wrong option, or no checkpoint.
     """
-    processes: int = _parse(generate.generate, "generate", arguments)["ep"]
+    processes: int = _parse(generate.generate, "moe-runtime generate", arguments)["ep"]
     return processes
 
 
-def _parse(command: Callable[..., None], name: str, arguments: list[str]) -> dict[str, Any]:
+def _parse(command: Callable[..., None], program: str, arguments: list[str]) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
 
     @functools.wraps(command)
@@ -151,8 +151,8 @@ def _parse(command: Callable[..., None], name: str, arguments: list[str]) -> dic
         parameters.update(values)
 
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    reader.command(name)(record)
-    code = run_typer(reader, f"launch.sh {name}", arguments)
+    reader.command()(record)
+    code = run_typer(reader, program, arguments)
     if not parameters:
         raise SystemExit(code)
     return parameters
