@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Write a model in Hugging Face's form, or read one.")
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16")
 ShardSize = Annotated[
     float, typer.Option("--shard-gb", min=0.001, help="largest size of a file, in 10^9 bytes")
 ]
@@ -28,7 +28,7 @@ def export(
     path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
     folder: Annotated[Path, typer.Argument(help="new folder for config.json, safetensors and tokenizer")],
     fp8: Annotated[bool, typer.Option("--fp8", help="matrices as E4M3 with 128x128 scales")] = False,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; otherwise as stored")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; otherwise as stored")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="the average of the weights over steps")] = False,
     shard_gb: ShardSize = 5.0,
 ) -> None:
@@ -36,6 +36,7 @@ def export(
     kind = _dtype(dtype)
     from moe_runtime.checkpoint.folder import open_checkpoint
     from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_model
+    from moe_runtime.checkpoint.hugging_face.names import ragged_widths
     from moe_runtime.checkpoint.load import config_of
     from moe_runtime.data.hugging_face import hub_files
 
@@ -45,6 +46,11 @@ def export(
         _warn(f"{checkpoint.path} carries no tokenizer: {folder} has none either")
     if config_of(checkpoint).data.document_mask:
         _warn("trained with data.document_mask: in Hugging Face's form attention crosses documents")
+    if fp8 and (widths := ragged_widths(config_of(checkpoint).model)):
+        _warn(
+            f"widths {', '.join(map(str, widths))} are no multiples of 128: transformers without a GPU "
+            "misreads or refuses such matrices in FP8 (version 5.23)"
+        )
     options = ExportOptions(
         fp8=fp8,
         dtype=kind,
@@ -62,7 +68,7 @@ def import_(
     hub: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
     out: Annotated[Path, typer.Argument(help="new checkpoint folder")],
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; otherwise as stored, FP8 as config.json says")
+        str | None, typer.Option(help="fp32 or bf16; otherwise as stored, FP8 as config.json says")
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -112,7 +118,7 @@ def _dtype(name: str | None) -> "torch.dtype | None":
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name}")
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return torch.float32 if name == "fp32" else torch.bfloat16
 
 
 def _tokenizer_of(checkpoint: "Checkpoint") -> "Tokenizer | None":

@@ -74,7 +74,8 @@ def test_an_import_is_a_checkpoint_for_eval_generate_and_checkpoint_commands(mad
 
 
 def test_fp8_and_dtype_choose_what_is_written(made: Path, tmp_path: Path) -> None:
-    call("convert", "export", made / "run", tmp_path / "fp8", "--fp8", "--dtype", "bf16", "--shard-gb", 0.001)
+    said = call("convert", "export", made / "run", tmp_path / "fp8", "--fp8", "--dtype", "bf16")
+    assert "widths" not in said
     fields = json.loads((tmp_path / "fp8/config.json").read_text())
     assert fields["quantization_config"]["quant_method"] == "fp8" and fields["torch_dtype"] == "bfloat16"
     call("convert", "import", tmp_path / "fp8", tmp_path / "ours", "--dtype", "fp32")
@@ -105,7 +106,7 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
         (
             ("import", "none", "ours", "--dtype", "int8"),
             ConfigError,
-            "--dtype: expected one of fp32",
+            "--dtype: expected one of fp32, bf16",
         ),
         (("import", "none", "ours", "--tokenizer", "nonsense"), DataError, "nonsense"),
     ],

@@ -4,7 +4,7 @@ Tensors go through one at a time, in the order of the model's layers, so memory 
 (mapped) and one tensor. The folder appears whole or not at all, as checkpoints do.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from moe_runtime.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SCALES_PREFIX, STATE_KEY = "scales-", "hugging_face"
+_DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def export_model(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -
         small = _small_files(checkpoint, source, options)
         try:
             make_empty(tmp)
-            _check_space(folder, planned)
+            check_space(folder, planned)
             names = _write(tmp, planned, source, options.shard_bytes)
             for name, data in (small | names).items():
                 write_bytes(tmp / name, data)
@@ -106,6 +107,19 @@ def refuse_occupied(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: expected a new or empty folder, got one with files; choose another")
+
+
+def check_space(folder: Path, planned: Iterable[Planned]) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        CheckpointError: fewer bytes are free where `folder` is than the tensors take.
+    """
+    needed, free = sum(tensor.num_bytes for tensor in planned), free_bytes(folder)
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: disk full: expected {needed / 1e6:,.1f} MB free, got {free / 1e6:,.1f} MB"
+        )
 
 
 class _Source:
@@ -159,6 +173,7 @@ class _Source:
                     yield part, rows.to(dtype)
             for copy in parameter.copies:
                 yield copy, whole.to(dtype)
+            del whole, rows  # they keep their file mapped
 
     @property
     def uses_recorded_scales(self) -> bool:
@@ -186,9 +201,6 @@ class _Source:
         return "F32" if parameter.is_routing_bias else DTYPE_WORDS[self.options.dtype]
 
 
-_DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
-
-
 def _write(tmp: Path, planned: list[Planned], source: _Source, shard_bytes: int) -> dict[str, bytes]:
     """Write the shards; gives the index, if there is more than one."""
     groups = split_in_files(planned, shard_bytes)
@@ -201,6 +213,7 @@ def _write(tmp: Path, planned: list[Planned], source: _Source, shard_bytes: int)
     with FilesWriter(tmp, files) as writer:
         for name, tensor in source.tensors():
             writer.write(name, tensor)
+            del tensor  # it may keep its file mapped
         for empty in planned:
             if 0 in empty.shape:
                 writer.write(empty.name, torch.empty(empty.shape, dtype=_DTYPES[empty.dtype]))
@@ -228,11 +241,3 @@ def _small_files(checkpoint: Checkpoint, source: _Source, options: ExportOptions
     if options.eos_id is not None:
         files["generation_config.json"] = object_bytes({"eos_token_id": options.eos_id})
     return files
-
-
-def _check_space(folder: Path, planned: list[Planned]) -> None:
-    needed, free = sum(tensor.num_bytes for tensor in planned), free_bytes(folder)
-    if needed > free:
-        raise CheckpointError(
-            f"{folder}: disk full: expected {needed / 1e6:,.1f} MB free, got {free / 1e6:,.1f} MB"
-        )

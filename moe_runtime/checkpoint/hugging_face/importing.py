@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from moe_runtime.checkpoint.disk import (
-    free_bytes,
     fsync_folder,
     make_empty,
     remove,
@@ -34,6 +33,7 @@ from moe_runtime.checkpoint.hugging_face.export import (
     DEFAULT_SHARD_BYTES,
     SCALES_PREFIX,
     STATE_KEY,
+    check_space,
     refuse_occupied,
 )
 from moe_runtime.checkpoint.hugging_face.fitting import check_fit, present_mtp_depth
@@ -108,7 +108,7 @@ def import_model(hub: Path, out: Path, options: ImportOptions) -> Imported:
     with open_shards(hub) as reader:
         depth, warnings = present_mtp_depth(said.model, reader.stored, hub)
         model = ModelConfig.model_validate(said.model.model_dump() | {"mtp_depth": depth})
-        source = _Source(hub, reader, list(parameters_of(model)), said, options.dtype)
+        source = _Source(hub, reader, model, said.dtype, options.dtype)
         check_fit(model, source.parameters, reader.stored, hub, said.quantization is not None)
         tmp = out.with_name(TMP_PREFIX + out.name)
         try:
@@ -130,12 +130,13 @@ class _Source:
         self,
         hub: Path,
         reader: ShardReader,
-        parameters: list[Parameter],
-        said: HubConfig,
-        dtype: torch.dtype | None,
+        model: ModelConfig,
+        said: str | None,
+        wanted: torch.dtype | None,
     ) -> None:
-        self.hub, self.reader, self.parameters, self.wanted = hub, reader, parameters, dtype
-        self.of_codes = "F32" if said.dtype in ("fp32", "fp16") else "BF16"
+        self.hub, self.reader, self.model, self.wanted = hub, reader, model, wanted
+        self.parameters = list(parameters_of(model))
+        self.of_codes = "F32" if said in ("fp32", "fp16") else "BF16"
 
     @property
     def dtype(self) -> str:
@@ -197,32 +198,30 @@ class _Source:
 
 def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) -> int:
     """Write everything into `tmp`, the manifest last; gives the bytes of the weights."""
-    groups = split_in_files(source.planned(), options.shard_bytes)
-    weights = [(f"weights-{number:05d}.safetensors", group) for number, group in enumerate(groups)]
-    scales = [
-        (f"{SCALES_PREFIX}{number:05d}.safetensors", group)
-        for number, group in enumerate(split_in_files(source.scales(), options.shard_bytes))
-    ]
-    needed = sum(tensor.num_bytes for _, group in (*weights, *scales) for tensor in group)
-    if needed > free_bytes(tmp):
-        free = free_bytes(tmp) / 1e6
-        raise CheckpointError(
-            f"{tmp.parent}: disk full: expected {needed / 1e6:,.1f} MB free, got {free:,.1f} MB"
-        )
+    weights = _files("weights-", source.planned(), options.shard_bytes)
+    scales = _files(SCALES_PREFIX, source.scales(), options.shard_bytes)
+    check_space(tmp.parent, [tensor for _, group in (*weights, *scales) for tensor in group])
     with FilesWriter(tmp, weights) as writer:
         for name, tensor in source.tensors():
             writer.write(name, tensor)
+            del tensor  # it may keep its shard mapped
     with FilesWriter(tmp, scales) as scale_writer:
-        for _, group in scales:
-            for planned in group:
-                scale_writer.write(planned.name, source.reader.read(planned.name))
-    config = _run_config(source, said, options)
+        for planned in source.scales():
+            scale_writer.write(planned.name, source.reader.read(planned.name))
     entries = {
         name: FileEntry(kind="weights", bytes=size, sha256=sha256, tensors=_described(group))
         for (name, size, sha256), (_, group) in zip(writer.written, weights, strict=True)
     }
     for name, size, sha256 in scale_writer.written:  # carried, for they are no parameters
         entries[name] = FileEntry(kind="extra", bytes=size, sha256=sha256)
+    _write_manifest(tmp, entries, _run_config(source, said, options), said, options)
+    return sum(tensor.num_bytes for tensor in source.planned())
+
+
+def _write_manifest(
+    tmp: Path, entries: dict[str, FileEntry], config: RunConfig, said: HubConfig, options: ImportOptions
+) -> None:
+    """Write the files that are only carried, and the manifest of all."""
     model_text = dump_text({"model": config.model.model_dump(mode="json")})
     for name, data in {**options.extras, MODEL_FILE: model_text.encode()}.items():
         entries[name] = write_bytes(tmp / name, data)
@@ -236,7 +235,12 @@ def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) 
         files=entries,
     )
     write_bytes(tmp / MANIFEST_NAME, manifest.to_bytes())
-    return sum(tensor.num_bytes for _, group in weights for tensor in group)
+
+
+def _files(prefix: str, planned: list[Planned], max_bytes: int) -> list[tuple[str, list[Planned]]]:
+    """File names and what goes into each."""
+    groups = split_in_files(planned, max_bytes)
+    return [(f"{prefix}{number:05d}.safetensors", group) for number, group in enumerate(groups)]
 
 
 def _described(group: list[Planned]) -> dict[str, TensorEntry]:
@@ -247,20 +251,15 @@ def _described(group: list[Planned]) -> dict[str, TensorEntry]:
 
 def _run_config(source: _Source, said: HubConfig, options: ImportOptions) -> RunConfig:
     """A run that this model could be of: what `eval`, `generate` and `load_model` ask of a checkpoint."""
-    model = said.model.model_dump() | {"mtp_depth": _mtp_depth(source.parameters)}
     seq_len = options.seq_len or min(said.context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     name = source.hub.name
     fields: dict[str, Any] = {
         "name": name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else "imported",
         "precision": _PRECISIONS[source.dtype],
-        "model": model,
+        "model": source.model.model_dump(),
         "batch": {"seq_len": seq_len, "global_batch_size": 1},
         "data": {"path": "data"},
     }
     if said.balance_alpha is not None:
         fields["recipe"] = {"balance_alpha": said.balance_alpha}
     return RunConfig.model_validate(fields)
-
-
-def _mtp_depth(parameters: list[Parameter]) -> int:
-    return sum(each.name.startswith("mtp.") and each.name.endswith(".eh_proj.weight") for each in parameters)

@@ -136,3 +136,9 @@ def empty_parts(model: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
         yield f"{owner}gate_proj.weight", (0, hidden)
         yield f"{owner}up_proj.weight", (0, hidden)
         yield f"{owner}down_proj.weight", (hidden, 0)
+
+
+def ragged_widths(model: ModelConfig) -> list[int]:
+    """Widths of matrices in several 128 x 128 blocks of which the last is short."""
+    widths = {width for each in parameters_of(model) if each.is_linear for width in each.part_shape}
+    return sorted(width for width in widths if width > 128 and width % 128)

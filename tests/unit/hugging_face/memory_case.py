@@ -22,7 +22,7 @@ from moe_runtime.config.schema import ModelConfig
 from tests.unit.hugging_face.models import BASE
 
 SHARD_BYTES = 12_000_000
-WIDE = {"hidden_size": 512, "expert_ffn_size": 1024, "num_experts": 12, "vocab_size": 512, "ffn_size": 64}
+WIDE = {"hidden_size": 512, "expert_ffn_size": 1024, "num_experts": 8, "vocab_size": 512, "ffn_size": 64}
 
 
 def write_hub(folder: Path, model: ModelConfig) -> int:
@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
         hub, ours = folder / name, folder / f"{name}-ours"
         growth["model"] = write_hub(hub, model)
         before = peak_bytes()
-        import_model(hub, ours, ImportOptions(dtype=torch.bfloat16, shard_bytes=SHARD_BYTES))
+        import_model(hub, ours, ImportOptions(shard_bytes=SHARD_BYTES))
         growth["import"] = peak_bytes() - before
-        options = ExportOptions(dtype=torch.float32, shard_bytes=SHARD_BYTES)
+        options = ExportOptions(dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
         export_model(open_checkpoint(ours), folder / f"{name}-again", options)
         growth["export"] = peak_bytes() - before
     print(json.dumps(growth))

@@ -18,7 +18,7 @@ def test_import_and_export_hold_one_shard_and_one_tensor(tmp_path: Path) -> None
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     growth = json.loads(done.stdout.splitlines()[-1])
-    assert growth["model"] > 10 * SHARD_BYTES
+    assert growth["model"] > 9 * SHARD_BYTES
     # The largest tensor, gate_up, has 4 MB in FP32; beside it there is a cast of it.
     assert growth["import"] < SHARD_BYTES + 8_000_000, growth
     assert growth["export"] < SHARD_BYTES + 8_000_000, growth
