@@ -14,7 +14,7 @@ from moe_runtime.generate.sampling import SamplingParams
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.transformer import Transformer
 from tests.unit.generate.models import draft_model
-from tests.unit.generate.slow_drafts import slow_draw, slow_drafts
+from tests.unit.generate.slow_drafts import slow_drafts, slow_draw
 from tests.unit.model.samples import draw_tokens
 
 LENGTHS = (1, 9, 2, 4)
