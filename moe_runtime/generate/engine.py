@@ -73,6 +73,11 @@ class Engine:
         self.model, self.num_drafts, self.store = model, num_drafts, store
         self.prefill, self.highest = prefill, highest
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What the latent cache takes for one token, over all layers."""
+        return self.model.new_cache(0, 0).bytes_per_token
+
     def start(self, requests: Sequence[Request]) -> "Decoding":
         """Begin; iterating what is returned gives new tokens as they are made."""
         return Decoding(self, requests)
