@@ -27,6 +27,7 @@ BF16 in all variants; weights, masters and moments after them are those that a s
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -174,7 +175,7 @@ class Masters:
         """Go on from another's masters and moments."""
         for master, source in zip(self.masters, other.masters, strict=True):
             master.copy_(source)
-        self._optimizer.load_state_dict(other._optimizer.state_dict())
+        self._optimizer.load_state_dict(copy.deepcopy(other._optimizer.state_dict()))
         self.into_weights()
 
 
