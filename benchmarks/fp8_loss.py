@@ -211,18 +211,21 @@ class Run:
             moe.router.bias.copy_(source.router.bias)
 
 
-def train(variant: str, seed: int, setting: Setting, data: Path) -> dict[str, Any]:
+def warmed(seed: int, setting: Setting, data: Path) -> Run:
+    """What the runs of a seed go on from."""
+    run = Run("bf16", seed, setting, data)
+    run.steps(0, setting.warm)
+    return run
+
+
+def train(variant: str, seed: int, setting: Setting, data: Path, start: Run) -> dict[str, Any]:
     """One run: its line."""
     began = time.perf_counter()
     run = Run(variant, seed, setting, data)
-    if setting.warm:
-        before = Run("bf16", seed, setting, data)
-        before.steps(0, setting.warm)
-        run.go_on_from(before)
+    run.go_on_from(start)
     if variant == "perturbed":
         perturb(run.masters.masters)
         run.masters.into_weights()
-    warmed = time.perf_counter()
     losses = run.steps(setting.warm, setting.warm + setting.steps)
     return {
         "variant": variant,
@@ -230,8 +233,7 @@ def train(variant: str, seed: int, setting: Setting, data: Path) -> dict[str, An
         **asdict(setting),
         "loss": statistics.fmean(losses[-LAST:]),
         "validation": _validate(run.model, data, setting.device),
-        "step_s": (time.perf_counter() - warmed) / setting.steps,
-        "run_s": time.perf_counter() - began,
+        "step_s": (time.perf_counter() - began) / setting.steps,
         "every_20": [round(statistics.fmean(losses[i : i + 20]), 5) for i in range(0, setting.steps, 20)],
     }
 
@@ -301,9 +303,11 @@ def main() -> None:
         config = DataConfig(path=str(args.data), source="builtin:stdlib", tokenizer="byte")
         ensure_prepared(config, seed=0)
         for seed in args.seeds:
-            for variant in args.variants:
-                if (variant, seed) not in read(args.out, setting):
-                    line = train(variant, seed, setting, args.data)
+            missing = [variant for variant in args.variants if (variant, seed) not in read(args.out, setting)]
+            if missing:
+                start = warmed(seed, setting, args.data)
+                for variant in missing:
+                    line = train(variant, seed, setting, args.data, start)
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     figures = f"{line['loss']:.4f}, {line['step_s']:.3f} s a step"
