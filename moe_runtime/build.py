@@ -15,6 +15,7 @@ from moe_comm.factory import open_dispatcher
 from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
+from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
@@ -47,7 +48,7 @@ from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.loop import Run
-from moe_runtime.train.resume import resume
+from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
@@ -303,12 +304,14 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         ranks_per_node=world.ranks_per_node,
         document_separator=tokenizer.eos_id if config.data.document_mask else None,
     )
-    optimizer = build_optimizer(runtime)
     run_dir = Path(config.out_dir) / config.name
+    said = _begin(config, runtime, run_dir, peers, fresh)
+    optimizer = build_optimizer(runtime)
     lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
     state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
-    start, said = resume(store, state, fresh)
+    start, resumed = resume(store, state, fresh)
+    said += resumed
     recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
     for line in said:
         recorder.event("resume", message=line)
@@ -325,6 +328,16 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         total_steps(config, layout),
         lock,
     )
+
+
+def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fresh: bool) -> list[str]:
+    """Give a new run the weights of `train.init_from`, whose copies the optimizer then makes its masters."""
+    path = config.train.init_from
+    if path is None or peers.first_says(not fresh and bool(list_steps(run_dir / CHECKPOINTS_DIR))):
+        return []
+    mesh = runtime.mesh
+    first_expert = mesh.ep_rank * (config.model.num_experts // mesh.ep)
+    return [begin_from(path, runtime, first_expert, peers)]
 
 
 def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader, BatchLoader]:

@@ -28,7 +28,7 @@ class CheckpointError(MoeRuntimeError):
 
 
 class NumericsError(MoeRuntimeError):
-    """A number went wrong in training: non-finite values, or two norms that must agree do not."""
+    """A number went wrong: non-finite values, or two norms that must agree do not."""
 
 
 class PeerLost(MoeRuntimeError):

@@ -181,17 +181,21 @@ def find_latest_good(checkpoints_dir: Path, peers: Peers | None = None) -> Found
     return Found(None, tuple(skipped))
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, peers: Peers | None = None) -> Checkpoint:
     """The checkpoint at `path`: a checkpoint folder, or the last good one of a run folder.
+
+    Args:
+        path: folder.
+        peers: ranks that share the work of checking it; None checks alone.
 
     Raises:
         CheckpointError: there is none, or none is whole.
     """
     path = Path(path).expanduser().resolve()
     if (path / MANIFEST_NAME).exists() or step_of(path.name) is not None:
-        return verify_checkpoint(path)
+        return verify_checkpoint(path, peers)
     where = checkpoints_dir_of(path)
-    found = find_latest_good(where)
+    found = find_latest_good(where, peers)
     if found.checkpoint is None:
         damaged = "".join(f"; damaged: {line}" for line in found.skipped)
         raise CheckpointError(f"{path}: expected a run or checkpoint folder, got no good checkpoint{damaged}")

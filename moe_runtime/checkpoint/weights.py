@@ -11,7 +11,7 @@ the last stage) is written by the first rank that holds it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,19 @@ def _check_present(targets: Iterable[str], saved: Mapping[str, object], checkpoi
         )
 
 
-def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+def check_same_model(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    free: Collection[str] = (),
+    remedy: str = "use another run name, or --fresh to start over",
+) -> None:
     """Refuse a checkpoint of another model.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        model: what it should be of.
+        free: keys that may differ.
+        remedy: what the user can do.
 
     Raises:
         CheckpointError: names every key of the model section that differs, with both values.
@@ -134,7 +145,7 @@ def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
     got = checkpoint.manifest.config.get("model")
     if not isinstance(got, dict):
         raise CheckpointError(f"{checkpoint.path}: expected a model section in its config, got none")
-    keys = [*expected, *(key for key in got if key not in expected)]
+    keys = [key for key in (*expected, *(key for key in got if key not in expected)) if key not in free]
     differing = [
         f"model.{key}: expected {expected.get(key)}, got {got.get(key)}"
         for key in keys
@@ -142,6 +153,5 @@ def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{checkpoint.path}: a checkpoint of another model: {'; '.join(differing)}; "
-            "use another run name, or --fresh to start over"
+            f"{checkpoint.path}: a checkpoint of another model: {'; '.join(differing)}; {remedy}"
         )

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import typer
 
-from moe_runtime.cli import bench, checkpoint, config, evaluate, generate, prepare, schedule, train
+from moe_runtime.cli import (
+    bench,
+    cache,
+    checkpoint,
+    config,
+    convert,
+    evaluate,
+    generate,
+    prepare,
+    schedule,
+    train,
+)
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
@@ -26,7 +37,9 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("schedule")(schedule.schedule)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
+app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 
 

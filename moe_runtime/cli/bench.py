@@ -212,3 +212,37 @@ def optim(
     typer.echo(json_text.dumps(result) if json else cuda.describe(result))
     if result["differing"]:
         raise NumericsError("bench optim: the fused step differs from the plain one; nothing was timed")
+
+
+@app.command("generate")
+def generate(
+    path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
+    data: Annotated[Path, typer.Option(help="folder of prepared data; prompts are of its validation split")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="cache, drafts, acceptance, size, prefix; may be repeated")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="times each contender is timed, in turn")] = 5,
+    prompts: Annotated[int, typer.Option(min=1, help="continuations for acceptance")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="of each")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="new ones of each; drafts are timed over as many")] = 256,
+    drafts: Annotated[int, typer.Option(min=0, help="a pass; 0: as many as MTP modules")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """Decoding of a checkpoint: against no cache and transformers, with drafts, from a prefix cache.
+
+    cache: 512 tokens with a cache, without, and by transformers on the same weights. drafts: MTP drafts
+    against none at temperature 1. acceptance: on held-out text, sampled, greedy, each with its control. size:
+    bytes of the cache. prefix: first token of a 2,000-token prompt in new processes.
+    """
+    from moe_runtime.cli.bench_generate.measure import PARTS  # brings torch
+    from moe_runtime.cli.bench_generate.measure import measure as measure_generate
+    from moe_runtime.cli.bench_generate.report import describe as describe_generate
+    from moe_runtime.cli.bench_generate.subject import Settings
+    from moe_runtime.cli.generate import check_device
+
+    check_device(device)
+    settings = Settings(path, data, rounds, prompts, prompt_tokens, tokens, drafts, threads, device)
+    result = measure_generate(settings, part or list(PARTS))
+    typer.echo(json_text.dumps(result) if json else describe_generate(result))

@@ -58,7 +58,7 @@ def open_peer(config: ModelConfig, dtype: torch.dtype, device: torch.device | st
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise ConfigError(
-            "bench train: compares with transformers, which is not installed; pip install transformers"
+            "bench: compares with transformers, which is not installed; pip install transformers"
         ) from error
     peer_config = DeepseekV3Config(
         vocab_size=config.vocab_size,
@@ -91,8 +91,9 @@ def open_peer(config: ModelConfig, dtype: torch.dtype, device: torch.device | st
 
 
 def copy_weights(model: Transformer, peer: nn.Module) -> None:
-    """Put our weights into the peer's parameters; every one of them is filled."""
-    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    """Put our weights into the peer's parameters; every one of them is filled. It has no MTP modules."""
+    state = model.state_dict()
+    ours = {name: tensor.detach() for name, tensor in state.items() if not name.startswith("mtp.")}
     mapped: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         mapped.update(_peer_names(name, tensor))

@@ -1,10 +1,9 @@
 """`moe-runtime generate`: continue a prompt from a checkpoint."""
 
-import codecs
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,19 +92,11 @@ def check_device(name: str) -> None:
 
 def _print(prompt: str, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:
     """Print the prompt, then each token as it comes; a terminal gets no control characters."""
+    from moe_runtime.generate.text import text_pieces
     from moe_runtime.metrics.console import printable
 
     show = printable if sys.stdout.isatty() else str
     typer.echo(prompt, nl=False)
-    for piece in text_pieces(tokenizer, ids):
+    for piece in text_pieces(tokenizer.id_bytes, ids):
         typer.echo(show(piece), nl=False)
     typer.echo()
-
-
-def text_pieces(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come; a character split over tokens waits for its last byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        if token < len(tokenizer.id_bytes):
-            yield decoder.decode(tokenizer.id_bytes[token])
-    yield decoder.decode(b"", final=True)

@@ -299,6 +299,10 @@ class TrainConfig(Section):
     watchdog_s: PositiveFloat = Field(
         60.0, description="a rank so long in one phase of a program: every rank's action is printed"
     )
+    init_from: str | None = Field(
+        None,
+        description="checkpoint or run folder whose weights a new run begins with; null: drawn at random",
+    )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="decay of the average of weights kept in host memory; null: none"
     )

@@ -120,7 +120,7 @@ def _bytes_of_ids(
     pieces = [b""] * (max(vocab.values()) + 1)
     is_byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
     literal = {token["content"] for token in added}
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     for token, index in vocab.items():
         if token in control:
             continue
@@ -135,7 +135,7 @@ def _bytes_of_ids(
     return pieces
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in set(printable)]
@@ -172,7 +172,7 @@ def train_bpe(texts: Iterator[str], size: int) -> JsonTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(_byte_alphabet()),
+        initial_alphabet=sorted(byte_alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)

@@ -39,6 +39,8 @@ def _adds_in_fp32(device: torch.device) -> bool:
 
 def product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """left [m, k] times right [k, n], rounded to `out_dtype` (default: the dtype of `left`)."""
+    if out_dtype is None and left.dtype != torch.bfloat16:  # the short way, for products of a token or two
+        return torch.mm(left, right)
     return torch.mm(wide(left), wide(right)).to(out_dtype or left.dtype)
 
 

@@ -114,10 +114,15 @@ class Router(nn.Module):
         """
         high = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x, self.weight, source, out_dtype=high).flatten(0, 1)
+        weights, expert_ids, log_affinities = self.choose(logits)
+        balance = sequence_balance(log_affinities, x.shape[0], self.top_k)
+        return weights, expert_ids, balance
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate weights and expert ids [tokens, top_k], and log affinities, of logits [tokens, experts]."""
         log_affinities = nn.functional.logsigmoid(logits)
         expert_ids = choose_experts(
             logits.detach().sigmoid(), self.bias, self.top_k, self.num_groups, self.num_groups_kept
         )
         weights = log_affinities.gather(1, expert_ids).softmax(dim=-1) * self.scaling_factor
-        balance = sequence_balance(log_affinities, x.shape[0], self.top_k)
-        return weights, expert_ids, balance
+        return weights, expert_ids, log_affinities

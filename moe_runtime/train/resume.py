@@ -1,8 +1,41 @@
-"""Where a run takes up: at its newest good checkpoint, or at the beginning."""
+"""Where a run takes up: at its newest good checkpoint, at the weights of another, or at the beginning."""
 
+from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.store import CheckpointStore
+from moe_runtime.checkpoint.weights import check_same_model, load_weights
 from moe_runtime.errors import CheckpointError
+from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.train.saving import TrainingState, load_state
+
+# Keys of the model that a run may change when it begins with given weights: YaRN, as context extension does.
+_FREE_KEYS = ("init_std", "yarn")
+
+
+def begin_from(path: str, runtime: Runtime, first_expert: int, peers: Peers) -> str:
+    """Fill this rank's part of the model with given weights, before there is an optimizer; says so.
+
+    Any layout reads any checkpoint, also one without optimizer state, such as an imported one. Steps,
+    schedules and moments begin anew.
+
+    Args:
+        path: checkpoint or run folder.
+        first_expert: global number of this rank's first expert.
+
+    Raises:
+        CheckpointError: no good checkpoint is there, or one of another model; on every rank alike.
+    """
+    checkpoint = open_checkpoint(path, peers)
+
+    def load() -> None:
+        remedy = "use that model's section, or another train.init_from"
+        check_same_model(checkpoint, runtime.config.model, _FREE_KEYS, remedy)
+        for chunk in runtime.chunks.values():
+            load_weights(chunk, checkpoint, first_expert)
+        runtime.weight_casts.drop()
+
+    peers.alike(load, (CheckpointError,))
+    return f"beginning with the weights of {checkpoint.path}"
 
 
 def resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[int, list[str]]:

@@ -13,12 +13,12 @@ from moe_runtime.checkpoint.folder import TOKENIZER_FILE
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveMeta
 from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.cli.app import app
-from moe_runtime.cli.generate import text_pieces
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.tokenise import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import CheckpointError, ConfigError, DataError
+from moe_runtime.generate.text import text_pieces
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.peers import Peers
 from tests.unit.checkpoint.models import CONFIG
@@ -196,4 +196,4 @@ def test_eval_refuses_data_of_another_tokenizer(made: Path, tmp_path: Path) -> N
 
 def test_characters_split_over_tokens_are_printed_whole() -> None:
     tokens = [*"naïve 日本".encode(), 0xE6, 256]
-    assert "".join(text_pieces(ByteTokenizer(), tokens)) == "naïve 日本�"
+    assert "".join(text_pieces(ByteTokenizer().id_bytes, tokens)) == "naïve 日本�"

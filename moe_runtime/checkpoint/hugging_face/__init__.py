@@ -1,0 +1,1 @@
+"""Models in Hugging Face's form: DeepSeek's names in safetensors shards, config.json, tokenizer.json."""

@@ -1,0 +1,1 @@
+"""`moe-runtime bench generate`: decoding against no cache and transformers, drafts, and prefixes."""

@@ -1,0 +1,177 @@
+"""Attention of new tokens to a latent cache, in two forms that give the same numbers. Ref: DSV3 (1)-(11).
+
+    lifted     keys and values grow out of all latents in reach, then heads attend as in training
+    absorbed   a query is carried through the key's up-projection instead, q_nope W_UK, and meets the latents
+               themselves; what is gathered from them goes through W_UV at the end
+
+The absorbed form reads each latent once for all heads and lifts nothing, so it is the one for few new tokens;
+a pair of query and key costs 2 kv_lora + rope products a head instead of nope + rope + v, so many new tokens
+are cheaper lifted. `_lifts` reckons which. Neither keeps anything but latents.
+
+Scores and sums are in FP32 at least, as in the kernels of training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_runtime.model.mla import MLA
+from moe_runtime.model.norm import RMSNorm, normalise
+from moe_runtime.model.product import product, wide
+from moe_runtime.model.rope import rotate
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the new tokens of a pass stand in a layer's slots, and what they may look at.
+
+    Args:
+        slots: int64 [rows, new], slot of each new token.
+        valid: bool [rows, new], which of them are there; None: all.
+        turns: complex [tokens, rope / 2], rotary turns of the tokens that are there.
+        first, stop: slots below `first` or from `stop` on are out of everyone's reach.
+        barrier: [rows, new, 1, stop - first], 0 where a token may look and -inf elsewhere, in at least FP32;
+            None: it may look at all of these slots.
+        causal: `barrier` is the plain triangle over the new tokens, with nothing before them.
+    """
+
+    slots: Tensor
+    valid: Tensor | None
+    turns: Tensor
+    first: int
+    stop: int
+    barrier: Tensor | None
+    causal: bool = False
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """Values [tokens, ...] of the tokens that are there, as [rows, new, ...]; the others zero."""
+        shape = (*self.slots.shape, *packed.shape[1:])
+        if self.valid is None:
+            return packed.view(shape)
+        spread = packed.new_zeros(shape)
+        spread[self.valid] = packed
+        return spread
+
+    def pack(self, spread: Tensor) -> Tensor:
+        """The way back: [rows, new, ...] to [tokens, ...]."""
+        return spread.flatten(0, 1) if self.valid is None else spread[self.valid]
+
+
+class Norm:
+    """RMSNorm without a tape."""
+
+    def __init__(self, module: RMSNorm) -> None:
+        self._gain, self._eps = module.weight.detach(), module.eps
+        self._width = (self._gain.shape[0],)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x [..., dim]."""
+        if x.dtype == torch.bfloat16:  # FP32 inside, rounded once
+            return normalise(x, self._gain, self._eps)[0]
+        return nn.functional.rms_norm(x, self._width, self._gain, self._eps)
+
+
+class LatentAttention:
+    """MLA of one layer for tokens that come one after the other.
+
+    Args:
+        mla: whose weights it reads, where they lie.
+    """
+
+    def __init__(self, mla: MLA) -> None:
+        self._rank, self._rope, self._nope, self._v = mla.config.kv_lora_rank, mla.rope, mla.nope, mla.v
+        self._heads, self._scale = mla.config.num_heads, mla.scale
+        if mla.config.q_lora_rank is None:
+            self._q_a = self._q_a_norm = None
+            self._q_b = mla.q.weight.detach().t()
+        else:
+            self._q_a, self._q_a_norm = mla.q_a.weight.detach().t(), Norm(mla.q_a_norm)
+            self._q_b = mla.q_b.weight.detach().t()
+        self._kv_a, self._kv_a_norm = mla.kv_a.weight.detach().t(), Norm(mla.kv_a_norm)
+        self._kv_b, self._o = mla.kv_b.weight.detach().t(), mla.o.weight.detach().t()
+        up = self._kv_b.t().view(self._heads, self._nope + self._v, self._rank)
+        self._up_key, self._up_value = up[:, : self._nope], up[:, self._nope :].transpose(1, 2)
+
+    def __call__(self, x: Tensor, latents: Tensor, reach: Reach) -> Tensor:
+        """Attend, and leave the new tokens' latents in the cache.
+
+        Args:
+            x: normed stream [tokens, hidden] of the new tokens.
+            latents: this layer's [rows, slots, kv_lora + rope], written at `reach.slots`.
+            reach: where they stand.
+
+        Returns:
+            [tokens, hidden].
+        """
+        latent, k_rope = product(x, self._kv_a).split([self._rank, self._rope], dim=1)
+        query = self._query(x)
+        q_nope, q_rope = query[..., : self._nope], query[..., self._nope :]
+        unturned = torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1)
+        turned = rotate(unturned.to(reach.turns.dtype.to_real()), reach.turns).to(x.dtype)
+        self._remember(torch.cat((self._kv_a_norm(latent), turned[:, -1]), dim=1), latents, reach)
+        attend = self._lifted if self._lifts(reach) else self._absorbed
+        known = latents[:, reach.first : reach.stop]
+        heads = attend(q_nope, turned[:, :-1], known, reach)
+        return product(heads.flatten(1).to(x.dtype), self._o)
+
+    def _query(self, x: Tensor) -> Tensor:
+        """Queries of all heads before the rotary part is turned: [tokens, heads, nope + rope]."""
+        if self._q_a is not None and self._q_a_norm is not None:
+            x = self._q_a_norm(product(x, self._q_a))
+        return product(x, self._q_b).view(x.shape[0], self._heads, -1)
+
+    @staticmethod
+    def _remember(new: Tensor, latents: Tensor, reach: Reach) -> None:
+        rows = latents.shape[0]
+        if rows == 1 and reach.valid is None:
+            begin = reach.stop - reach.slots.shape[1]
+            latents[0, begin : reach.stop] = new
+            return
+        place = torch.arange(rows, device=latents.device).unsqueeze(1).expand_as(reach.slots)
+        latents.index_put_((reach.pack(place), reach.pack(reach.slots)), new)
+
+    def _lifts(self, reach: Reach) -> bool:
+        """Whether growing keys and values out of the latents is the cheaper form."""
+        new = reach.slots.shape[1]
+        lift = self._rank * (self._nope + self._v)  # of each latent, for each head
+        saved = 2 * self._rank - self._nope - self._v  # for each new token and latent
+        carried = self._rank * (self._nope + self._v) * new  # queries in, outputs back
+        known = reach.stop - reach.first
+        return new > 1 and lift * known < saved * known * new + carried
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
+        """Queries meet latents: [tokens, heads, v]."""
+        rows, new = reach.slots.shape
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self._up_key).transpose(0, 1)
+        query = reach.spread(torch.cat((q_latent, q_rope), dim=2)).view(rows, new * self._heads, -1)
+        high = torch.promote_types(query.dtype, torch.float32)
+        keys = known.to(high)
+        scores = torch.bmm(query.to(high), keys.transpose(1, 2)).mul_(self._scale)
+        if reach.barrier is not None:
+            scores.view(rows, new, self._heads, -1).add_(reach.barrier)
+        weights = scores.softmax(dim=2)
+        gathered = torch.bmm(weights, keys[..., : self._rank]).view(rows, new, self._heads, -1)
+        gathered = reach.pack(gathered).to(q_nope.dtype).transpose(0, 1)
+        return torch.bmm(gathered, self._up_value).transpose(0, 1)
+
+    def _lifted(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
+        """Heads of training, grown out of the latents in reach: [tokens, heads, v]."""
+        rows, count = known.shape[:2]
+        query = wide(reach.spread(torch.cat((q_nope, q_rope), dim=2)).transpose(1, 2))
+        latent, k_rope = known.split([self._rank, self._rope], dim=2)
+        lifted = product(latent.reshape(rows * count, -1), self._kv_b)
+        heads = lifted.view(rows, count, self._heads, -1).transpose(1, 2)
+        shared = k_rope.unsqueeze(1).expand(-1, self._heads, -1, -1)
+        key = wide(torch.cat((heads[..., : self._nope], shared), dim=3))
+        value = wide(heads[..., self._nope :])
+        width = key.shape[3]
+        if not value.is_cuda and width > self._v:  # the CPU's flash kernel wants equal widths
+            value = nn.functional.pad(value, (0, width - self._v))
+        mask = None
+        if reach.barrier is not None and not reach.causal:
+            mask = reach.barrier.transpose(1, 2).to(query.dtype)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=reach.causal, scale=self._scale
+        )
+        return reach.pack(out[..., : self._v].transpose(1, 2))
