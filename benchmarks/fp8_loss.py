@@ -2,6 +2,7 @@
 
     python benchmarks/fp8_loss.py --out fp8_loss.jsonl                        # all runs that are missing
     python benchmarks/fp8_loss.py --out fp8_loss.jsonl --variants bf16 fp8    # these alone
+    python benchmarks/fp8_loss.py --out fp8_loss.jsonl --warm 300             # all begin from trained weights
     python benchmarks/fp8_loss.py --out fp8_loss.jsonl --report
 
 Runs with one seed share initial weights, data and order: the standard library as bytes. The loss of a run is
@@ -17,11 +18,16 @@ BF16 and masters FP32 in all variants:
     fixed-scales   E4M3 under one scale for each kind of tensor, fixed at the first cast: must miss the gate
     unscaled       E4M3 without any scale: must miss the gate
 
-A run is one line of the file, written when it ends; what is in the file is not run again. A small rate and a
-large batch make chaos small: at 8 sequences and a rate of 2e-3 two devices differ by 0.7% in BF16 alone.
+A run is one line of the file, written when it ends; what is in the file is not run again.
+
+Chaos is made in the first few hundred steps, when experts part ways: two BF16 runs whose initial weights
+differ by a thousandth end 0.2 to 0.8% apart, whatever comes later. With `--warm N` the first N steps are
+BF16 in all variants; weights, masters and moments after them are those that a seed's runs have in common
+(`perturbed` changes those weights), and the arithmetics part there, with all their steps before them.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -79,18 +85,21 @@ class Setting:
     """What runs that are compared have in common.
 
     Args:
+        steps: of the variant, without `warm`.
         batch: sequences a step.
         lr: peak learning rate.
+        warm: BF16 steps before those.
     """
 
     steps: int
     batch: int
     lr: float
     device: str
+    warm: int = 0
 
     def recipe(self) -> RecipeConfig:
         """Warm-up, constant to the middle, cosine to a tenth."""
-        half = self.steps * self.batch * SEQ_LEN // 2
+        half = (self.warm + self.steps) * self.batch * SEQ_LEN // 2
         return RecipeConfig(warmup_steps=50, constant_until_tokens=half, cosine_tokens=half, min_lr_ratio=0.1)
 
 
@@ -100,8 +109,6 @@ def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCast
     dispatcher = LocalDispatcher(MODEL.num_experts, keep_tiles=keeps)
     model = Transformer(MODEL, dtype=torch.bfloat16, device=device, dispatcher=dispatcher)
     model.init_weights(seed)
-    if variant == "perturbed":
-        perturb(model)
     if variant in ("bf16", "perturbed"):
         return model, None
     policy = Policy(Fp8Config(wgrad="bf16") if variant == "bf16-wgrad" else Fp8Config())
@@ -116,11 +123,11 @@ def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCast
 
 
 @torch.no_grad()
-def perturb(model: Transformer) -> None:
+def perturb(masters: list[Tensor]) -> None:
     """Change weights by a thousandth, which turns the BF16 rounding of some of them."""
     draw = torch.Generator().manual_seed(0)
-    for param in model.parameters():
-        param.mul_(1 + 1e-3 * torch.randn(param.shape, generator=draw).to(param.device))
+    for master in masters:
+        master.mul_(1 + 1e-3 * torch.randn(master.shape, generator=draw).to(master.device))
 
 
 class Masters:
@@ -128,13 +135,13 @@ class Masters:
 
     def __init__(self, model: Transformer) -> None:
         self._params = list(model.parameters())
-        self._masters = [param.detach().float() for param in self._params]
-        for param, master in zip(self._params, self._masters, strict=True):
+        self.masters = [param.detach().float() for param in self._params]
+        for param, master in zip(self._params, self.masters, strict=True):
             master.grad = torch.zeros_like(master)
             param.grad_sink = self._sink_into(master.grad)  # type: ignore[attr-defined]
         groups = [
-            {"params": [m for m in self._masters if m.ndim > 1], "weight_decay": 0.1},
-            {"params": [m for m in self._masters if m.ndim <= 1], "weight_decay": 0.0},
+            {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": 0.1},
+            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
@@ -147,47 +154,87 @@ class Masters:
 
     def step(self, lr: float) -> None:
         """Clip, update the masters, round them into the weights, zero the gradients."""
-        for param, master in zip(self._params, self._masters, strict=True):
+        for param, master in zip(self._params, self.masters, strict=True):
             if param.grad is not None and master.grad is not None:  # norm gains, the router
                 master.grad.add_(param.grad)
                 param.grad = None
-        torch.nn.utils.clip_grad_norm_(self._masters, CLIP)
+        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        with torch.no_grad():
-            for param, master in zip(self._params, self._masters, strict=True):
-                param.copy_(master)
+        self.into_weights()
         self._optimizer.zero_grad(set_to_none=False)
 
+    @torch.no_grad()
+    def into_weights(self) -> None:
+        """Round the masters into the weights."""
+        for param, master in zip(self._params, self.masters, strict=True):
+            param.copy_(master)
 
-def train(variant: str, seed: int, setting: Setting, data: Path) -> dict[str, Any]:
+    def take(self, other: "Masters") -> None:
+        """Go on from another's masters and moments."""
+        for master, source in zip(self.masters, other.masters, strict=True):
+            master.copy_(source)
+        self._optimizer.load_state_dict(copy.deepcopy(other._optimizer.state_dict()))
+        self.into_weights()
+
+
+class Run:
+    """A model of a variant in training."""
+
+    def __init__(self, variant: str, seed: int, setting: Setting, data: Path) -> None:
+        self.setting = setting
+        self.model, self._weights = build(variant, seed, setting.device)
+        self.masters = Masters(self.model)
+        self._loader = BatchLoader(TokenDataset.open(data, "train"), SEQ_LEN, 0, seed, MODEL.vocab_size)
+        self._recipe = setting.recipe()
+
+    def steps(self, first: int, last: int) -> list[float]:
+        """Train these steps: their losses."""
+        setting, losses = self.setting, []
+        for step in range(first, last):
+            batch = self._loader.sequences(step * setting.batch, setting.batch).to(setting.device)
+            found = self.model.losses(batch)
+            (found.loss + ALPHA * found.balance).backward()
+            self.masters.step(lr_at(self._recipe, setting.lr, step, step * setting.batch * SEQ_LEN))
+            if self._weights is not None:
+                self._weights.drop()
+            for (_, moe), counts in zip(self.model.moe_layers(), found.counts, strict=True):
+                update_bias(moe.router.bias, counts, GAMMA)
+            losses.append(found.loss.detach())  # no wait of the host for a device
+        return [float(loss) for loss in losses]
+
+    def go_on_from(self, other: "Run") -> None:
+        """Take over what another has trained."""
+        self.masters.take(other.masters)
+        for (_, moe), (_, source) in zip(self.model.moe_layers(), other.model.moe_layers(), strict=True):
+            moe.router.bias.copy_(source.router.bias)
+
+
+def warmed(seed: int, setting: Setting, data: Path) -> Run:
+    """What the runs of a seed go on from."""
+    run = Run("bf16", seed, setting, data)
+    run.steps(0, setting.warm)
+    return run
+
+
+def train(variant: str, seed: int, setting: Setting, data: Path, start: Run) -> dict[str, Any]:
     """One run: its line."""
     began = time.perf_counter()
-    steps, batch, device = setting.steps, setting.batch, setting.device
-    model, weights = build(variant, seed, device)
-    masters = Masters(model)
-    loader = BatchLoader(TokenDataset.open(data, "train"), SEQ_LEN, 0, seed, MODEL.vocab_size)
-    recipe = setting.recipe()
-    losses = []
-    for step in range(steps):
-        found = model.losses(loader.sequences(step * batch, batch).to(device))
-        (found.loss + ALPHA * found.balance).backward()
-        masters.step(lr_at(recipe, setting.lr, step, step * batch * SEQ_LEN))
-        if weights is not None:
-            weights.drop()
-        for (_, moe), counts in zip(model.moe_layers(), found.counts, strict=True):
-            update_bias(moe.router.bias, counts, GAMMA)
-        losses.append(found.loss.detach())  # no wait of the host for a device
-    losses = [float(loss) for loss in losses]
+    run = Run(variant, seed, setting, data)
+    run.go_on_from(start)
+    if variant == "perturbed":
+        perturb(run.masters.masters)
+        run.masters.into_weights()
+    losses = run.steps(setting.warm, setting.warm + setting.steps)
     return {
         "variant": variant,
         "seed": seed,
         **asdict(setting),
         "loss": statistics.fmean(losses[-LAST:]),
-        "validation": _validate(model, data, device),
-        "step_s": (time.perf_counter() - began) / steps,
-        "every_20": [round(statistics.fmean(losses[i : i + 20]), 5) for i in range(0, steps, 20)],
+        "validation": _validate(run.model, data, setting.device),
+        "step_s": (time.perf_counter() - began) / setting.steps,
+        "every_20": [round(statistics.fmean(losses[i : i + 20]), 5) for i in range(0, setting.steps, 20)],
     }
 
 
@@ -206,6 +253,7 @@ def read(path: Path, setting: Setting) -> Runs:
     lines = path.read_text().splitlines() if path.exists() else []
     runs = [json.loads(line) for line in lines if line.endswith("}")]
     wanted = asdict(setting)
+    runs = [{"warm": 0} | run for run in runs]
     return {(run["variant"], run["seed"]): run for run in runs if wanted.items() <= run.items()}
 
 
@@ -244,19 +292,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32, help="sequences of 128 tokens a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--warm", type=int, default=0, help="BF16 steps before those, the same for all")
     parser.add_argument("--data", type=Path, default=Path("data/stdlib-byte"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    setting = Setting(args.steps, args.batch, args.lr, args.device)
+    setting = Setting(args.steps, args.batch, args.lr, args.device, args.warm)
     if not args.report:
         config = DataConfig(path=str(args.data), source="builtin:stdlib", tokenizer="byte")
         ensure_prepared(config, seed=0)
         for seed in args.seeds:
-            for variant in args.variants:
-                if (variant, seed) not in read(args.out, setting):
-                    line = train(variant, seed, setting, args.data)
+            missing = [variant for variant in args.variants if (variant, seed) not in read(args.out, setting)]
+            if missing:
+                start = warmed(seed, setting, args.data)
+                for variant in missing:
+                    line = train(variant, seed, setting, args.data, start)
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     figures = f"{line['loss']:.4f}, {line['step_s']:.3f} s a step"

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from moe_comm.dispatcher import Dispatcher
+from moe_comm.placement import Placement
 from pydantic import ValidationError
 
 from moe_runtime.checkpoint.folder import Checkpoint, open_checkpoint
@@ -39,17 +41,26 @@ def model_from(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ema: bool = False,
+    dispatcher: Dispatcher | None = None,
 ) -> Transformer:
-    """The same, from a checkpoint that is open."""
+    """The same, from a checkpoint that is open.
+
+    Args:
+        dispatcher: over the ranks that share the experts, of which only this rank's are loaded; None: all.
+    """
     config = config_of(checkpoint)
-    separator = checkpoint.manifest.state.get("document_separator")
+    placement = Placement(config.model.num_experts) if dispatcher is None else dispatcher.placement
+    first_expert = placement.ep_rank * placement.local_experts
     model = Transformer(
         config.model,
+        num_local_experts=placement.local_experts,
+        first_expert=first_expert,
         dtype=_DTYPES[config.precision] if dtype is None else dtype,
         device=device,
-        document_separator=separator,
+        document_separator=checkpoint.manifest.state.get("document_separator"),
+        dispatcher=dispatcher,
     )
-    load_weights(model, checkpoint, kind="ema" if ema else "weights")
+    load_weights(model, checkpoint, first_expert, "ema" if ema else "weights")
     return model.eval()
 
 

@@ -1,79 +1,133 @@
-"""`moe-runtime generate`: continue a prompt from a checkpoint."""
+"""`moe-runtime generate`: continue prompts from a checkpoint."""
 
-import json
-import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_runtime.cli.prefix_options import DEFAULT_CACHE_SIZE, CacheDir, CacheSize, bytes_of
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moe_runtime.data.vocabulary import Tokenizer
+    from moe_runtime.cli.generation.open import Generator
+
+DTYPES = ("fp32", "bf16")
+
+
+Prompts = Annotated[list[str] | None, typer.Option(help="text to continue; repeatable")]
+PromptFile = Annotated[Path | None, typer.Option(help="a file whose whole text is a prompt")]
+PromptIds = Annotated[str | None, typer.Option(help="a prompt as token ids: 5,17,9")]
+Interactive = Annotated[bool, typer.Option("--interactive", help="read prompts, one a line")]
+TopP = Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="same seed, same text; prompt i has seed + i")]
+Stops = Annotated[list[str] | None, typer.Option(help="text that ends a continuation; repeatable")]
+Speculate = Annotated[
+    bool | None, typer.Option(help="draft with the MTP modules; by default where the model has some")
+]
+TokenizerName = Annotated[
+    str | None, typer.Option(help="byte, deepseek or a tokenizer.json; otherwise the checkpoint's own")
+]
 
 
 def generate(
     path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
-    prompt: Annotated[str, typer.Option(help="text to continue")],
+    prompt: Prompts = None,
+    prompt_file: PromptFile = None,
+    prompt_ids: PromptIds = None,
+    interactive: Interactive = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="at most so many new tokens")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed draws the same text")] = 0,
+    top_k: Annotated[int, typer.Option(help="draw from so many likeliest tokens; 0: from all")] = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    stop: Stops = None,
+    speculate: Speculate = None,
+    drafts: Annotated[int, typer.Option(min=1, max=16, help="tokens drafted a pass")] = 2,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
+    tokenizer: TokenizerName = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; otherwise as trained")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ep: Annotated[int, typer.Option(min=1, help="processes that share the experts")] = 1,
     ema: Annotated[bool, typer.Option("--ema", help="the average of the weights over steps")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object at the end")] = False,
 ) -> None:
-    """Continue a prompt; the tokenizer comes from the checkpoint."""
-    _check(temperature, top_p)
+    """Continue prompts; text goes to the standard output as it comes, figures to the standard error."""
+    _check(temperature, top_k, top_p, dtype)
+    prompts = read_prompts(prompt or [], prompt_file, prompt_ids, interactive)
+    size = bytes_of(cache_size)
     # Imported here: torch takes seconds, and a wrong option should be told at once.
-    import torch
-
-    from moe_runtime.checkpoint.folder import TOKENIZER_FILE, open_checkpoint
-    from moe_runtime.checkpoint.load import config_of, model_from
-    from moe_runtime.data.tokenizer import tokenizer_from_json
-    from moe_runtime.generate.decode import stream
+    from moe_runtime.cli.generation.answer import Answering, answer_all
+    from moe_runtime.cli.generation.open import Opening, open_generator
+    from moe_runtime.cli.generation.talk import talk
+    from moe_runtime.generate.sampling import SamplingParams
+    from moe_runtime.generate.stop import check_stops
 
     check_device(device)
-    checkpoint = open_checkpoint(path)
-    tokenizer = tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
-    model = model_from(checkpoint, device, ema=ema)
-    began = time.monotonic()
-    ids = stream(
-        model,
-        [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.eos_id],
-        max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop_ids={tokenizer.eos_id},
-        generator=torch.Generator(device).manual_seed(seed),
-        context_limit=config_of(checkpoint).batch.seq_len,
+    stops = tuple(stop or ())
+    check_stops(stops)
+    opening = Opening(
+        path=path,
         device=device,
+        dtype=dtype,
+        ema=ema,
+        tokenizer=tokenizer,
+        speculate=speculate,
+        drafts=drafts,
+        cache_dir=cache_dir,
+        cache_size=size,
+        keeps_prompts=interactive,
+        ep=ep,
     )
-    if not as_json:
-        _print(prompt, tokenizer, ids)
-        return
-    tokens = list(ids)
-    seconds = time.monotonic() - began
-    said = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.manifest.step,
-        "prompt": prompt,
-        "text": tokenizer.decode(tokens),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_s": len(tokens) / seconds,
-    }
-    typer.echo(json.dumps(said))
+    params = SamplingParams(temperature, top_k, top_p, seed)
+    with open_generator(opening) as generator:
+        answering = Answering(max_tokens, params, stops)
+        if interactive:
+            talk(generator, answering)
+        else:
+            answer_all(generator, answering, _ids_of(generator, prompts), as_json)
 
 
-def _check(temperature: float, top_p: float) -> None:
+def read_prompts(
+    texts: list[str], file: Path | None, ids: str | None, interactive: bool
+) -> list[str | list[int]]:
+    """Prompts as text or as ids.
+
+    Raises:
+        ConfigError: there is none, or one cannot be read.
+    """
+    prompts: list[str | list[int]] = [*texts]
+    if file is not None:
+        try:
+            prompts.append(file.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"--prompt-file {file}: expected a text file, got: {reason}") from None
+    if ids is not None:
+        words = ids.replace(",", " ").split()
+        if not words or not all(word.isdecimal() for word in words):
+            raise ConfigError(f"--prompt-ids: expected token ids such as 5,17,9, got {ids!r}")
+        prompts.append([int(word) for word in words])
+    if interactive and prompts:
+        raise ConfigError("--interactive: expected no prompts as options, got some; leave one of them")
+    if not prompts and not interactive:
+        raise ConfigError("generate: expected --prompt, --prompt-file, --prompt-ids or --interactive")
+    return prompts
+
+
+def _ids_of(generator: "Generator", prompts: list[str | list[int]]) -> list[tuple[str, list[int]]]:
+    return [(one, generator.encode(one)) if isinstance(one, str) else generator.told(one) for one in prompts]
+
+
+def _check(temperature: float, top_k: int, top_p: float, dtype: str | None) -> None:
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature: expected 0 or more, got {temperature}")
+    if top_k < 0:
+        raise ConfigError(f"--top-k: expected 0 (all tokens) or more, got {top_k}")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"--top-p: expected above 0 and at most 1, got {top_p}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
 
 
 def check_device(name: str) -> None:
@@ -88,15 +142,3 @@ def check_device(name: str) -> None:
         raise ConfigError(f"--device: expected cpu or cuda, got {name}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: expected a CUDA device, got none; use --device cpu")
-
-
-def _print(prompt: str, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:
-    """Print the prompt, then each token as it comes; a terminal gets no control characters."""
-    from moe_runtime.generate.text import text_pieces
-    from moe_runtime.metrics.console import printable
-
-    show = printable if sys.stdout.isatty() else str
-    typer.echo(prompt, nl=False)
-    for piece in text_pieces(tokenizer.id_bytes, ids):
-        typer.echo(show(piece), nl=False)
-    typer.echo()

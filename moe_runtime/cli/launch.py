@@ -1,7 +1,7 @@
 """`python -m moe_runtime.cli.launch [options] COMMAND ...`: as many processes as the command needs.
 
-Only `train` has several. Its config is loaded and its layout checked here, once, before any process
-is started, so that a mistake is told in one line and at once. Then one rank runs in this
+`train` has several, and `generate --ep N`. A run's config is loaded and its layout checked here, once, before
+any process is started, so that a mistake is told in one line and at once. Then one rank runs in this
 process, several under torchrun, and with a hostfile under the `deepspeed` launcher.
 """
 
@@ -10,12 +10,13 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from moe_runtime.cli import network, torchrun, train
+from moe_runtime.cli import generate, network, torchrun, train
 from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
 from moe_runtime.cli.usage import OneLineParser, run_typer
 from moe_runtime.config.layout import check_layout
@@ -62,9 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code (see `torchrun.run_ranks`)."""
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        if options.command[:1] != ["train"]:
+        if options.command[:1] == ["train"]:
+            return _launch_train(options)
+        processes = parse_generate(options.command[1:]) if options.command[:1] == ["generate"] else 1
+        if processes == 1:
             return _become(options.command)
-        return _launch_train(options)
+        rendezvous = ["--nnodes=1", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
+        rendezvous.append(f"--master-port={network.free_port()}")
+        return _run_ranks(options, rendezvous, processes, {})
     except MoeRuntimeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -83,19 +89,10 @@ def _launch_train(options: argparse.Namespace) -> int:
     check_rendezvous(options)
     if per_node * options.nnodes == 1:
         return _become(options.command)
-    environment = {
-        # Else every rank would take all cores and they would slow each other down.
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // per_node)),
-        # With gloo, torchrun's own store hands a restarted rank the addresses of the dead ones.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # Else the store warns, for every connection, that the address has no name.
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
     host, port = _master(options)
     address = network.address_towards(host)
     interface = network.interface_of(address) if address else None
-    if interface is not None:
-        environment["GLOO_SOCKET_IFNAME"] = interface
+    network_of_ranks = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
     rendezvous = [
         f"--nnodes={options.nnodes}",
         f"--node-rank={options.node_rank}",
@@ -105,7 +102,23 @@ def _launch_train(options: argparse.Namespace) -> int:
         *([f"--local-addr={address}"] if address else []),
         f"--rdzv-conf=timeout={math.ceil(config.train.peer_timeout_s)}",
     ]
-    outcome = torchrun.run_ranks(rendezvous, ["-m", "moe_runtime", *options.command], environment)
+    return _run_ranks(options, rendezvous, per_node, network_of_ranks)
+
+
+def _run_ranks(
+    options: argparse.Namespace, rendezvous: list[str], per_node: int, environment: dict[str, str]
+) -> int:
+    """The command on `per_node` ranks under torchrun; what the user should read is printed."""
+    shared = {
+        # Else every rank would take all cores and they would slow each other down.
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // per_node)),
+        # With gloo, torchrun's own store hands a restarted rank the addresses of the dead ones.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # Else the store warns, for every connection, that the address has no name.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    program = ["-m", "moe_runtime", *options.command]
+    outcome = torchrun.run_ranks(rendezvous, program, shared | environment)
     if outcome.message:
         print(outcome.message, file=sys.stderr)
     return outcome.code
@@ -117,15 +130,29 @@ def parse_train(arguments: list[str]) -> dict[str, Any]:
     Raises:
         UsageMistake: a wrong option, or no config.
     """
+    return _parse(train.train, "launch.sh train", arguments)
+
+
+def parse_generate(arguments: list[str]) -> int:
+    """How many processes a `generate` wants.
+
+    Raises:
+        UsageMistake: a wrong option, or no checkpoint.
+    """
+    processes: int = _parse(generate.generate, "moe-runtime generate", arguments)["ep"]
+    return processes
+
+
+def _parse(command: Callable[..., None], program: str, arguments: list[str]) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
 
-    @functools.wraps(train.train)
+    @functools.wraps(command)
     def record(**values: Any) -> None:
         parameters.update(values)
 
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    reader.command("train")(record)
-    code = run_typer(reader, "launch.sh train", arguments)
+    reader.command()(record)
+    code = run_typer(reader, program, arguments)
     if not parameters:
         raise SystemExit(code)
     return parameters

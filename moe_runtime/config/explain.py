@@ -35,6 +35,7 @@ _EXPECTED = {
     "too_short": "a list of {min_length}",
     "too_long": "a list of {max_length}",
 }
+_RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of")
 
 
 def explain(error: ValidationError) -> list[Finding]:
@@ -58,7 +59,11 @@ def _explain_one(item: Mapping[str, Any]) -> list[Finding]:
     wanted = _EXPECTED.get(item["type"])
     if wanted is None:
         return [Finding(key, f"{item['msg']}, got {describe(item['input'])}")]
-    hint = _suggest_word(item["input"], context) if item["type"] == "literal_error" else ""
+    hint = ""
+    if item["type"] == "literal_error":
+        hint = _suggest_word(item["input"], context)
+    elif item["type"] in _RANGES:
+        hint = _suggest_default(path)
     return [Finding.expected(key, wanted.format(**context), describe(item["input"]) + hint)]
 
 
@@ -136,3 +141,15 @@ def _suggest_word(value: Any, context: Mapping[str, Any]) -> str:
     words = [word.strip("' ") for word in str(context.get("expected", "")).replace(" or ", ",").split(",")]
     close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _suggest_default(path: tuple[str, ...]) -> str:
+    """`; the default is X` for a key, or a number in a list, that has one."""
+    while path and path[-1].isdigit():
+        path = path[:-1]
+    section = section_at(path[:-1])
+    info = section.model_fields.get(path[-1]) if section is not None else None
+    default = None if info is None else info.get_default(call_default_factory=True)
+    if not isinstance(default, int | float | tuple):
+        return ""
+    return f"; the default is {list(default) if isinstance(default, tuple) else default}"

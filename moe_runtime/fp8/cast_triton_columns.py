@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
+    casts_in_hardware,
     empty_tiles,
     encode,
     encode_joined,
-    has_cast_instruction,
     larger_of,
     launch_options,
     magnitude_of,
@@ -212,7 +212,7 @@ def _cast(
             0 if rows is None else rows.scales.stride(1),
             BOTH=rows is not None,
             POW2=True,
-            HARDWARE_CAST=has_cast_instruction(x.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(x.device, hardware_cast),
             COLUMNS=columns,
             **options,
         )
@@ -254,7 +254,7 @@ def cast_both_on_device(
 ) -> tuple[Tiles, Tiles]:
     """Rows and columns of one matrix, read once; arguments as in `cast_columns_on_device`."""
     x = readable(x)
-    is_hardware = has_cast_instruction(x.device) if hardware_cast is None else hardware_cast
+    is_hardware = casts_in_hardware(x.device, hardware_cast)
     warps = num_warps or (BOTH_WARPS if is_hardware else 2 * BOTH_WARPS)
     rows = empty_tiles(x.shape[0], x.shape[1], x.device)
     return rows, _cast(x, groups, rows, is_hardware, TILE, launch_options(warps, max_registers))

@@ -14,9 +14,9 @@ from torch import Tensor
 from moe_runtime.fp8.cast_triton_columns import as_words, decode_quarter, store_columns
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
+    casts_in_hardware,
     empty_tiles,
     encode,
-    has_cast_instruction,
     launch_options,
     magnitude_of,
     readable,
@@ -145,7 +145,7 @@ def cast_gated_on_device(
             gate_up.stride(0),
             made.scales.stride(1),
             WEIGHTED=row_weights is not None,
-            HARDWARE_CAST=has_cast_instruction(gate_up.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(gate_up.device, hardware_cast),
             ROWS=rows,
             num_warps=num_warps,
         )
@@ -202,7 +202,7 @@ def cast_gated_tiles_on_device(
             made.scales.stride(1),
             ALIGNED=width % TILE == 0,
             WEIGHTED=row_weights is not None,
-            HARDWARE_CAST=has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(codes.device, hardware_cast),
             COLUMNS=columns,
             **launch_options(num_warps, max_registers),
         )

@@ -32,8 +32,8 @@ from moe_runtime.fp8.cast_triton_columns import (
 from moe_runtime.fp8.cast_triton_gated import adjacent
 from moe_runtime.fp8.cast_triton_rows import decode_on_device
 from moe_runtime.fp8.cast_triton_tile import (
+    casts_in_hardware,
     empty_tiles,
-    has_cast_instruction,
     launch_options,
     readable,
     sigmoid,
@@ -190,7 +190,7 @@ def gated_backward_cast_on_device(
     weights = adjacent(row_weights)
     if width % TILE:
         return _in_steps(d_product, gate_up, weights, groups, hardware_cast)
-    is_hardware = has_cast_instruction(device) if hardware_cast is None else hardware_cast
+    is_hardware = casts_in_hardware(device, hardware_cast)
     made, turned = empty_tiles(rows, 2 * width, device), empty_tiles(2 * width, groups.num_padded, device)
     parts = None if weights is None else torch.empty((width // TILE, rows), device=device)
     if made.codes.numel():

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
+    casts_in_hardware,
     empty_tiles,
     encode,
-    has_cast_instruction,
     launch_options,
     magnitude_of,
     readable,
@@ -100,7 +100,7 @@ def cast_normed_on_device(
             x.stride(0),
             made.scales.stride(1),
             eps,
-            HARDWARE_CAST=has_cast_instruction(x.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(x.device, hardware_cast),
             TILES=triton.next_power_of_2(num_tiles(columns)),
             **launch_options(num_warps, max_registers),
         )

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from moe_runtime.fp8.cast_triton_columns import as_words, decode_quarter, store_columns
-from moe_runtime.fp8.cast_triton_tile import empty_tiles, has_cast_instruction, launch_options
+from moe_runtime.fp8.cast_triton_tile import casts_in_hardware, empty_tiles, launch_options
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles
 
 _TILE: tl.constexpr = tl.constexpr(TILE)
@@ -345,7 +345,7 @@ def columns_of_on_device(
     groups = groups or Groups.one(codes.shape[0], codes.device)
     made = empty_tiles(codes.shape[1], groups.num_padded, codes.device)
     if made.codes.numel():
-        is_hardware = has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast
+        is_hardware = casts_in_hardware(codes.device, hardware_cast)
         packed = is_hardware and (codes.shape[1] | codes.stride(0) | codes.data_ptr()) % 4 == 0
         columns_of_kernel[(groups.num_padded // TILE * triton.cdiv(codes.shape[1], columns),)](
             codes,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
+    casts_in_hardware,
     empty_tiles,
     encode,
-    has_cast_instruction,
     magnitude_of,
     readable,
     rounded,
@@ -125,7 +125,7 @@ def cast_rows_on_device(
             x.stride(0),
             made.scales.stride(1),
             POW2=scales == "pow2",
-            HARDWARE_CAST=has_cast_instruction(x.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(x.device, hardware_cast),
             ROWS=rows,
             num_warps=num_warps,
         )
@@ -165,7 +165,7 @@ def decode_on_device(
         scales.stride(0),
         scales.stride(1),
         BLOCKS=is_blocks,
-        HARDWARE_CAST=has_cast_instruction(codes.device) if hardware_cast is None else hardware_cast,
+        HARDWARE_CAST=casts_in_hardware(codes.device, hardware_cast),
         ROWS=ROWS,
         num_warps=WARPS,
     )

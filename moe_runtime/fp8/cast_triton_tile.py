@@ -202,8 +202,13 @@ def launch_options(num_warps: int, max_registers: int | None) -> dict[str, int]:
     return {"num_warps": num_warps} | ({} if max_registers is None else {"maxnreg": max_registers})
 
 
+def casts_in_hardware(device: torch.device, wanted: bool | None) -> bool:
+    """What a kernel is launched with: as wanted; None: where the device has the instructions."""
+    return _has_cast_instruction(device) if wanted is None else wanted
+
+
 @cache
-def has_cast_instruction(device: torch.device) -> bool:
+def _has_cast_instruction(device: torch.device) -> bool:
     """Whether the device has the conversion instructions of sm_89; a CPU (the interpreter) has none."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from moe_runtime.fp8.cast_triton_columns import read_quarter
 from moe_runtime.fp8.cast_triton_tile import (
     amax_bits,
+    casts_in_hardware,
     encode,
     encode_joined,
-    has_cast_instruction,
     larger_of,
     magnitude_of,
     readable,
@@ -104,7 +104,7 @@ def _cast(weight: Tensor, both: bool, hardware_cast: bool | None, num_warps: int
             rows // 4,
             BOTH=both,
             WORDS=words,
-            HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(device, hardware_cast),
             num_warps=num_warps,
         )
     return Blocks(codes, scales), transposed

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_runtime.fp8.cast_triton_columns import as_words, store_columns
-from moe_runtime.fp8.cast_triton_tile import empty_tiles, has_cast_instruction, readable, rounded
+from moe_runtime.fp8.cast_triton_tile import casts_in_hardware, empty_tiles, readable, rounded
 from moe_runtime.fp8.e5m6 import NAN_CODE, Packed, packed_width
 from moe_runtime.fp8.tiled import TILE, Groups, Tiles, num_tiles
 
@@ -197,7 +197,7 @@ def unpack_e5m6_on_device(
             num_rows,
             columns,
             packed.data.shape[1],
-            HARDWARE_CAST=has_cast_instruction(values.device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(values.device, hardware_cast),
             ROWS=rows,
             num_warps=num_warps,
         )
@@ -225,7 +225,7 @@ def columns_of_packed_on_device(
             packed.data.shape[1],
             made.codes.shape[1] // 4,
             made.scales.stride(1),
-            HARDWARE_CAST=has_cast_instruction(device) if hardware_cast is None else hardware_cast,
+            HARDWARE_CAST=casts_in_hardware(device, hardware_cast),
             num_warps=num_warps,
         )
     return made

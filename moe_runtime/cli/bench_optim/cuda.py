@@ -218,7 +218,7 @@ def describe(result: dict[str, Any]) -> str:
     if result["differing"]:
         lines += ["bits differ from the plain form:", *result["differing"]]
     for size in result["results"]:
-        lines.append(f"\n{size['elements'] / 2**20:.0f} Mi elements, copy {size['copy_gb_per_s']:.0f} GB/s")
+        lines.append(f"\n{size['elements']:,} elements, copy {size['copy_gb_per_s']:.0f} GB/s")
         lines.append(f"{'':34}{'ms':>9}{'B/element':>11}{'GB/s':>8}{'of bound':>10}")
         lines += [
             f"{row['name']:34}{row['ms']:9.3f}{row['bytes_an_element']:11.2f}{row['gb_per_s']:8.0f}"

@@ -1,0 +1,1 @@
+"""What `moe-runtime generate` does: opening a model, answering prompts, talking."""
