@@ -145,6 +145,9 @@ def read_config(fields: dict[str, Any], where: str, ignored: Collection[str] = (
             raise CheckpointError(f"{where}: {theirs}: expected a value, got none")
         value = fields.get(theirs, _DEFAULTS.get(theirs))
         values[ours] = _DEFAULTS.get(theirs) if value is None else value
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{where}: quantization_config: expected an object, got {_word(quantization)}")
     theta, yarn = read_rope(fields, where)
     model = _validated(values | {"rope_theta": theta, "yarn": yarn}, where)
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
@@ -153,7 +156,7 @@ def read_config(fields: dict[str, Any], where: str, ignored: Collection[str] = (
         _DTYPES.get(dtype),
         _number(fields, "max_position_embeddings", int, where),
         _number(fields, "aux_loss_alpha", float, where),
-        fields.get("quantization_config"),
+        quantization,
     )
 
 

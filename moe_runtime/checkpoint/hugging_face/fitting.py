@@ -3,7 +3,8 @@
 Everything is decided from names, shapes and dtypes in the shards' headers, before any value is read.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moe_runtime.checkpoint.hugging_face import fp8_form
@@ -15,6 +16,26 @@ from moe_runtime.errors import CheckpointError
 _PLAIN = ("F32", "BF16", "F16", "F64")
 # Tables that some old programs saved with the weights; the model here computes its own.
 _COMPUTED = "rotary_emb.inv_freq"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def check_counts(model: ModelConfig, stored: Mapping[str, Stored], hub: Path) -> None:
+    """Refuse more layers or experts than there are tensors, before anything is counted out layer by layer.
+
+    Raises:
+        CheckpointError: names the key of config.json.
+    """
+    moe_layers = model.num_layers - model.num_dense_layers
+    counts = {
+        "num_hidden_layers": model.num_layers,
+        "num_nextn_predict_layers": model.mtp_depth,
+        "n_routed_experts": moe_layers * model.num_experts,
+    }
+    for key, count in counts.items():
+        if count > len(stored):
+            raise CheckpointError(
+                f"{hub}: {key}: expected no more than the shards' {len(stored)} tensors are enough for"
+            )
 
 
 def present_mtp_depth(model: ModelConfig, stored: Mapping[str, Stored], hub: Path) -> tuple[int, list[str]]:
@@ -26,22 +47,21 @@ def present_mtp_depth(model: ModelConfig, stored: Mapping[str, Stored], hub: Pat
         CheckpointError: a layer is there in part, or after one that is not there.
     """
     depth = 0
+    filled = {match[1] for name in stored if (match := _LAYER.match(name))}
     for number in range(model.mtp_depth):
         layer = model.num_layers + number
-        wanted = _mtp_names(model, number)
-        absent = [name for name in wanted if name not in stored]
-        if not absent:
-            if depth < number:
-                raise CheckpointError(
-                    f"{hub}: model.layers.{layer}: expected no MTP layer after one without weights"
-                )
-            depth += 1
-        elif len(absent) < len(wanted):
-            have = len(wanted) - len(absent)
+        if str(layer) not in filled:
+            continue
+        absent = next((name for name in _mtp_names(model, number) if name not in stored), None)
+        if absent is not None:
             raise CheckpointError(
-                f"{hub}: expected tensor {absent[0]}, got none of that name: "
-                f"MTP layer {layer} is there in part ({have} of {len(wanted)} tensors)"
+                f"{hub}: expected tensor {absent}, got none of that name: MTP layer {layer} is there in part"
             )
+        if depth < number:
+            raise CheckpointError(
+                f"{hub}: model.layers.{layer}: expected no MTP layer after one without weights"
+            )
+        depth += 1
     if depth == model.mtp_depth:
         return depth, []
     said = f"config.json declares {model.mtp_depth} MTP layers, there are weights of {depth}"
@@ -82,10 +102,12 @@ def check_fit(
         )
 
 
-def _mtp_names(model: ModelConfig, depth: int) -> list[str]:
+def _mtp_names(model: ModelConfig, depth: int) -> Iterator[str]:
     layer = f"model.layers.{model.num_layers + depth}."
-    parts = [part for each in mtp_parameters(model, depth) for part in each.parts]
-    return [f"{layer}embed_tokens.weight", *parts, f"{layer}shared_head.head.weight"]
+    yield f"{layer}embed_tokens.weight"
+    yield f"{layer}shared_head.head.weight"
+    for each in mtp_parameters(model, depth):
+        yield from each.parts
 
 
 def _check_part(

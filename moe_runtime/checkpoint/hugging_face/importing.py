@@ -36,7 +36,7 @@ from moe_runtime.checkpoint.hugging_face.export import (
     check_space,
     refuse_occupied,
 )
-from moe_runtime.checkpoint.hugging_face.fitting import check_fit, present_mtp_depth
+from moe_runtime.checkpoint.hugging_face.fitting import check_counts, check_fit, present_mtp_depth
 from moe_runtime.checkpoint.hugging_face.json_file import read_object
 from moe_runtime.checkpoint.hugging_face.names import Parameter, parameters_of
 from moe_runtime.checkpoint.hugging_face.shard_reader import ShardReader, open_shards
@@ -106,6 +106,7 @@ def import_model(hub: Path, out: Path, options: ImportOptions) -> Imported:
     if said.quantization is not None:
         fp8_form.check_quantization(said.quantization, where)
     with open_shards(hub) as reader:
+        check_counts(said.model, reader.stored, hub)
         depth, warnings = present_mtp_depth(said.model, reader.stored, hub)
         model = ModelConfig.model_validate(said.model.model_dump() | {"mtp_depth": depth})
         source = _Source(hub, reader, model, said.dtype, options.dtype)

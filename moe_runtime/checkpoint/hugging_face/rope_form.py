@@ -107,7 +107,7 @@ def _read_yarn(section: dict[str, Any], fields: dict[str, Any], place: str) -> Y
         found = explain(error)[0]
         theirs = next((key for key, ours in _YARN.items() if ours == found.key.strip(".")), "mscale_all_dim")
         raise CheckpointError(f"{place}.{theirs}: {found.text}") from None
-    except TypeError:
+    except (TypeError, ValueError):
         raise CheckpointError(f"{place}: expected numbers for mscale and attention_factor") from None
     if lengthens:
         got = ", ".join(

@@ -86,12 +86,19 @@ def change_tensors(hub: Path, change: Callable[[dict[str, Tensor]], object]) -> 
         ("sliding_window", 128),
         ("num_hidden_layers", "three"),
         ("n_group", 3),
+        ("quantization_config", "fp8"),
     ],
 )
 def test_a_config_that_means_another_model_is_refused_by_key(hub: Path, key: str, value: object) -> None:
     change_config(hub, **{key: value})
     line = refusal(hub)
     assert f"config.json: {key}: expected" in line, line
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"])
+def test_a_number_beyond_all_tensors_is_refused_at_once(hub: Path, key: str) -> None:
+    change_config(hub, **{key: 10**12})
+    assert f"{key}: expected no more than the shards'" in refusal(hub)
 
 
 def test_a_missing_key_is_named(hub: Path) -> None:
@@ -118,6 +125,7 @@ ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
         (ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5}, "expected mscale and mscale_all_dim alike"),
         (ROPE | {"mscale": 1.0}, "expected mscale and mscale_all_dim alike"),
         (ROPE, "expected mscale and mscale_all_dim alike"),
+        (ROPE | {"attention_factor": "x"}, "expected numbers for mscale and attention_factor"),
         (ROPE | {"attention_factor": 1.2, "mscale_all_dim": 1.0}, "attention_factor 1"),
         (ROPE | {"attention_factor": 1.0, "truncate": False}, "truncate: expected true"),
         (ROPE | {"attention_factor": 1.0, "factor": 0.5}, "factor: expected at least 1, got 0.5"),
