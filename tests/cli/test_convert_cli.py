@@ -108,6 +108,9 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
             ConfigError,
             "--dtype: expected one of fp32, bf16",
         ),
+        (("export", "none", "hub", "--shard-gb", "inf"), ConfigError, "--shard-gb: expected a number from"),
+        (("import", "none", "ours", "--shard-gb", "1e300"), ConfigError, "to 1e+06, got 1e+300"),
+        (("import", "none", "ours", "--shard-gb", "nan"), ConfigError, "got nan"),
         (("import", "none", "ours", "--tokenizer", "nonsense"), DataError, "nonsense"),
     ],
 )
