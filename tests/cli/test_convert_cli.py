@@ -99,7 +99,7 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
 
 
 def test_commands_for_checkpoints_point_from_a_hub_folder_to_the_import(made: Path) -> None:
-    for command in (("generate", made / "hub", "--prompt", "x"), ("eval", made / "hub")):
+    for command in (("generate", made / "hub", "--prompt", "x"), ("eval", made / "hub", "--data", made)):
         with pytest.raises(CheckpointError, match=r"got a model in Hugging Face's form; .*convert import"):
             call(*command)
 
