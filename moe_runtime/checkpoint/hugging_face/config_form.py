@@ -68,8 +68,9 @@ _HARMLESS = {
     "output_attentions", "output_hidden_states", "id2label", "label2id", "chunk_size_feed_forward",
     "problem_type", "tokenizer_class", "_attn_implementation",
 }  # fmt: skip
+_MAX_NUMBER = 2**31 - 1  # positions and factors beyond it are mistakes
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_WORDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_DTYPE_WORDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def read_config(fields: dict[str, Any], where: str, ignored: Collection[str] = (
     if fields.get("model_type") is None:
         raise CheckpointError(f"{where}: model_type: expected deepseek_v3, got none")
     _check_fixed(fields, where)
+    _check_architectures(fields, where)
     _check_known(fields, where, ignored)
     values = {}
     for ours, theirs in _KEYS.items():
@@ -154,8 +156,8 @@ def read_config(fields: dict[str, Any], where: str, ignored: Collection[str] = (
     return HubConfig(
         model,
         _DTYPES.get(dtype),
-        _number(fields, "max_position_embeddings", int, where),
-        _number(fields, "aux_loss_alpha", float, where),
+        _number(fields, "max_position_embeddings", True, where),
+        _number(fields, "aux_loss_alpha", False, where),
         quantization,
     )
 
@@ -202,6 +204,12 @@ def _check_fixed(fields: dict[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {key}: expected {choices[0]}, got {fields[key]}")
 
 
+def _check_architectures(fields: dict[str, Any], where: str) -> None:
+    got = fields.get("architectures")
+    if got not in (None, [], [ARCHITECTURE]):
+        raise CheckpointError(f"{where}: architectures: expected [{ARCHITECTURE!r}], got {_word(got)}")
+
+
 def _check_known(fields: dict[str, Any], where: str, ignored: Collection[str]) -> None:
     known = {*_KEYS.values(), *_FIXED, *_ROPE, *_HARMLESS, *ignored}
     known |= {"num_key_value_heads", "qk_head_dim", "head_dim"}
@@ -218,20 +226,22 @@ def _validated(values: dict[str, Any], where: str) -> ModelConfig:
     if isinstance(dense, int) and isinstance(layers, int):
         values["num_dense_layers"] = min(dense, layers)
     try:
-        return ModelConfig.model_validate(values)
+        return ModelConfig.model_validate(values, strict=True)  # "128" and 4.0 are no widths
     except ValidationError as error:
         found = explain(error)[0]
         key = found.key.removeprefix(".")  # of a rule between keys
         raise CheckpointError(f"{where}: {_KEYS.get(key, key)}: {found.text}") from None
 
 
-def _number(fields: dict[str, Any], key: str, kind: type, where: str) -> Any:
+def _number(fields: dict[str, Any], key: str, is_whole: bool, where: str) -> Any:
     value = fields.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise CheckpointError(f"{where}: {key}: expected a number, got {_word(value)}")
-    return kind(value)
+    kinds = int if is_whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= _MAX_NUMBER:
+        said = "a whole number" if is_whole else "a number"
+        raise CheckpointError(f"{where}: {key}: expected {said} from 0 to {_MAX_NUMBER}, got {_word(value)}")
+    return value if is_whole else float(value)
 
 
 def _sum(fields: dict[str, Any], *keys: str) -> int | None:

@@ -33,6 +33,7 @@ from moe_runtime.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SCALES_PREFIX, STATE_KEY = "scales-", "hugging_face"
+WRITTEN_DTYPES = ("F32", "BF16", "F16")
 _DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 
 
@@ -145,6 +146,12 @@ class _Source:
                 wanted = list(parameter.shape)
                 raise CheckpointError(
                     f"{where}: {parameter.name}: expected shape {wanted}, got {list(got.shape)}"
+                )
+
+            if self._dtype(parameter) not in WRITTEN_DTYPES:
+                raise CheckpointError(
+                    f"{where}: {parameter.name}: expected one of {', '.join(WRITTEN_DTYPES)}, "
+                    f"got {got.dtype}; say --dtype fp32 or --dtype bf16"
                 )
 
     def planned(self) -> Iterator[Planned]:

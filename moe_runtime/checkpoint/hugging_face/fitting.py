@@ -13,7 +13,7 @@ from moe_runtime.checkpoint.hugging_face.shard_reader import Stored
 from moe_runtime.config.schema import ModelConfig
 from moe_runtime.errors import CheckpointError
 
-_PLAIN = ("F32", "BF16", "F16", "F64")
+_PLAIN = ("F32", "BF16", "F16")
 # Tables that some old programs saved with the weights; the model here computes its own.
 _COMPUTED = "rotary_emb.inv_freq"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -55,7 +55,7 @@ from moe_runtime.errors import CheckpointError
 MODEL_FILE = "model.yaml"
 DEFAULT_SEQ_LEN = 4096
 _DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
-_PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp32", "F64": "fp64"}
+_PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp32"}
 _LAYOUT: dict[str, int | str] = {"pp": 1, "dp": 1, "ep": 1, "world_size": 1, "schedule": "single"}
 
 

@@ -101,7 +101,9 @@ def _read_yarn(section: dict[str, Any], fields: dict[str, Any], place: str) -> Y
     if section.get("truncate") not in (None, True):
         raise CheckpointError(f"{place}.truncate: expected true, got {section['truncate']!r}")
     try:
-        yarn = YarnConfig.model_validate(values | {"mscale": section.get("mscale_all_dim") or 0.0})
+        yarn = YarnConfig.model_validate(
+            values | {"mscale": section.get("mscale_all_dim") or 0.0}, strict=True
+        )
         lengthens = _lengthens_pairs(section, yarn.factor)
     except ValidationError as error:
         found = explain(error)[0]

@@ -86,6 +86,13 @@ def change_tensors(hub: Path, change: Callable[[dict[str, Tensor]], object]) -> 
         ("sliding_window", 128),
         ("num_hidden_layers", "three"),
         ("n_group", 3),
+        ("hidden_size", "32"),
+        ("num_attention_heads", 2.0),
+        ("max_position_embeddings", 1e18),
+        ("max_position_embeddings", 10**18),
+        ("aux_loss_alpha", float("inf")),
+        ("architectures", ["LlamaForCausalLM"]),
+        ("architectures", "DeepseekV3ForCausalLM"),
         ("quantization_config", "fp8"),
     ],
 )
@@ -190,6 +197,7 @@ GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
         (lambda t: t.pop(GATE), f"expected tensor {GATE}, got none of that name"),
         (lambda t: t.update({GATE: torch.zeros(3, 4)}), f"{GATE}: expected shape [16, 32], got [3, 4]"),
         (lambda t: t.update({GATE: t[GATE].to(torch.int32)}), f"{GATE}: expected one of F32, BF16"),
+        (lambda t: t.update({GATE: t[GATE].double()}), f"{GATE}: expected one of F32, BF16, F16, F8_E4M3, got"),
         (lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}), "expected quantization_config"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), "expected no tensor model.extra"),
         (lambda t: t.update({f"{GATE}_scale_inv": torch.ones(1, 1)}), f"expected no tensor {GATE}_scale_inv"),
@@ -206,6 +214,13 @@ GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 def test_tensors_that_do_not_fit_are_refused_by_name(hub: Path, change: Any, says: str) -> None:
     change_tensors(hub, change)
     assert says in refusal(hub)
+
+
+def test_fp64_is_written_only_in_another_dtype(tmp_path: Path) -> None:
+    run = save(make_model(MODEL).double(), tmp_path / "run", precision="fp64")
+    with pytest.raises(CheckpointError, match=r"embed\.weight: expected one of F32, BF16, F16, got F64; say"):
+        export_model(run, tmp_path / "hub", ExportOptions())
+    export_model(run, tmp_path / "hub", ExportOptions(dtype=torch.float32))
 
 
 def _without_layer(tensors: dict[str, Tensor], *layers: int) -> None:
