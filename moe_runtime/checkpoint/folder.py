@@ -198,9 +198,7 @@ def open_checkpoint(path: Path | str, peers: Peers | None = None) -> Checkpoint:
     found = find_latest_good(where, peers)
     if found.checkpoint is None:
         damaged = "".join(f"; damaged: {line}" for line in found.skipped)
-        raise CheckpointError(
-            f"{path}: expected a run or checkpoint folder, got {_instead(path)}{damaged}"
-        )
+        raise CheckpointError(f"{path}: expected a run or checkpoint folder, got {_instead(path)}{damaged}")
     return found.checkpoint
 
 

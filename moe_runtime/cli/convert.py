@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_runtime.checkpoint.folder import Checkpoint
+    from moe_runtime.checkpoint.hugging_face.importing import Imported
     from moe_runtime.data.vocabulary import Tokenizer
 
 # torch takes seconds to import and `--help` should not: the rooms are imported by each command.
@@ -103,8 +104,8 @@ def import_(
         _warn(warning)
     if found is None:
         _warn(f"{out} has no tokenizer: text needs one, so import with --tokenizer")
-    elif found.vocab_size > result.model.vocab_size:
-        _warn(f"the tokenizer has {found.vocab_size} ids, the model {result.model.vocab_size}")
+    else:
+        _warn_of_ids(found, result)
     typer.echo(
         f"{out}: {result.model.num_layers} layers, {result.model.mtp_depth} MTP layers, "
         f"{result.num_bytes / 1e6:,.1f} MB in {result.dtype}; train on it with "
@@ -151,6 +152,17 @@ def _find_tokenizer(hub: Path, name: str | None) -> "Tokenizer | None":
     except DataError as error:
         _warn(f"{error}; left out")
         return None
+
+
+def _warn_of_ids(tokenizer: "Tokenizer", result: "Imported") -> None:
+    if tokenizer.vocab_size > result.model.vocab_size:
+        _warn(f"the tokenizer has {tokenizer.vocab_size} ids, the model {result.model.vocab_size}")
+    if result.eos_ids and tokenizer.eos_id not in result.eos_ids:
+        said = ", ".join(map(str, sorted(result.eos_ids)))
+        _warn(
+            f"text ends with {said} by the model's configs and with {tokenizer.eos_id} by its tokenizer: "
+            "generate stops at each of them, an export keeps both"
+        )
 
 
 def _warn(text: str) -> None:

@@ -5,7 +5,7 @@ key that this version does not know, unless it is off (null, false or empty) or 
 not matter. Silence about an unknown key is how converters lose a feature.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from moe_runtime.config.explain import explain
 from moe_runtime.config.schema import ModelConfig
 from moe_runtime.errors import CheckpointError
 
-CONFIG_JSON = "config.json"
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 # Ours and theirs, alike in meaning.
 _KEYS = {
@@ -93,7 +92,7 @@ class HubConfig:
 
 
 def write_config(
-    model: ModelConfig, *, dtype: str, context: int, balance_alpha: float, eos_id: int | None
+    model: ModelConfig, *, dtype: str, context: int, balance_alpha: float, text_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json in DeepSeek's own form, which transformers 4 and 5, vLLM and SGLang read.
 
@@ -101,7 +100,7 @@ def write_config(
         dtype: of most weights, as safetensors calls it.
         context: longest sequence of the training; YaRN's own length wins.
         balance_alpha: weight of the sequence-wise balance loss.
-        eos_id: token that ends a document, if a tokenizer is known.
+        text_ids: `bos_token_id` and `eos_token_id`.
 
     Raises:
         CheckpointError: the form cannot express the model.
@@ -117,8 +116,7 @@ def write_config(
         "max_position_embeddings": context,
         "aux_loss_alpha": balance_alpha,
         "seq_aux": True,
-        "bos_token_id": None,
-        "eos_token_id": eos_id,
+        **text_ids,
         "torch_dtype": _DTYPE_WORDS[dtype],
         "use_cache": True,
     }

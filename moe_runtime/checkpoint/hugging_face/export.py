@@ -22,7 +22,13 @@ from moe_runtime.checkpoint.disk import (
 )
 from moe_runtime.checkpoint.folder import TMP_PREFIX, Checkpoint
 from moe_runtime.checkpoint.hugging_face import fp8_form
-from moe_runtime.checkpoint.hugging_face.config_form import CONFIG_JSON, write_config
+from moe_runtime.checkpoint.hugging_face.config_form import write_config
+from moe_runtime.checkpoint.hugging_face.end_ids import (
+    CONFIG_JSON,
+    STATE_KEY,
+    text_ids_of,
+    write_text_ids,
+)
 from moe_runtime.checkpoint.hugging_face.json_file import object_bytes
 from moe_runtime.checkpoint.hugging_face.names import Parameter, empty_parts, parameters_of
 from moe_runtime.checkpoint.hugging_face.shard_reader import INDEX_FILE, SINGLE_FILE, ShardReader, index_of
@@ -32,7 +38,7 @@ from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 from moe_runtime.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-SCALES_PREFIX, STATE_KEY = "scales-", "hugging_face"
+SCALES_PREFIX = "scales-"
 WRITTEN_DTYPES = ("F32", "BF16", "F16")
 _DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 
@@ -233,18 +239,17 @@ def _write(tmp: Path, planned: list[Planned], source: _Source, shard_bytes: int)
 
 def _small_files(checkpoint: Checkpoint, source: _Source, options: ExportOptions) -> dict[str, bytes]:
     config = config_of(checkpoint)
+    text_ids = write_text_ids(text_ids_of(checkpoint), options.eos_id)
     fields = write_config(
         config.model,
         dtype=source.dtype,
         context=config.batch.seq_len,
         balance_alpha=config.recipe.balance_alpha,
-        eos_id=options.eos_id,
+        text_ids=text_ids.pop(CONFIG_JSON),
     )
     if options.fp8:
         recorded: dict[str, Any] = checkpoint.manifest.state.get(STATE_KEY) or {}
         said = recorded.get("quantization_config") if source.uses_recorded_scales else None
         fields["quantization_config"] = said or fp8_form.QUANTIZATION
-    files = {CONFIG_JSON: object_bytes(fields), **options.files}
-    if options.eos_id is not None:
-        files["generation_config.json"] = object_bytes({"eos_token_id": options.eos_id})
-    return files
+    generation = {name: object_bytes(ids) for name, ids in text_ids.items()}
+    return {CONFIG_JSON: object_bytes(fields), **options.files, **generation}

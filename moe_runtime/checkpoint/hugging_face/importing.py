@@ -12,7 +12,7 @@ Memory holds one shard (mapped) and one tensor. There is no optimizer state: tra
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,17 @@ from moe_runtime.checkpoint.disk import (
 )
 from moe_runtime.checkpoint.folder import TMP_PREFIX
 from moe_runtime.checkpoint.hugging_face import fp8_form
-from moe_runtime.checkpoint.hugging_face.config_form import CONFIG_JSON, HubConfig, read_config
+from moe_runtime.checkpoint.hugging_face.config_form import HubConfig, read_config
+from moe_runtime.checkpoint.hugging_face.end_ids import (
+    CONFIG_JSON,
+    IDS_KEY,
+    STATE_KEY,
+    eos_ids_in,
+    read_text_ids,
+)
 from moe_runtime.checkpoint.hugging_face.export import (
     DEFAULT_SHARD_BYTES,
     SCALES_PREFIX,
-    STATE_KEY,
     check_space,
     refuse_occupied,
 )
@@ -83,12 +89,17 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint is on disk: its model, its dtype word, bytes of weights, and what the user should know."""
+    """A checkpoint is on disk: its model, its dtype word, bytes of weights, and what the user should know.
+
+    Args:
+        eos_ids: ids that end text, by config.json and generation_config.json.
+    """
 
     model: ModelConfig
     dtype: str
     num_bytes: int
     warnings: tuple[str, ...]
+    eos_ids: frozenset[int]
 
 
 def import_model(hub: Path, out: Path, options: ImportOptions) -> Imported:
@@ -105,6 +116,9 @@ def import_model(hub: Path, out: Path, options: ImportOptions) -> Imported:
     said = read_config(read_object(hub / CONFIG_JSON), where, options.ignored)
     if said.quantization is not None:
         fp8_form.check_quantization(said.quantization, where)
+    text_ids = read_text_ids(hub)
+    about = {STATE_KEY: {"quantization_config": said.quantization, IDS_KEY: text_ids}}
+    options = replace(options, state={**options.state, **about})
     with open_shards(hub) as reader:
         check_counts(said.model, reader.stored, hub)
         depth, warnings = present_mtp_depth(said.model, reader.stored, hub)
@@ -121,7 +135,7 @@ def import_model(hub: Path, out: Path, options: ImportOptions) -> Imported:
             raise CheckpointError(f"{out}: cannot be written: {error.strerror}") from error
         finally:
             remove(tmp)
-        return Imported(model, source.dtype, num_bytes, tuple(warnings))
+        return Imported(model, source.dtype, num_bytes, tuple(warnings), eos_ids_in(text_ids))
 
 
 class _Source:
@@ -215,24 +229,23 @@ def _write(tmp: Path, source: _Source, said: HubConfig, options: ImportOptions) 
     }
     for name, size, sha256 in scale_writer.written:  # carried, for they are no parameters
         entries[name] = FileEntry(kind="extra", bytes=size, sha256=sha256)
-    _write_manifest(tmp, entries, _run_config(source, said, options), said, options)
+    _write_manifest(tmp, entries, _run_config(source, said, options), options)
     return sum(tensor.num_bytes for tensor in source.planned())
 
 
 def _write_manifest(
-    tmp: Path, entries: dict[str, FileEntry], config: RunConfig, said: HubConfig, options: ImportOptions
+    tmp: Path, entries: dict[str, FileEntry], config: RunConfig, options: ImportOptions
 ) -> None:
     """Write the files that are only carried, and the manifest of all."""
     model_text = dump_text({"model": config.model.model_dump(mode="json")})
     for name, data in {**options.extras, MODEL_FILE: model_text.encode()}.items():
         entries[name] = write_bytes(tmp / name, data)
-    about = {STATE_KEY: {"quantization_config": said.quantization}}
     manifest = Manifest(
         step=0,
         tokens=0,
         config=config.model_dump(mode="json"),
         layout=_LAYOUT,
-        state={**options.state, **about},
+        state=dict(options.state),
         files=entries,
     )
     write_bytes(tmp / MANIFEST_NAME, manifest.to_bytes())

@@ -88,13 +88,12 @@ def continue_some(
     """
     answers, requests = [], []
     id_bytes = generator.tokenizer.id_bytes if generator.tokenizer is not None else ()
-    stop_ids = frozenset() if generator.eos_id is None else frozenset({generator.eos_id})
     if how.stops and generator.tokenizer is None:
         raise ConfigError("--stop: expected a model with a tokenizer, got none; name one with --tokenizer")
     for number, prompt, ids in prompts:
         answers.append(Answer(prompt, ids, TextStream(id_bytes, how.stops)))
         params = replace(how.params, seed=how.params.seed + number)
-        requests.append(Request(ids, how.max_tokens, params, stop_ids, answers[-1].text))
+        requests.append(Request(ids, how.max_tokens, params, generator.eos_ids, answers[-1].text))
     began, first_s = time.monotonic(), float("nan")
     decoding = generator.engine.start(requests)
     for piece in decoding:

@@ -14,6 +14,7 @@ from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 
 from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from moe_runtime.checkpoint.hugging_face.end_ids import eos_ids_of
 from moe_runtime.checkpoint.load import config_of, model_from
 from moe_runtime.config.counts import count_parameters
 from moe_runtime.config.schema import ModelConfig
@@ -60,14 +61,14 @@ class Generator:
 
     Args:
         tokenizer: None: there is none, and prompts and answers are ids.
-        eos_id: ends a continuation; None: nothing does.
+        eos_ids: any of them ends a continuation: the tokenizer's, and those of an imported model's configs.
         trained_length: tokens of the sequences that it was trained on.
     """
 
     checkpoint: Checkpoint
     engine: Engine
     tokenizer: Tokenizer | None
-    eos_id: int | None
+    eos_ids: frozenset[int]
     trained_length: int
     cache: PrefixCache | None
     peers: Peers
@@ -150,8 +151,8 @@ def _generator(opening: Opening, checkpoint: Checkpoint, model: Transformer, pee
     speculates = config.model.mtp_depth > 0 if opening.speculate is None else opening.speculate
     drafts = opening.drafts if speculates else 0
     engine = Engine(InferenceModel(model), drafts, cache, highest=_highest(peers))
-    eos_id = tokenizer.eos_id if tokenizer is not None else None
-    return Generator(checkpoint, engine, tokenizer, eos_id, config.batch.seq_len, cache, peers)
+    eos_ids = eos_ids_of(checkpoint) | ({tokenizer.eos_id} if tokenizer is not None else set())
+    return Generator(checkpoint, engine, tokenizer, eos_ids, config.batch.seq_len, cache, peers)
 
 
 def _choose_threads(model: ModelConfig, device: torch.device) -> None:

@@ -36,7 +36,7 @@ def write_hub(folder: Path, model: ModelConfig) -> int:
             writer.write(tensor.name, torch.ones(tensor.shape))
     index = {tensor.name: file for file, group in files for tensor in group}
     (folder / "model.safetensors.index.json").write_bytes(object_bytes({"weight_map": index}))
-    fields = write_config(model, dtype="F32", context=64, balance_alpha=0.0, eos_id=None)
+    fields = write_config(model, dtype="F32", context=64, balance_alpha=0.0, text_ids={})
     (folder / "config.json").write_bytes(object_bytes(fields))
     return sum(tensor.num_bytes for tensor in planned)
 

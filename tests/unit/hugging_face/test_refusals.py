@@ -157,7 +157,7 @@ def test_rotary_positions_that_the_model_does_not_have_are_refused(
 @pytest.mark.parametrize("mscale", [0.0, 0.7, 1.0])
 def test_a_config_comes_back_from_either_form(mscale: float) -> None:
     model = ModelConfig.model_validate(BASE | {"yarn": YARN | {"mscale": mscale}, "rope_theta": 5e4})
-    fields = write_config(model, dtype="BF16", context=64, balance_alpha=1e-4, eos_id=7)
+    fields = write_config(model, dtype="BF16", context=64, balance_alpha=1e-4, text_ids={"eos_token_id": 7})
     said = read_config(fields, "config.json")
     assert (said.model, said.dtype, said.context, said.balance_alpha) == (model, "bf16", 128, 1e-4)
     section = fields.pop("rope_scaling") | {"rope_theta": fields.pop("rope_theta")}
@@ -197,7 +197,10 @@ GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
         (lambda t: t.pop(GATE), f"expected tensor {GATE}, got none of that name"),
         (lambda t: t.update({GATE: torch.zeros(3, 4)}), f"{GATE}: expected shape [16, 32], got [3, 4]"),
         (lambda t: t.update({GATE: t[GATE].to(torch.int32)}), f"{GATE}: expected one of F32, BF16"),
-        (lambda t: t.update({GATE: t[GATE].double()}), f"{GATE}: expected one of F32, BF16, F16, F8_E4M3, got"),
+        (
+            lambda t: t.update({GATE: t[GATE].double()}),
+            f"{GATE}: expected one of F32, BF16, F16, F8_E4M3, got",
+        ),
         (lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}), "expected quantization_config"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), "expected no tensor model.extra"),
         (lambda t: t.update({f"{GATE}_scale_inv": torch.ones(1, 1)}), f"expected no tensor {GATE}_scale_inv"),
