@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moe_runtime.optim.counter_rng import derive_key, random_bits
+from moe_runtime.optim.counter_rng import derive_key, random_rows
 
 Stream = Literal["pick", "accept", "draft"]
 BLOCK = 256  # tokens for which numbers are made at a time
@@ -57,14 +57,16 @@ class Draws:
         old = self._tables.get(stream)
         start = 0 if old is None else old.shape[1]
         count = (last // BLOCK + 1) * BLOCK - start
-        new = torch.stack([_uniforms(seed, stream, start, count) for seed in self._seeds])
+        new = _uniforms(self._seeds, stream, start, count)
         self._tables[stream] = new if old is None else torch.cat([old, new], dim=1)
         return self._tables[stream]
 
 
-def _uniforms(seed: int, stream: Stream, start: int, count: int) -> Tensor:
-    """float64 [count] of 53 random bits each."""
+def _uniforms(seeds: Sequence[int], stream: Stream, start: int, count: int) -> Tensor:
+    """float64 [seeds, count] of 53 random bits each."""
     purpose = get_args(Stream).index(stream)
-    high, low = (random_bits(derive_key(seed, 0, purpose, half), start, count) for half in (0, 1))
-    bits = (high.to(torch.int64) & 0xFFFFFFFF) << 21 | (low.to(torch.int64) & 0xFFFFFFFF) >> 11
-    return bits.to(torch.float64) * 2.0**-53
+    halves = (
+        random_rows([derive_key(seed, 0, purpose, half) for seed in seeds], start, count) for half in (0, 1)
+    )
+    high, low = (half.to(torch.int64) & 0xFFFFFFFF for half in halves)
+    return (high << 21 | low >> 11).to(torch.float64) * 2.0**-53

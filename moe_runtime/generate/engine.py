@@ -117,6 +117,8 @@ class Decoding:
         self.draft_probs: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Piece]:
+        if not self._engine.highest(len(self.alive)):
+            return
         hidden, counts = self._read_prompts()
         tokens = self._first_tokens(hidden, counts)
         yield from self._give([[token] for token in tokens.tolist()], None)

@@ -16,6 +16,7 @@ torch's shift of a signed integer draws in the sign, which would clear the top b
 break the bijection; the bits drawn in are masked off.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +76,18 @@ def random_bits(key: NoiseKey, start: int, count: int, device: torch.device | st
         return torch.cat([head, random_bits(key, start + until_carry, count - until_carry, device)])
     first, second = key.words(start // _WORD)
     bits = torch.arange(count, dtype=torch.int32, device=device).add_(as_signed(start + first))
-    scratch = torch.empty_like(bits)
-    _fold(bits, SHIFTS[0], scratch).mul_(as_signed(MULTIPLIERS[0])).add_(as_signed(second))
-    _fold(bits, SHIFTS[1], scratch).mul_(as_signed(MULTIPLIERS[1]))
-    return _fold(bits, SHIFTS[2], scratch)
+    return _hash(bits, as_signed(second))
+
+
+def random_rows(keys: Sequence[NoiseKey], start: int, count: int) -> Tensor:
+    """`random_bits` of several keys at once, int32 [keys, count] on the CPU; no carry may lie within."""
+    assert start // _WORD == (start + count) // _WORD, f"expected no carry in {start} + {count}"
+    words = [key.words(start // _WORD) for key in keys]
+    first, second = (
+        torch.tensor([as_signed(word) for word in column]) for column in zip(*words, strict=True)
+    )
+    bits = torch.arange(count).add(as_signed(start)) + first.unsqueeze(1)
+    return _hash(bits.to(torch.int32), second.to(torch.int32).unsqueeze(1))
 
 
 def kernel_words(key: NoiseKey, start: int) -> tuple[tuple[int, int, int, int], int]:
@@ -106,6 +115,14 @@ def second_draw(bits: Tensor) -> Tensor:
     it has no gaps worth naming, so the two are independent for all that rounding can tell.
     """
     return bits.mul_(SECOND_MULTIPLIER)
+
+
+def _hash(bits: Tensor, second: int | Tensor) -> Tensor:
+    """Two rounds over int32 `bits`, in place; `second` comes in between."""
+    scratch = torch.empty_like(bits)
+    _fold(bits, SHIFTS[0], scratch).mul_(as_signed(MULTIPLIERS[0])).add_(second)
+    _fold(bits, SHIFTS[1], scratch).mul_(as_signed(MULTIPLIERS[1]))
+    return _fold(bits, SHIFTS[2], scratch)
 
 
 def _fold(bits: Tensor, shift: int, scratch: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from moe_comm.wire.formats import FRACTION_BITS
 
-from moe_runtime.optim.counter_rng import derive_key, random_bits, second_draw
+from moe_runtime.optim.counter_rng import derive_key, random_bits, random_rows, second_draw
 
 COUNT = 1 << 17
 
@@ -34,6 +34,13 @@ def test_bits_go_on_across_two_to_the_32_and_differ_beyond_it() -> None:
     assert torch.equal(across[:100], random_bits(key, edge - 100, 100))
     assert torch.equal(across[100:], random_bits(key, edge, 200))
     assert (across[100:] != random_bits(key, 0, 200)).all()
+
+
+def test_rows_of_several_keys_are_the_bits_of_each() -> None:
+    keys = [derive_key(seed, step=2, group_id=3) for seed in range(20)]
+    for start in (0, 256, (1 << 31) - 100, (1 << 32) + 5, (1 << 40) + (1 << 31) + 7):
+        rows = torch.stack([random_bits(key, start, 300) for key in keys])
+        assert torch.equal(random_rows(keys, start, 300), rows)
 
 
 def test_each_coordinate_of_the_key_changes_the_bits() -> None:
