@@ -198,8 +198,17 @@ def open_checkpoint(path: Path | str, peers: Peers | None = None) -> Checkpoint:
     found = find_latest_good(where, peers)
     if found.checkpoint is None:
         damaged = "".join(f"; damaged: {line}" for line in found.skipped)
-        raise CheckpointError(f"{path}: expected a run or checkpoint folder, got no good checkpoint{damaged}")
+        raise CheckpointError(
+            f"{path}: expected a run or checkpoint folder, got {_instead(path)}{damaged}"
+        )
     return found.checkpoint
+
+
+def _instead(path: Path) -> str:
+    """What a folder without a good checkpoint is."""
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return f"a model in Hugging Face's form; `moe-runtime convert import {path} NEW_FOLDER` reads it"
+    return "no good checkpoint"
 
 
 def checkpoints_dir_of(path: Path) -> Path:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Write a model in Hugging Face's form, or read one.")
 
 DTYPES = ("fp32", "bf16")
+MIN_SHARD_GB, MAX_SHARD_GB = 0.001, 1e6
 ShardSize = Annotated[
-    float, typer.Option("--shard-gb", min=0.001, help="largest size of a file, in 10^9 bytes")
+    float, typer.Option("--shard-gb", help="largest size of a file, in 10^9 bytes; at least 0.001")
 ]
 
 
@@ -33,7 +34,7 @@ def export(
     shard_gb: ShardSize = 5.0,
 ) -> None:
     """Write a checkpoint as a model that transformers, vLLM and SGLang load by DeepSeek's names."""
-    kind = _dtype(dtype)
+    kind, shard_bytes = _dtype(dtype), _shard_bytes(shard_gb)
     from moe_runtime.checkpoint.folder import open_checkpoint
     from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_model
     from moe_runtime.checkpoint.hugging_face.names import ragged_widths
@@ -55,7 +56,7 @@ def export(
         fp8=fp8,
         dtype=kind,
         ema=ema,
-        shard_bytes=int(shard_gb * 1e9),
+        shard_bytes=shard_bytes,
         eos_id=None if tokenizer is None else tokenizer.eos_id,
         files={} if tokenizer is None else hub_files(tokenizer),
     )
@@ -84,7 +85,7 @@ def import_(
     shard_gb: ShardSize = 5.0,
 ) -> None:
     """Read a model of the DeepSeek-V3 kind into a checkpoint; train on it with train.init_from=OUT."""
-    kind = _dtype(dtype)
+    kind, shard_bytes = _dtype(dtype), _shard_bytes(shard_gb)
     from moe_runtime.checkpoint.folder import TOKENIZER_FILE
     from moe_runtime.checkpoint.hugging_face.importing import ImportOptions, import_model
 
@@ -93,7 +94,7 @@ def import_(
         dtype=kind,
         seq_len=seq_len,
         ignored=ignore or (),
-        shard_bytes=int(shard_gb * 1e9),
+        shard_bytes=shard_bytes,
         extras={} if found is None else {TOKENIZER_FILE: found.to_json().encode()},
         state={} if found is None else {"tokenizer": found.name},
     )
@@ -119,6 +120,14 @@ def _dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return torch.float32 if name == "fp32" else torch.bfloat16
+
+
+def _shard_bytes(shard_gb: float) -> int:
+    if not MIN_SHARD_GB <= shard_gb <= MAX_SHARD_GB:  # NaN is neither
+        raise ConfigError(
+            f"--shard-gb: expected a number from {MIN_SHARD_GB:g} to {MAX_SHARD_GB:g}, got {shard_gb:g}"
+        )
+    return int(shard_gb * 1e9)
 
 
 def _tokenizer_of(checkpoint: "Checkpoint") -> "Tokenizer | None":

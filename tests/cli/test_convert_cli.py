@@ -98,6 +98,12 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
     assert "left out" in call("convert", "import", hub, tmp_path / "broken")
 
 
+def test_commands_for_checkpoints_point_from_a_hub_folder_to_the_import(made: Path) -> None:
+    for command in (("generate", made / "hub", "--prompt", "x"), ("eval", made / "hub", "--data", made)):
+        with pytest.raises(CheckpointError, match=r"got a model in Hugging Face's form; .*convert import"):
+            call(*command)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
@@ -108,6 +114,9 @@ def test_a_model_without_tokenizer_is_told_of_and_may_be_given_one(made: Path, t
             ConfigError,
             "--dtype: expected one of fp32, bf16",
         ),
+        (("export", "none", "hub", "--shard-gb", "inf"), ConfigError, "--shard-gb: expected a number from"),
+        (("import", "none", "ours", "--shard-gb", "1e300"), ConfigError, "to 1e+06, got 1e+300"),
+        (("import", "none", "ours", "--shard-gb", "nan"), ConfigError, "got nan"),
         (("import", "none", "ours", "--tokenizer", "nonsense"), DataError, "nonsense"),
     ],
 )
