@@ -103,12 +103,17 @@ class Setting:
         return RecipeConfig(warmup_steps=50, constant_until_tokens=half, cosine_tokens=half, min_lr_ratio=0.1)
 
 
-def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCasts | None]:
-    """A model of one variant; the casts of its weights, where it has some."""
-    keeps = variant in ("fp8", "bf16-wgrad")
-    dispatcher = LocalDispatcher(MODEL.num_experts, keep_tiles=keeps)
+def build_plain(seed: int, device: str, keep_tiles: bool) -> Transformer:
+    """The model in BF16; its rows may be dispatched as FP8 tiles."""
+    dispatcher = LocalDispatcher(MODEL.num_experts, keep_tiles=keep_tiles)
     model = Transformer(MODEL, dtype=torch.bfloat16, device=device, dispatcher=dispatcher)
     model.init_weights(seed)
+    return model
+
+
+def build(variant: str, seed: int, device: str) -> tuple[Transformer, WeightCasts | None]:
+    """A model of one variant; the casts of its weights, where it has some."""
+    model = build_plain(seed, device, keep_tiles=variant in ("fp8", "bf16-wgrad"))
     if variant in ("bf16", "perturbed"):
         return model, None
     policy = Policy(Fp8Config(wgrad="bf16") if variant == "bf16-wgrad" else Fp8Config())
@@ -152,12 +157,20 @@ class Masters:
 
         return sink
 
-    def step(self, lr: float) -> None:
-        """Clip, update the masters, round them into the weights, zero the gradients."""
+    def gather(self) -> list[Tensor]:
+        """Gradients since they were zeroed, FP32."""
+        gradients = []
         for param, master in zip(self._params, self.masters, strict=True):
-            if param.grad is not None and master.grad is not None:  # norm gains, the router
+            assert master.grad is not None, "a master without its gradient"
+            if param.grad is not None:  # norm gains, the router
                 master.grad.add_(param.grad)
                 param.grad = None
+            gradients.append(master.grad)
+        return gradients
+
+    def step(self, lr: float) -> None:
+        """Clip, update the masters, round them into the weights, zero the gradients."""
+        self.gather()
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         for group in self._optimizer.param_groups:
             group["lr"] = lr

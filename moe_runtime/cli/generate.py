@@ -15,11 +15,14 @@ DTYPES = ("fp32", "bf16")
 
 
 Prompts = Annotated[list[str] | None, typer.Option(help="text to continue; repeatable")]
-PromptFile = Annotated[Path | None, typer.Option(help="a file whose whole text is a prompt")]
-PromptIds = Annotated[str | None, typer.Option(help="a prompt as token ids: 5,17,9")]
+PromptFiles = Annotated[list[Path] | None, typer.Option(help="file whose text is a prompt; repeatable")]
+PromptIds = Annotated[list[str] | None, typer.Option(help="prompt as token ids: 5,17,9; repeatable")]
 Interactive = Annotated[bool, typer.Option("--interactive", help="read prompts, one a line")]
 TopP = Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this share")]
-Seed = Annotated[int, typer.Option(min=0, max=2**62, help="same seed, same text; prompt i has seed + i")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**62, help="same seed, same text; prompt i has seed + i"),
+]
 Stops = Annotated[list[str] | None, typer.Option(help="text that ends a continuation; repeatable")]
 Speculate = Annotated[
     bool | None, typer.Option(help="draft with the MTP modules; by default where the model has some")
@@ -32,7 +35,7 @@ TokenizerName = Annotated[
 def generate(
     path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
     prompt: Prompts = None,
-    prompt_file: PromptFile = None,
+    prompt_file: PromptFiles = None,
     prompt_ids: PromptIds = None,
     interactive: Interactive = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="at most so many new tokens")] = 200,
@@ -54,7 +57,9 @@ def generate(
 ) -> None:
     """Continue prompts; text goes to the standard output as it comes, figures to the standard error."""
     _check(temperature, top_k, top_p, dtype)
-    prompts = read_prompts(prompt or [], prompt_file, prompt_ids, interactive)
+    prompts = read_prompts(prompt or [], prompt_file or [], prompt_ids or [], interactive)
+    if interactive and as_json:
+        raise ConfigError("--interactive: expected no --json, for it prints as it goes; leave one of them")
     size = bytes_of(cache_size)
     # Imported here: torch takes seconds, and a wrong option should be told at once.
     from moe_runtime.cli.generation.answer import Answering, answer_all
@@ -89,30 +94,34 @@ def generate(
 
 
 def read_prompts(
-    texts: list[str], file: Path | None, ids: str | None, interactive: bool
+    texts: list[str], files: list[Path], ids: list[str], interactive: bool
 ) -> list[str | list[int]]:
-    """Prompts as text or as ids.
+    """Prompts as text or as ids: texts first, then files, then ids.
 
     Raises:
         ConfigError: there is none, or one cannot be read.
     """
-    prompts: list[str | list[int]] = [*texts]
-    if file is not None:
-        try:
-            prompts.append(file.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"--prompt-file {file}: expected a text file, got: {reason}") from None
-    if ids is not None:
-        words = ids.replace(",", " ").split()
-        if not words or not all(word.isdecimal() for word in words):
-            raise ConfigError(f"--prompt-ids: expected token ids such as 5,17,9, got {ids!r}")
-        prompts.append([int(word) for word in words])
+    prompts: list[str | list[int]] = [*texts, *map(_text_of, files), *map(_ids_from, ids)]
     if interactive and prompts:
         raise ConfigError("--interactive: expected no prompts as options, got some; leave one of them")
     if not prompts and not interactive:
         raise ConfigError("generate: expected --prompt, --prompt-file, --prompt-ids or --interactive")
     return prompts
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"--prompt-file {file}: expected a text file, got: {reason}") from None
+
+
+def _ids_from(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--prompt-ids: expected token ids such as 5,17,9, got {text!r}")
+    return [int(word) for word in words]
 
 
 def _ids_of(generator: "Generator", prompts: list[str | list[int]]) -> list[tuple[str, list[int]]]:

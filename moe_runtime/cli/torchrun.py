@@ -131,7 +131,7 @@ def explain_end(
         if code < 0:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             how = f"rank {rank} was ended by {signal.Signals(-code).name}{hint}"
-            return Outcome(3, f"{how}; the same command resumes from the last checkpoint")
+            return Outcome(3, f"{how}; train resumes from the last checkpoint by the same command")
     if 1 in by_code:
         rank, message = by_code[1]
         return Outcome(1, f"rank {rank}: {message}")

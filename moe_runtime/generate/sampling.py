@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_runtime.errors import ConfigError, NumericsError
 
 SHORTLISTS = (256, 8192)  # so many likeliest tokens nearly always hold top-p: no need to sort all
+COLDEST = 1e-30  # below this a temperature is 0: a quotient by it leaves the range of FP32
 _ONE = float(1 << 52)  # fixed point of `pick`: sums stay below 2^53, where float64 is exact
 
 
@@ -91,7 +92,8 @@ def filtered_probs(
 
     Args:
         logits: [..., vocab]; -inf forbids a token.
-        temperature: 0 puts everything on the likeliest token; a tensor broadcasts to [...], as do the next.
+        temperature: 0, or below 1e-30, puts everything on the likeliest token; a tensor broadcasts to
+            [...], as do the next.
         top_k: 0 keeps all.
         top_p: in (0, 1]; at least the likeliest token stays.
 
@@ -102,8 +104,8 @@ def filtered_probs(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     below = wide - wide.amax(dim=-1, keepdim=True)  # no temperature overflows; NaN if the peak is not finite
     if not isinstance(temperature, Tensor):
-        return _one_hot(below) if temperature == 0.0 else _filter(below / temperature, top_k, top_p)
-    is_greedy = (temperature == 0.0).unsqueeze(-1)
+        return _one_hot(below) if temperature < COLDEST else _filter(below / temperature, top_k, top_p)
+    is_greedy = (temperature < COLDEST).unsqueeze(-1)
     divisor = temperature.to(wide.dtype).unsqueeze(-1).masked_fill(is_greedy, 1.0)
     return torch.where(is_greedy, _one_hot(below), _filter(below / divisor, top_k, top_p))
 

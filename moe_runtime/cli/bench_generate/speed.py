@@ -6,7 +6,7 @@ from typing import Any
 from moe_runtime.cli.bench_generate.peer import Peer
 from moe_runtime.cli.bench_generate.subject import Subject
 from moe_runtime.cli.bench_generate.turns import in_turn
-from moe_runtime.generate.decode import generate as generate_without_cache
+from moe_runtime.generate.decode_reference import generate as generate_without_cache
 from moe_runtime.generate.engine import Engine
 
 CACHED, WITHOUT_CACHE, PEER = "cached", "no cache", "transformers, cached"

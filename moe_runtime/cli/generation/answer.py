@@ -39,11 +39,14 @@ class Answer:
     prompt: str
     ids: list[int]
     text: TextStream
+    has_text: bool = True  # without a tokenizer ids are printed
     written: list[str] = field(default_factory=list)
 
     def take(self, piece: Piece) -> str:
         """The text that a piece has made certain."""
         new = self.text.take(finish=piece.finished)
+        if not self.has_text:
+            new = "".join(f"{token} " for token in piece.tokens)
         self.written.append(new)
         return new
 
@@ -70,7 +73,8 @@ def answer_all(
         typer.echo()
     elif not as_json:
         for one in results:
-            typer.echo(_shown(one["prompt"] + one["text"]) + "\n")
+            text = one["text"] if one["text"] is not None else " ".join(map(str, one["tokens"]))
+            typer.echo(_shown(one["prompt"] + text) + "\n")
     report = _report(generator, results, seconds, first_s)
     if as_json:
         typer.echo(json.dumps(report))
@@ -91,7 +95,7 @@ def continue_some(
     if how.stops and generator.tokenizer is None:
         raise ConfigError("--stop: expected a model with a tokenizer, got none; name one with --tokenizer")
     for number, prompt, ids in prompts:
-        answers.append(Answer(prompt, ids, TextStream(id_bytes, how.stops)))
+        answers.append(Answer(prompt, ids, TextStream(id_bytes, how.stops), generator.tokenizer is not None))
         params = replace(how.params, seed=how.params.seed + number)
         requests.append(Request(ids, how.max_tokens, params, generator.eos_ids, answers[-1].text))
     began, first_s = time.monotonic(), float("nan")
@@ -110,7 +114,7 @@ def _said(number: int, answer: Answer, result: Continuation) -> dict[str, Any]:
     return {
         "number": number,
         "prompt": answer.prompt,
-        "text": "".join(answer.written),
+        "text": "".join(answer.written) if answer.has_text else None,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
         "prompt_tokens": len(answer.ids),

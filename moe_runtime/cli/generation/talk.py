@@ -22,6 +22,7 @@ def talk(generator: Generator, how: Answering) -> None:
     """
     if generator.peers.world_size > 1:
         raise ConfigError("--interactive: expected --ep 1, got more; one process has the terminal")
+    generator.encode("")  # a checkpoint without a tokenizer is refused before anyone types
     typer.echo(_HELP, err=True)
     text, ids, turn = "", [], 0
     while (line := _read_line()) is not None:

@@ -1,6 +1,7 @@
 """Drafts of a real decoding equal those of the oracle, which knows no cache."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,19 +117,26 @@ def test_what_a_store_knows_leads_to_the_same_drafts(depth: int, num_drafts: int
     check_drafts(model, engine, requests[1:2])
 
 
-@pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
 def test_what_decoding_leaves_in_a_store_is_what_reading_leaves(num_drafts: int) -> None:
     model = draft_model(2)
     reader, form = InferenceModel(model), latent_form_of(model)
     decoded, read = (open_prefix_cache(form, 10**7) for _ in range(2))
-    requests = requests_of(model, (55, 61, 120), new=12)
+    # They end at all places around the 64 tokens of a block, where drafts that stood are not yet run again.
+    ends = [Request(draw_tokens(model.config, 1, 56)[0].tolist(), new % 8 + 5) for new in range(24)]
+    ends = [replace(request, params=SamplingParams(seed=seed)) for seed, request in enumerate(ends)]
+    requests = [*ends, *requests_of(model, (61, 120), new=12)]
     results = Engine(reader, num_drafts, decoded).generate(requests)
     texts = [[*request.tokens, *result.tokens] for request, result in zip(requests, results, strict=True)]
     Engine(reader, 0, read, prefill=50).generate([Request(text, 1) for text in texts])
-    for text, blocks in zip(texts, (1, 1, 2), strict=True):
-        got, wanted = decoded.find(text), read.find(text)
-        assert got is not None and wanted is not None and got.shape[1] == 64 * blocks
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    found = [decoded.find(text) for text in texts]
+    counts = [0 if latents is None else latents.shape[1] // 64 for latents in found]
+    assert 0 < sum(counts[:-2]) < 24 and counts[-2:] == [1, 2]
+    for text, got in zip(texts, found, strict=True):
+        if got is not None:
+            wanted = read.find(text)
+            assert wanted is not None
+            torch.testing.assert_close(got, wanted[:, : got.shape[1]], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("with_store", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.generate.decode import generate
+from moe_runtime.generate.decode_reference import generate
 from moe_runtime.generate.engine import Engine
 from moe_runtime.generate.prefix_cache import open_prefix_cache
 from moe_runtime.generate.prefix_fingerprint import latent_form_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.generate.decode import generate, stream
+from moe_runtime.generate.decode_reference import generate, stream
 
 
 def count_up(tokens: Tensor) -> Tensor:
