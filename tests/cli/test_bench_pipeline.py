@@ -148,6 +148,7 @@ def test_a_plain_exchange_gives_every_token_the_weighted_sum_and_its_gradient(tm
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_contenders_of_all_families_reach_the_same_loss_and_gradients(tmp_path: Path) -> None:
     names = ("dualpipe", "1f1b-off", "torch-zbv", "deepspeed-dualpipev")
     result = measure(Settings(has_links=False, contenders=names, **_TINY), tmp_path)

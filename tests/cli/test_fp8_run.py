@@ -16,6 +16,7 @@ from tests.cli.small_run import digests, run, steps_done, write_config
 pytestmark = pytest.mark.launcher
 
 
+@pytest.mark.slow
 def test_an_fp8_run_resumes_to_the_same_bits_and_is_read_as_a_bf16_model(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,

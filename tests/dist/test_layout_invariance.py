@@ -67,15 +67,19 @@ def _check(results: list[dict[str, dict[str, float]]], tolerance: float) -> None
             assert not bad, f"{name}, rank {rank}: beyond {tolerance}: {bad}"
 
 
+# Eight ranks on two cores take as long as all the others together: left to the slow tests.
+SIZES = [pytest.param(size, marks=pytest.mark.slow if size > 4 else ()) for size in WORLDS]
+
+
 @pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", SIZES)
 def test_gradients_do_not_depend_on_the_layout(world_size: int, precision: str) -> None:
     layouts = WORLDS[world_size].items()
     cases = [case for name, (layout, m) in layouts for case in _variants(name, layout, m, precision)]
     _check(run_ranks(_gradients, world_size, cases, timeout_s=300), TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", SIZES)
 def test_three_zero_steps_do_not_depend_on_the_layout(world_size: int) -> None:
     layouts = WORLDS[world_size] | ZERO_2.get(world_size, {})
     cases = [Case(n, layout, m, mtp_depth=1, precision="fp32") for n, (layout, m) in layouts.items()]
