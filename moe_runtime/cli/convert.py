@@ -10,7 +10,6 @@ from moe_runtime.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
-    from moe_runtime.checkpoint.folder import Checkpoint
     from moe_runtime.checkpoint.hugging_face.importing import Imported
     from moe_runtime.data.vocabulary import Tokenizer
 
@@ -40,10 +39,11 @@ def export(
     from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_model
     from moe_runtime.checkpoint.hugging_face.names import ragged_widths
     from moe_runtime.checkpoint.load import config_of
+    from moe_runtime.cli.own_tokenizer import own_tokenizer
     from moe_runtime.data.hugging_face import hub_files
 
     checkpoint = open_checkpoint(path)
-    tokenizer = _tokenizer_of(checkpoint)
+    tokenizer = own_tokenizer(checkpoint)
     if tokenizer is None:
         _warn(f"{checkpoint.path} carries no tokenizer: {folder} has none either")
     if config_of(checkpoint).data.document_mask:
@@ -129,15 +129,6 @@ def _shard_bytes(shard_gb: float) -> int:
             f"--shard-gb: expected a number from {MIN_SHARD_GB:g} to {MAX_SHARD_GB:g}, got {shard_gb:g}"
         )
     return int(shard_gb * 1e9)
-
-
-def _tokenizer_of(checkpoint: "Checkpoint") -> "Tokenizer | None":
-    from moe_runtime.checkpoint.folder import TOKENIZER_FILE
-    from moe_runtime.data.tokenizer import tokenizer_from_json
-
-    if TOKENIZER_FILE not in checkpoint.manifest.files:
-        return None
-    return tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
 
 
 def _find_tokenizer(hub: Path, name: str | None) -> "Tokenizer | None":

@@ -1,29 +1,8 @@
-"""When a sequence ends other than by a stop token: at a stop string, or when its context is full."""
+"""Stop strings: where the first of them begins in a text, and what may still become one."""
 
 from collections.abc import Sequence
 
 from moe_runtime.errors import ConfigError
-
-
-def token_limit(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:
-    """New tokens that a prompt may be given: at most `max_tokens`, and no more than the context holds.
-
-    Args:
-        context_length: tokens of the prompt and new ones together; None: no limit.
-
-    Raises:
-        ConfigError: not one fits.
-    """
-    if max_tokens < 1:
-        raise ConfigError(f"max tokens: expected at least 1, got {max_tokens}")
-    if context_length is None:
-        return max_tokens
-    if prompt_tokens >= context_length:
-        raise ConfigError(
-            f"prompt: expected at most {context_length - 1} tokens, one less than the context, got "
-            f"{prompt_tokens}; shorten it"
-        )
-    return min(max_tokens, context_length - prompt_tokens)
 
 
 def check_stops(stops: Sequence[str]) -> None:

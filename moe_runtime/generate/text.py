@@ -6,7 +6,7 @@ there the longest; so the text does not depend on how tokens cut it.
 """
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from moe_runtime.generate.stop import check_stops, first_stop, possible_beginning
 
@@ -71,11 +71,3 @@ class TextStream:
             cut = len(text) if is_last else len(text) - possible_beginning(text, self._stops)
         self._held = text[cut:]
         return text[:cut]
-
-
-def text_pieces(id_bytes: Sequence[bytes], ids: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come; a character split over tokens waits for its last byte."""
-    stream = TextStream(id_bytes)
-    for token in ids:
-        yield stream.push(token)
-    yield stream.finish()

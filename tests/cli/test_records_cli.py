@@ -18,7 +18,6 @@ from moe_runtime.data.prepare import prepare
 from moe_runtime.data.tokenise import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import CheckpointError, ConfigError, DataError
-from moe_runtime.generate.text import text_pieces
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.peers import Peers
 from tests.unit.checkpoint.models import CONFIG
@@ -192,8 +191,3 @@ def test_eval_refuses_data_of_another_tokenizer(made: Path, tmp_path: Path) -> N
     prepare(Request(f"dir:{made / 'texts'}", "bpe:265", 0, 0.0, 0.3), tmp_path / "other")
     with pytest.raises(DataError, match="expected ids of the tokenizer that"):
         call("eval", made / "run", "--data", tmp_path / "other")
-
-
-def test_characters_split_over_tokens_are_printed_whole() -> None:
-    tokens = [*"naïve 日本".encode(), 0xE6, 256]
-    assert "".join(text_pieces(ByteTokenizer().id_bytes, tokens)) == "naïve 日本�"

@@ -13,12 +13,13 @@ from moe_comm.dispatcher import Dispatcher
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 
-from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from moe_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from moe_runtime.checkpoint.hugging_face.end_ids import eos_ids_of
 from moe_runtime.checkpoint.load import config_of, model_from
+from moe_runtime.cli.own_tokenizer import own_tokenizer
 from moe_runtime.config.counts import count_parameters
 from moe_runtime.config.schema import ModelConfig
-from moe_runtime.data.tokenizer import open_tokenizer, tokenizer_from_json
+from moe_runtime.data.tokenizer import open_tokenizer
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import ConfigError
 from moe_runtime.generate.engine import Engine
@@ -140,7 +141,8 @@ def _placement(checkpoint: Checkpoint, ep: int, rank: int) -> Placement:
 
 def _generator(opening: Opening, checkpoint: Checkpoint, model: Transformer, peers: Peers) -> Generator:
     config = config_of(checkpoint)
-    tokenizer = _tokenizer(opening, checkpoint)
+    named = opening.tokenizer
+    tokenizer = own_tokenizer(checkpoint) if named is None else open_tokenizer(named)
     cache = None
     if opening.cache_dir is not None or opening.keeps_prompts:
         kind = "ema" if opening.ema else "weights"
@@ -173,14 +175,6 @@ def _highest(peers: Peers) -> Callable[[int], int]:
         return int(box)
 
     return highest
-
-
-def _tokenizer(opening: Opening, checkpoint: Checkpoint) -> Tokenizer | None:
-    if opening.tokenizer is not None:
-        return open_tokenizer(opening.tokenizer)
-    if TOKENIZER_FILE not in checkpoint.manifest.files:
-        return None
-    return tokenizer_from_json(checkpoint.extra(TOKENIZER_FILE).decode(), str(checkpoint.path))
 
 
 def warn(text: str) -> None:

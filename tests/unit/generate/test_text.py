@@ -1,5 +1,6 @@
 """Streamed text and stop strings: the same text however tokens cut it, and nothing taken back."""
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.generate.request import Continuation, Request
-from moe_runtime.generate.stop import token_limit
-from moe_runtime.generate.text import TextStream, text_pieces
+from moe_runtime.generate.text import TextStream
 
 BYTES = [bytes([value]) for value in range(256)]
 # Few characters, so that stop strings begin often and rarely go on; of one, two and four bytes in UTF-8.
@@ -48,11 +48,16 @@ def test_streamed_text_is_the_text_cut_at_the_first_stop_string(
     assert given_out + stream.finish() == expected
 
 
+def text_of(vocabulary: Sequence[bytes], ids: Iterable[int]) -> str:
+    stream = TextStream(vocabulary)
+    return "".join(stream.push(token) for token in ids) + stream.finish()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=24), CUTS)
 def test_any_bytes_stream_as_their_text(raw: bytes, cuts: list[int]) -> None:
     vocabulary = tokens_of(raw, cuts)
-    assert "".join(text_pieces(vocabulary, range(len(vocabulary)))) == raw.decode("utf-8", "replace")
+    assert text_of(vocabulary, range(len(vocabulary))) == raw.decode("utf-8", "replace")
 
 
 @settings(max_examples=100, deadline=None)
@@ -95,22 +100,13 @@ def test_a_stop_string_within_a_token_cuts_it() -> None:
 
 
 def test_half_a_character_at_the_end_is_replaced() -> None:
-    assert "".join(text_pieces(BYTES, "a🙂".encode()[:3])) == "a�"
+    assert text_of(BYTES, "a🙂".encode()[:3]) == "a�"
 
 
 def test_ids_beyond_the_tokenizer_stand_for_nothing() -> None:
-    assert "".join(text_pieces(BYTES[:100], [97, 300, -1, 98])) == "ab"
+    assert text_of(BYTES[:100], [97, 300, -1, 98]) == "ab"
 
 
-def test_the_limit_is_what_is_asked_for_or_what_the_context_holds() -> None:
-    assert token_limit(5, 100, None) == token_limit(5, 3, 100) == 5
-    assert token_limit(50, 8, 10) == 2
-
-
-def test_conditions_that_cannot_be_met_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max tokens: expected at least 1, got 0"):
-        token_limit(0, 1, None)
-    with pytest.raises(ConfigError, match=r"prompt: expected at most 9 tokens.* got 10; shorten it"):
-        token_limit(1, 10, 10)
+def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ConfigError, match="stop: expected strings of at least one character"):
         TextStream(BYTES, ["a", ""])
