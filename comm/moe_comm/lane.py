@@ -103,6 +103,7 @@ class Job(Generic[T]):
             breaker.require_whole()
             with torch.no_grad():
                 value = work()
+                del work  # before its end is told: who waits for that may count on its buffers being free
                 if torch.cuda.is_available() and torch.cuda.is_initialized():
                     self._event = torch.cuda.current_stream().record_event()
         except BaseException as error:

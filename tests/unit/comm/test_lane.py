@@ -101,6 +101,27 @@ def test_a_finished_task_lets_go_of_its_buffers():
     assert gone() is None
 
 
+def test_buffers_are_free_before_the_end_of_their_task_is_told():
+    buffer = torch.zeros(10)
+    freed = weakref.ref(buffer)
+    found = []
+    may_run = threading.Event()
+
+    def task(buffer=buffer):
+        may_run.wait()
+        return buffer.numel()
+
+    lane = Lane("test")
+    job = lane.submit(task, CPU)
+    job._done.add_done_callback(lambda _: found.append(freed()))  # called as the end is told
+    del buffer, task
+    may_run.set()
+    assert job.wait() == 10
+    while not found:
+        time.sleep(1e-3)
+    assert found == [None]
+
+
 def test_the_thread_ends_with_its_lane_and_starts_with_its_first_task():
     lane = Lane("short life")
     assert not _threads_named("short life")
