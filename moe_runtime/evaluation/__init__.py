@@ -1,0 +1,1 @@
+"""How good a model is: loss on text, tasks, comparisons. Reads checkpoints and data, trains nothing."""
