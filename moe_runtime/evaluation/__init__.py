@@ -1,1 +1,1 @@
-"""How good a model is: loss on text, tasks, comparisons. Reads checkpoints and data, trains nothing."""
+"""How good a model is: likelihood, tasks, comparisons, and how sure the figures are."""
