@@ -12,8 +12,10 @@ from moe_runtime.cli import (
     bench,
     cache,
     checkpoint,
+    compare,
     config,
     convert,
+    convert_tasks,
     evaluate,
     generate,
     prepare,
@@ -36,6 +38,8 @@ app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("schedule")(schedule.schedule)
+app.command("compare")(compare.compare)
+convert.app.command("tasks")(convert_tasks.tasks)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")

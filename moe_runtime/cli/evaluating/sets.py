@@ -71,7 +71,7 @@ def set_lines(figures: list[SetFigures], step: int) -> list[str]:
         if len(one.sources) > 1:
             width = max(map(len, one.sources))
             lines += [
-                f"  {name:{width}}  {_said(result)} {_interval(result)}, {result.documents:,} documents"
+                f"  {name:{width}}  {_said(result)} {_interval(result)}"
                 for name, result in one.sources.items()
             ]
     if len(figures) > 1:
@@ -95,5 +95,6 @@ def _said(result: EvalResult) -> str:
 
 def _interval(result: EvalResult) -> str:
     if math.isnan(result.bits_per_byte_low):
-        return "[of one document]"
-    return f"[{result.bits_per_byte_low:.3f} to {result.bits_per_byte_high:.3f}]"
+        return "[one document]"
+    ends = f"{result.bits_per_byte_low:.3f} to {result.bits_per_byte_high:.3f}"
+    return f"[{ends}, {result.documents:,} documents]"
