@@ -5,8 +5,8 @@
 
 Violation is (busiest expert's load - mean) / mean. A step's is that of its global batch, the largest over
 the layers; that of the text counts the whole validation split at once, which is what an expert's machine
-sees in the long run. An expert is dead if it gets less than a hundredth of its fair share there, starved if less
-than a tenth.
+sees in the long run. An expert is dead if it gets less than a hundredth of its fair share there, starved if
+less than a tenth.
 
 Nodes are the routing groups as the published model lays them out: each node holds a whole number of them.
 Here it is `NODES` nodes of as many consecutive experts, whether the router is limited to groups or not, so

@@ -53,6 +53,7 @@ class Study(Section):
     arms: dict[Name, tuple[str, ...]] = Field(description="overrides of the base")
     against: Name = Field(description="arm that the others are compared with, seed by seed")
     columns: tuple[str, ...] = ("val_loss",)
+    curve: bool = Field(False, description="arms are sizes: also fit loss against training FLOPs")
 
     def findings(self) -> list[Finding]:
         """Arms and columns that exist, seeds that differ."""

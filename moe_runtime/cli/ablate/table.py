@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_runtime.cli.ablate.columns import COLUMNS, Column
+from moe_runtime.cli.ablate.curve import curve_text
 from moe_runtime.cli.ablate.study import PlannedRun, Study
 from moe_runtime.evaluation.intervals import Interval, mean_interval, paired_interval
 
@@ -33,7 +34,11 @@ def study_table(study: Study, runs: list[PlannedRun], results: Results) -> str:
         if arm != study.against:
             cells = [_difference(column, found, base) for column in columns]
             lines.append(_row([f"{arm} - {study.against}", *cells]))
-    return "\n".join([*lines, "", _provenance(runs, results)])
+    text = "\n".join([*lines, "", _provenance(runs, results)])
+    if not study.curve:
+        return text
+    sizes = {arm: [found[seed] for seed in sorted(found)] for arm, found in arms.items()}
+    return f"{text}\n\n{curve_text(sizes)}"
 
 
 def _row(cells: Iterable[str]) -> str:
