@@ -133,7 +133,7 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     text = (
         f"Fit: L(C) = {law.floor:.3f} + {law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}, at most "
         f"{100 * miss:.2f}% off the frontier; "
-        f"made without the upper third of the budgets it misses the last by {100 * unseen_error(found):+.2f}%."
+        f"without the upper third of the budgets it misses the last by {100 * unseen_error(found):+.2f}%."
     )
     return "\n".join([*lines, "", text])
 
