@@ -26,13 +26,14 @@ from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.load import config_of, model_from
 from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
 from moe_runtime.config.counts import count_parameters
-from moe_runtime.config.schema import ModelConfig, RunConfig
+from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import METRICS_FILE
 from moe_runtime.model.inference import InferenceModel
+from moe_runtime.model.latent_cache import cache_elements
 from moe_runtime.model.router import Router
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.planner.flops import token_flops
@@ -40,6 +41,7 @@ from moe_runtime.planner.flops import token_flops
 NODES = 4
 DEAD, STARVED = 0.01, 0.1  # of a fair share
 BATCH_ROWS = 16
+FP32_BYTES = 4
 DRAFTED_ROWS = 64
 CURVE_POINTS = 40
 
@@ -82,13 +84,8 @@ def _size(config: RunConfig, tokens: int) -> dict[str, float]:
         "params_active": counts.active / 1000,
         "flops": token_flops(config.model, config.batch.seq_len).total * tokens / 1e12,
         "flops_main": token_flops(config.model, config.batch.seq_len).main * tokens / 1e12,
-        "cache_bytes": 4 * _cache_numbers(config.model),
+        "cache_bytes": FP32_BYTES * cache_elements(config.model, drafts=False),
     }
-
-
-def _cache_numbers(model: ModelConfig) -> int:
-    """Numbers that a token leaves in the main model's layers."""
-    return model.num_layers * (model.kv_lora_rank + model.qk_rope_head_dim)
 
 
 def _violation(records: list[dict[str, Any]]) -> dict[str, float]:
