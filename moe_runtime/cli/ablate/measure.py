@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.load import config_of, model_from
 from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
-from moe_runtime.config.counts import count_parameters
+from moe_runtime.config.counts import cache_elements, count_parameters
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import BatchLoader
@@ -33,7 +33,6 @@ from moe_runtime.data.shards import TokenDataset
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import METRICS_FILE
 from moe_runtime.model.inference import InferenceModel
-from moe_runtime.model.latent_cache import cache_elements
 from moe_runtime.model.router import Router
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.planner.flops import token_flops
