@@ -144,8 +144,8 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     miss = np.abs(np.log(law.at(flops) / lowest)).max()
     ladder = "" if len(flops) == found.inside.sum() else ", ends of the ladder among them"
     text = (
-        f"Fit over {len(flops)} of {len(found.flops)} budgets{ladder}: L(C) = {law.floor:.3f} + {law.scale:.3f} "
-        f"(C / {law.unit:.2e})^-{law.exponent:.3f}, at most {100 * miss:.2f}% off the frontier; without the "
+        f"Fit over {len(flops)} of {len(found.flops)} budgets{ladder}: L(C) = {law.floor:.3f} + "
+        f"{law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}, at most {100 * miss:.2f}% off the frontier; without the "
         f"upper third of the budgets it misses the last by {100 * unseen_error(found):+.2f}%."
     )
     return "\n".join([*lines, "", text])
