@@ -143,10 +143,11 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     miss = np.abs(np.log(law.at(flops) / lowest)).max()
     ladder = "" if len(flops) == found.inside.sum() else ", ends of the ladder among them"
+    formula = f"{law.floor:.3f} + {law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}"
     text = (
-        f"Fit over {len(flops)} of {len(found.flops)} budgets{ladder}: L(C) = {law.floor:.3f} + "
-        f"{law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}, at most {100 * miss:.2f}% off the frontier; without the "
-        f"upper third of the budgets it misses the last by {100 * unseen_error(found):+.2f}%."
+        f"Fit over {len(flops)} of {len(found.flops)} budgets{ladder}: L(C) = {formula}, at most "
+        f"{100 * miss:.2f}% off the frontier; without the upper third of the budgets it misses the last by "
+        f"{100 * unseen_error(found):+.2f}%."
     )
     return "\n".join([*lines, "", text])
 
