@@ -73,10 +73,9 @@ def _shares(shares: list[float]) -> str:
 
 
 def _size(found: dict[str, Any]) -> list[str]:
-    return [
-        f"cache, bytes a token and layer: {found['ours']:.0f}, by the formula {found['formula']}, "
-        f"transformers {found['transformers']:.0f}"
-    ]
+    peer = f", transformers {found['transformers']:.0f}" if "transformers" in found else ""
+    ours = f"{found['ours']:.0f}, by the formula {found['formula']}"
+    return [f"cache, bytes a token and layer: {ours}{peer}"]
 
 
 def _prefix(found: dict[str, Any]) -> list[str]:
