@@ -14,7 +14,7 @@ LONG = 512  # tokens over which a cache is compared with none
 
 
 def cache_speed(subject: Subject, tokens: int = LONG) -> dict[str, Any]:
-    """Greedy decoding, a prompt a round: with a cache, without, and by transformers where it has such attention.
+    """Greedy decoding, a prompt a round: with a cache, without, and by transformers if it can.
 
     Returns:
         `tokens`, `results` of `in_turn`, and `agreeing`: how many leading tokens are those of ours.
