@@ -1,0 +1,1 @@
+"""How good a model is: likelihood, tasks, comparisons, and how sure the figures are."""
