@@ -21,6 +21,7 @@ from moe_runtime.cli import (
     schedule,
     train,
 )
+from moe_runtime.cli.ablate import command as ablate
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
@@ -36,6 +37,7 @@ app.command("train")(train.train)
 app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("ablate")(ablate.ablate)
 app.command("schedule")(schedule.schedule)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")

@@ -32,7 +32,7 @@ def evaluate(
     from moe_runtime.data.bits import ByteCounter
     from moe_runtime.data.loader import BatchLoader
     from moe_runtime.data.shards import TokenDataset
-    from moe_runtime.train.evaluate import evaluate as measure
+    from moe_runtime.evaluation.loss import evaluate as measure
 
     check_device(device)
     checkpoint = open_checkpoint(path)

@@ -1,1 +1,1 @@
-"""How good a model is: likelihood, tasks, and how sure the figures are."""
+"""How good a model is: likelihood, tasks, comparisons, and how sure the figures are."""

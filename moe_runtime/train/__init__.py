@@ -1,1 +1,1 @@
-"""One optimizer step, the loop around it, evaluation and recovery."""
+"""One optimizer step, the loop around it, validation within it and recovery."""
