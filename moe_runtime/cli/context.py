@@ -52,6 +52,8 @@ def measure(
     if yarn is not None and yarn <= 1.0:
         raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
     check_device(device)
+    if out is not None:
+        _write(out, "")  # before the work, so that nothing is lost
     settings = Settings(
         data=data,
         needle_data=needle_data or data,

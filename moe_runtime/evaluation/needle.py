@@ -81,7 +81,7 @@ class Haystack:
     """
 
     def __init__(self, dataset: TokenDataset, form: NeedleForm, seed: int = 0) -> None:
-        self._dataset, self._form, self._seed = dataset, form, seed
+        self.dataset, self._form, self._seed = dataset, form, seed
         self._tokenizer: Tokenizer = dataset.load_tokenizer()
         self._line_ends = np.array([piece.endswith(b"\n") for piece in self._tokenizer.id_bytes])
 
@@ -108,7 +108,7 @@ class Haystack:
         if room < 1:
             taken = f"above {length - room} tokens, which needle, question and value take"
             raise ConfigError(f"lengths: expected {taken}, got {length}")
-        text = self._dataset.read(int(random.integers(self._dataset.num_tokens)), room)
+        text = self.dataset.read(int(random.integers(self.dataset.num_tokens)), room)
         cut = self._line_start(text.tolist(), depth)
         return Trial([*text[:cut].tolist(), *needle, *text[cut:].tolist(), *question], closed)
 

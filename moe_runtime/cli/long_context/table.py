@@ -32,7 +32,14 @@ def tables(record: Record) -> str:
 
 def summary_table(groups: dict[str, list[Measured]]) -> str:
     """One row a label: losses inside, beyond and with short context, and their ratios."""
-    heads = ("model", "seeds", "inside", "its second half", "beyond", "the same tokens, short context")
+    heads: tuple[str, ...] = (
+        "model",
+        "seeds",
+        "inside",
+        "its second half",
+        "beyond",
+        "the same tokens, short context",
+    )
     heads += ("beyond / inside", "beyond / second half", "beyond / short context")
     names = ("inside", "late", "beyond", "short", "beyond_to_inside", "beyond_to_late", "beyond_to_short")
     rows: list[tuple[str, ...]] = []

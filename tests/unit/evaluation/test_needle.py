@@ -1,7 +1,5 @@
 """Needles: where they are planted, what is scored, and that the cache scores as a whole forward does."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
