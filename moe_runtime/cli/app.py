@@ -13,6 +13,7 @@ from moe_runtime.cli import (
     cache,
     checkpoint,
     config,
+    context,
     convert,
     evaluate,
     generate,
@@ -41,6 +42,7 @@ app.command("schedule")(schedule.schedule)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
+app.add_typer(context.app, name="context")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 
