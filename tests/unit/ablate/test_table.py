@@ -1,8 +1,12 @@
 """Tables: means with intervals, paired differences, gaps where nothing was measured, documents."""
 
+from pathlib import Path
+
 import pytest
 
+from moe_runtime.cli.ablate.command import table_of_mark
 from moe_runtime.cli.ablate.documents import fill, filled
+from moe_runtime.cli.ablate.results import RESULTS
 from moe_runtime.cli.ablate.study import planned_runs, read_study
 from moe_runtime.cli.ablate.table import study_table
 from moe_runtime.errors import ConfigError
@@ -68,3 +72,9 @@ def test_tables_of_a_document_are_made_again_and_the_prose_stays(tmp_path):
 def test_a_document_without_whole_marks_is_refused(text):
     with pytest.raises(ConfigError, match="marks"):
         filled(text, str)
+
+
+def test_the_tables_of_the_document_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("docs/ablations.md").read_text()
+    assert filled(text, lambda name: table_of_mark(name, RESULTS)) == text, "ablate docs/ablations.md --fill"
