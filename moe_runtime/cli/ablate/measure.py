@@ -105,7 +105,7 @@ def _step_violation(record: dict[str, Any]) -> float | None:
 @torch.no_grad()
 def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
     """Loss and routing over the whole validation split."""
-    seen = [_Choices(moe.router) for _, moe in model.moe_layers()]
+    seen = [RouterWatch(moe.router) for _, moe in model.moe_layers()]
     counter = ByteCounter(dataset.load_tokenizer())
     loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, config.seed)
     nats, tokens, num_bytes = 0.0, 0, 0
@@ -115,10 +115,10 @@ def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> di
         tokens += targets.numel()
         num_bytes += counter.bytes_of(targets)
     found = {"val_loss": nats / tokens, "val_bpb": bits_per_byte(nats, num_bytes)}
-    return found | (_routing(seen, config.model.num_experts) if seen else {})
+    return found | (routing_figures(seen, config.model.num_experts) if seen else {})
 
 
-class _Choices:
+class RouterWatch:
     """Counts where one router sends tokens."""
 
     def __init__(self, router: Router) -> None:
@@ -139,7 +139,8 @@ def nodes_reached(expert_ids: Tensor, num_experts: int) -> int:
     return int(torch.zeros(len(nodes), NODES).scatter_(1, nodes, 1.0).sum())
 
 
-def _routing(seen: list[_Choices], num_experts: int) -> dict[str, float]:
+def routing_figures(seen: list[RouterWatch], num_experts: int) -> dict[str, float]:
+    """Violation, shares of dead and starved experts in percent, nodes and copies, over what was seen."""
     loads = torch.stack([one.counts / one.counts.double().mean() for one in seen])
     nodes = sum(one.nodes for one in seen) / sum(one.tokens for one in seen)
     found = {
