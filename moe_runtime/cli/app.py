@@ -14,6 +14,7 @@ from moe_runtime.cli import (
     checkpoint,
     compare,
     config,
+    context,
     convert,
     convert_tasks,
     evaluate,
@@ -22,6 +23,7 @@ from moe_runtime.cli import (
     schedule,
     train,
 )
+from moe_runtime.cli.ablate import command as ablate
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
@@ -37,12 +39,14 @@ app.command("train")(train.train)
 app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("ablate")(ablate.ablate)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
 convert.app.command("tasks")(convert_tasks.tasks)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
+app.add_typer(context.app, name="context")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 

@@ -72,16 +72,35 @@ def expert_weights(model: ModelConfig) -> int:
 
 
 def attention_weights(model: ModelConfig) -> int:
-    """Weights of one MLA layer, the two latent norms included. Ref: DSV3 (1)-(11)."""
+    """Weights of one layer's attention, latent norms included. Ref: DSV3 (1)-(11)."""
+    hidden, heads = model.hidden_size, model.num_heads
     qk_dim = model.qk_nope_head_dim + model.qk_rope_head_dim
-    query_out = model.num_heads * qk_dim
+    out = heads * model.v_head_dim * hidden
+    if model.attention == "mha":
+        return hidden * heads * (2 * qk_dim + model.v_head_dim) + out
     if model.q_lora_rank is None:
-        query = model.hidden_size * query_out
+        query = hidden * heads * qk_dim
     else:
-        query = model.q_lora_rank * (model.hidden_size + 1 + query_out)
-    down = model.hidden_size * (model.kv_lora_rank + model.qk_rope_head_dim) + model.kv_lora_rank
-    up = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
-    return query + down + up + model.num_heads * model.v_head_dim * model.hidden_size
+        query = model.q_lora_rank * (hidden + 1 + heads * qk_dim)
+    down = hidden * (model.kv_lora_rank + model.qk_rope_head_dim) + model.kv_lora_rank
+    up = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    return query + down + up + out
+
+
+def cache_width(model: ModelConfig) -> int:
+    """Numbers that one token leaves in one layer for the tokens after it. Ref: DSV3 §2.1.1.
+
+    Returns:
+        mla: the latent and one rotary key; mha: key and value of every head.
+    """
+    if model.attention == "mha":
+        return model.num_heads * (model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim)
+    return model.kv_lora_rank + model.qk_rope_head_dim
+
+
+def cache_elements(model: ModelConfig, drafts: bool = True) -> int:
+    """Numbers that one token leaves in all layers; `drafts`: in those of MTP modules too."""
+    return (model.num_layers + (model.mtp_depth if drafts else 0)) * cache_width(model)
 
 
 def block_load(model: ModelConfig, is_dense: bool) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.fit import layout_findings
 from moe_runtime.config.fp8 import Fp8Config
-from moe_runtime.config.schema import BatchConfig, ModelConfig, RunConfig, TrainConfig
+from moe_runtime.config.schema import BatchConfig, ModelConfig, RecomputeConfig, RunConfig, TrainConfig
 
 
 def cross_findings(parts: Mapping[str, Any]) -> list[Finding]:
@@ -64,11 +64,25 @@ def _context_fits(model: ModelConfig, batch: BatchConfig) -> list[Finding]:
     return [Finding.expected("batch.seq_len", wanted, batch.seq_len)]
 
 
+def _mha_is_plain(model: ModelConfig, recompute: RecomputeConfig, precision: str) -> list[Finding]:
+    """What rests on latents, or was made for them alone, is for MLA."""
+    if model.attention != "mha":
+        return []
+    found = []
+    if recompute.mla_up:
+        text = "model.attention mha has no latents to make queries, keys and values from; set it false"
+        found.append(Finding("recompute.mla_up", text))
+    if precision == "fp8":
+        found.append(Finding("precision", "fp8 is for model.attention mla, got mha; set bf16"))
+    return found
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[Finding]]], ...] = (
     (("train",), _training_ends),
     (("precision", "device"), _fp64_stays_on_cpu),
     (("precision", "fp8"), _fp8_is_on),
     (("model", "fp8"), _fp8_layers_exist),
     (("model", "batch"), _context_fits),
+    (("model", "recompute", "precision"), _mha_is_plain),
     (("model", "layout", "batch"), layout_findings),
 )

@@ -7,7 +7,16 @@ Rules between keys of one section are its own validator; rules between sections 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from pydantic_core import PydanticKnownError
 
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
@@ -54,8 +63,13 @@ class ModelConfig(Section):
     num_dense_layers: Count = Field(description="the first k layers have a dense FFN")
     ffn_size: PositiveInt = Field(description="SwiGLU width of a dense layer")
     num_heads: PositiveInt
+    attention: Literal["mla", "mha"] = Field(
+        "mla", description="mha: queries, keys and values straight from the stream; reads neither lora rank"
+    )
     q_lora_rank: PositiveInt | None = Field(None, description="query latent width; null: full projection")
-    kv_lora_rank: PositiveInt
+    kv_lora_rank: Count = Field(
+        0, description="width of the latent of keys and values; mla needs it", validate_default=True
+    )
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
     v_head_dim: PositiveInt
@@ -71,6 +85,22 @@ class ModelConfig(Section):
     yarn: YarnConfig | None = None
     mtp_depth: Count = Field(1, description="D: extra tokens predicted by MTP modules; 0 turns MTP off")
     init_std: PositiveFloat = 0.006
+
+    @field_validator("kv_lora_rank")
+    @classmethod
+    def _mla_has_a_latent(cls, value: int, info: ValidationInfo) -> int:
+        # Here and not in `findings`, so that a file without it is told together with its other gaps.
+        if value == 0 and info.data.get("attention") == "mla":
+            raise PydanticKnownError("missing")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _mla_goes_without_saying(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests and fingerprints of before the key existed stay what they are.
+        values: dict[str, Any] = dump(self)
+        if self.attention == "mla":
+            values.pop("attention", None)
+        return values
 
     def findings(self) -> list[Finding]:
         """Layers, groups and experts fit each other. Ref: DSV3 §2.1.2."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_runtime.config.counts import cache_width
 from moe_runtime.model.transformer import Transformer
 
 LATENT_FORMAT = 1
@@ -28,7 +29,7 @@ class LatentForm:
     Args:
         fingerprint: of `fingerprint_of`.
         num_layers: MTP's included.
-        width: of one token in one layer, normed latent and rotated key.
+        width: of one token in one layer, as the cache holds it.
         dtype: of the model.
     """
 
@@ -44,7 +45,7 @@ def latent_form_of(model: Transformer, weight_files: Mapping[str, str] | None = 
     return LatentForm(
         fingerprint_of(model, weight_files),
         config.num_layers + config.mtp_depth,
-        config.kv_lora_rank + config.qk_rope_head_dim,
+        cache_width(config),
         _dtype_of(model),
     )
 

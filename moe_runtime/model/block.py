@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_runtime.config.schema import ModelConfig, RecomputeConfig
 from moe_runtime.model.ffn import SwiGLU
+from moe_runtime.model.mha import MHA
 from moe_runtime.model.mla import MLA
 from moe_runtime.model.moe import MoE
 from moe_runtime.model.norm import RMSNorm
@@ -49,7 +50,11 @@ class Block(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.name, self.recompute = name, recompute
         self.attn_norm = RMSNorm(hidden, eps, **kind)
-        self.attn = MLA(config, rotary, recompute, **kind)
+        self.attn: MLA | MHA = (
+            MHA(config, rotary, **kind)
+            if config.attention == "mha"
+            else MLA(config, rotary, recompute, **kind)
+        )
         self.ffn_norm = RMSNorm(hidden, eps, **kind)
         self.ffn: SwiGLU | None = None
         self.moe: MoE | None = None

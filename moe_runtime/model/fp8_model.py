@@ -49,13 +49,18 @@ def _use_in_block(block: Block, policy: Policy, weights: WeightCasts, casts: Cas
     return [f"{block.name}.{part}" for part in found]
 
 
+def _mla(block: Block) -> MLA:
+    assert isinstance(block.attn, MLA), "the rules of a config refuse FP8 for other attention"
+    return block.attn
+
+
 def _linears(attn: MLA) -> dict[str, Linear]:
     return {name: module for name, module in attn.named_children() if isinstance(module, Linear)}
 
 
 def _parts(block: Block) -> list[str]:
     """Names of what can be FP8 in a block."""
-    parts = [f"attn.{name}" for name in _linears(block.attn)]
+    parts = [f"attn.{name}" for name in _linears(_mla(block))]
     if block.ffn is not None:
         parts.append("ffn")
     if block.moe is not None:
@@ -65,9 +70,9 @@ def _parts(block: Block) -> list[str]:
 
 def _use(block: Block, part: str, kit: Kit) -> None:
     if part.startswith("attn."):
-        _linears(block.attn)[part.removeprefix("attn.")].multiplier = Fp8Multiplier(kit)
+        _linears(_mla(block))[part.removeprefix("attn.")].multiplier = Fp8Multiplier(kit)
         if kit.choice.keeps_e5m6:
-            block.attn.share_output = _in_e5m6
+            _mla(block).share_output = _in_e5m6
     elif part == "ffn" and block.ffn is not None:
         block.ffn.compute = Fp8FeedForward(kit)
     elif block.moe is not None and part == "moe.experts":
@@ -84,14 +89,14 @@ def _in_e5m6(x: Tensor) -> tuple[Recomputed[Packed], Callable[[], Tensor]]:
 
 def _cast_norms(block: Block, fp8: set[str], casts: Casts) -> None:
     """Let the norms that are read by an FP8 product cast their output."""
-    attn, normalise = block.attn, normalise_with(casts)
+    attn, normalise = _mla(block), normalise_with(casts)
     first = {"attn.q", "attn.q_a", "attn.kv_a"}
     readers = {
         block.attn_norm: first,
         attn.kv_a_norm: {"attn.kv_b"},
         block.ffn_norm: {"ffn", "moe.shared", "moe.experts"},
     }
-    if block.attn.config.q_lora_rank is not None:
+    if attn.config.q_lora_rank is not None:
         readers[attn.q_a_norm] = {"attn.q_b"}
     for norm, parts in readers.items():
         if parts & fp8:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from moe_runtime.model.block import Block
 from moe_runtime.model.ffn import gated
-from moe_runtime.model.latent_attention import LatentAttention, Norm, Reach
+from moe_runtime.model.key_value_attention import KeyValueAttention
+from moe_runtime.model.latent_attention import LatentAttention, Norm
 from moe_runtime.model.latent_cache import LatentCache
 from moe_runtime.model.local_experts import LocalExperts, serves
+from moe_runtime.model.mha import MHA
 from moe_runtime.model.moe import MoE
 from moe_runtime.model.mtp import MTP
 from moe_runtime.model.product import product
+from moe_runtime.model.reach import Reach
 from moe_runtime.model.transformer import Transformer
 
 
@@ -190,7 +193,8 @@ class _Layer:
 
     def __init__(self, block: Block, local: bool) -> None:
         self.attn_norm, self.ffn_norm = Norm(block.attn_norm), Norm(block.ffn_norm)
-        self.attention = LatentAttention(block.attn)
+        attn = block.attn
+        self.attention = KeyValueAttention(attn) if isinstance(attn, MHA) else LatentAttention(attn)
         self.moe = block.moe
         ffn = block.ffn if block.moe is None else block.moe.shared
         self.ffn = None if ffn is None else (ffn.gate_up.weight.detach().t(), ffn.down.weight.detach().t())

@@ -11,51 +11,14 @@ are cheaper lifted. `_lifts` reckons which. Neither keeps anything but latents.
 Scores and sums are in FP32 at least, as in the kernels of training.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from moe_runtime.model.mla import MLA
 from moe_runtime.model.norm import RMSNorm, normalise
 from moe_runtime.model.product import product, wide
+from moe_runtime.model.reach import Reach
 from moe_runtime.model.rope import rotate
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where the new tokens of a pass stand in a layer's slots, and what they may look at.
-
-    Args:
-        slots: int64 [rows, new], slot of each new token.
-        valid: bool [rows, new], which of them are there; None: all.
-        turns: complex [tokens, rope / 2], rotary turns of the tokens that are there.
-        first, stop: slots below `first` or from `stop` on are out of everyone's reach.
-        barrier: [rows, new, 1, stop - first], 0 where a token may look and -inf elsewhere, in at least FP32;
-            None: it may look at all of these slots.
-        causal: `barrier` is the plain triangle over the new tokens, with nothing before them.
-    """
-
-    slots: Tensor
-    valid: Tensor | None
-    turns: Tensor
-    first: int
-    stop: int
-    barrier: Tensor | None
-    causal: bool = False
-
-    def spread(self, packed: Tensor) -> Tensor:
-        """Values [tokens, ...] of the tokens that are there, as [rows, new, ...]; the others zero."""
-        shape = (*self.slots.shape, *packed.shape[1:])
-        if self.valid is None:
-            return packed.view(shape)
-        spread = packed.new_zeros(shape)
-        spread[self.valid] = packed
-        return spread
-
-    def pack(self, spread: Tensor) -> Tensor:
-        """The way back: [rows, new, ...] to [tokens, ...]."""
-        return spread.flatten(0, 1) if self.valid is None else spread[self.valid]
 
 
 class Norm:
@@ -113,7 +76,7 @@ class LatentAttention:
         q_nope, q_rope = query[..., : self._nope], query[..., self._nope :]
         unturned = torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1)
         turned = rotate(unturned.to(reach.turns.dtype.to_real()), reach.turns).to(x.dtype)
-        self._remember(torch.cat((self._kv_a_norm(latent), turned[:, -1]), dim=1), latents, reach)
+        reach.remember(torch.cat((self._kv_a_norm(latent), turned[:, -1]), dim=1), latents)
         attend = self._lifted if self._lifts(reach) else self._absorbed
         known = latents[:, reach.first : reach.stop]
         heads = attend(q_nope, turned[:, :-1], known, reach)
@@ -124,16 +87,6 @@ class LatentAttention:
         if self._q_a is not None and self._q_a_norm is not None:
             x = self._q_a_norm(product(x, self._q_a))
         return product(x, self._q_b).view(x.shape[0], self._heads, -1)
-
-    @staticmethod
-    def _remember(new: Tensor, latents: Tensor, reach: Reach) -> None:
-        rows = latents.shape[0]
-        if rows == 1 and reach.valid is None:
-            begin = reach.stop - reach.slots.shape[1]
-            latents[0, begin : reach.stop] = new
-            return
-        place = torch.arange(rows, device=latents.device).unsqueeze(1).expand_as(reach.slots)
-        latents.index_put_((reach.pack(place), reach.pack(reach.slots)), new)
 
     def _lifts(self, reach: Reach) -> bool:
         """Whether growing keys and values out of the latents is the cheaper form."""

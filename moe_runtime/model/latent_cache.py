@@ -6,6 +6,9 @@ a prompt is one slice of it:
 
     latents [layers + mtp_depth, rows, slots, kv_lora_rank + qk_rope_head_dim]
 
+Plain multi-head attention (`model.attention: mha`) has no latents: there a token leaves the values and the
+rotated keys of all heads in the same place, and all that follows holds for them too.
+
 In a main layer, slot j holds position j. MTP module d joins position i to token i+1+d, so what it leaves of
 position i is known once that token is. It lies in slot i+1+d, under the last token it depends on. Hence slots
 below n depend on the first n tokens alone, in every layer: dropping tokens is making `lengths` smaller, and a
@@ -18,6 +21,7 @@ Rows of a batch have lengths of their own; what lies beyond a row's length is ru
 import torch
 from torch import Tensor
 
+from moe_runtime.config.counts import cache_width
 from moe_runtime.config.schema import ModelConfig
 
 _GROWS_BY = 1.5
@@ -36,8 +40,7 @@ class LatentCache:
         self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         layers = config.num_layers + config.mtp_depth
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.latents = torch.zeros(layers, rows, slots, width, dtype=dtype, device=device)
+        self.latents = torch.zeros(layers, rows, slots, cache_width(config), dtype=dtype, device=device)
         self.tokens = torch.zeros(rows, slots, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64)
 

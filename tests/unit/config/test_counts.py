@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -50,16 +51,16 @@ def test_counts_are_those_of_the_modules(name: str) -> None:
     assert counts.active == counts.total - idle - sizes["embed.weight"]
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 12])
+@pytest.mark.parametrize("attention", [{}, {"q_lora_rank": 12}, {"attention": "mha"}])
 @pytest.mark.parametrize("mtp_depth", [0, 2])
 @pytest.mark.parametrize("num_dense_layers", [0, 4])
 @pytest.mark.parametrize("num_shared_experts", [0, 2])
 def test_counts_follow_every_option(
-    q_lora_rank: int | None, mtp_depth: int, num_dense_layers: int, num_shared_experts: int
+    attention: dict[str, Any], mtp_depth: int, num_dense_layers: int, num_shared_experts: int
 ) -> None:
     config = build(
         model={
-            "q_lora_rank": q_lora_rank,
+            **attention,
             "mtp_depth": mtp_depth,
             "num_dense_layers": num_dense_layers,
             "num_shared_experts": num_shared_experts,

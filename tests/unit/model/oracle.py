@@ -5,6 +5,7 @@ differentiable, so that gradients are compared too. Ref: DSV3 §2.1, §2.2.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,31 +62,53 @@ def may_look(tokens: list[int] | None, separator: int | None, at: int, to: int) 
 def attention(
     x: Tensor, w: Weights, config: ModelConfig, tokens: list[int] | None, separator: int | None
 ) -> Tensor:
-    """MLA of one sequence x [seq, hidden]; head by head, query by query. Ref: DSV3 (1)-(11)."""
+    """MLA, or MHA where the config says so, of one sequence x [seq, hidden]; head by head, query by query."""
+    rope = config.qk_rope_head_dim
+    turns = [turning(p, rope, config.rope_theta) for p in range(x.shape[0])]
+    heads_of = mha_heads if config.attention == "mha" else mla_heads
+    scale = 1 / math.sqrt(config.qk_nope_head_dim + rope)
+    heads = []
+    for query, key, values in heads_of(x, w, config):
+        query, key = turned(query, turns), turned(key, turns)
+        out = []
+        for at in range(x.shape[0]):
+            seen = [to for to in range(at + 1) if may_look(tokens, separator, at, to)]
+            shares = torch.softmax(torch.stack([query[at] @ key[to] for to in seen]) * scale, dim=0)
+            out.append(sum(share * values[to] for share, to in zip(shares, seen, strict=True)))
+        heads.append(torch.stack(out))
+    return torch.cat(heads, dim=1) @ w["o.weight"].T
+
+
+def turned(rows: Tensor, turns: list[Tensor]) -> Tensor:
+    """Rows [seq, nope + rope] with the rotary part of each turned by its matrix [rope, rope]."""
+    rope = turns[0].shape[0]
+    parts = zip(turns, rows, strict=True)
+    return torch.stack([torch.cat((row[:-rope], turn @ row[-rope:])) for turn, row in parts])
+
+
+def mla_heads(x: Tensor, w: Weights, config: ModelConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Query and key before they are turned, and value, of each head. Ref: DSV3 (1)-(10)."""
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    eps, scale = config.rms_norm_eps, 1 / math.sqrt(nope + rope)
+    eps = config.rms_norm_eps
     if config.q_lora_rank is None:
         queries = x @ w["q.weight"].T
     else:
         queries = rms_norm(x @ w["q_a.weight"].T, w["q_a_norm.weight"], eps) @ w["q_b.weight"].T
     compressed = x @ w["kv_a.weight"].T
     latent = rms_norm(compressed[:, : config.kv_lora_rank], w["kv_a_norm.weight"], eps)
-    turns = [turning(p, rope, config.rope_theta) for p in range(x.shape[0])]
-    shared_key = torch.stack([turn @ key for turn, key in zip(turns, compressed[:, -rope:], strict=True)])
-    heads = []
     for head in range(config.num_heads):
-        query = queries[:, head * (nope + rope) : (head + 1) * (nope + rope)]
         rows = w["kv_b.weight"][head * (nope + v_dim) : (head + 1) * (nope + v_dim)]
-        keys, values = latent @ rows[:nope].T, latent @ rows[nope:].T
-        out = []
-        for at in range(x.shape[0]):
-            seen = [to for to in range(at + 1) if may_look(tokens, separator, at, to)]
-            turned = turns[at] @ query[at, nope:]
-            scores = torch.stack([query[at, :nope] @ keys[to] + turned @ shared_key[to] for to in seen])
-            shares = torch.softmax(scores * scale, dim=0)
-            out.append(sum(share * values[to] for share, to in zip(shares, seen, strict=True)))
-        heads.append(torch.stack(out))
-    return torch.cat(heads, dim=1) @ w["o.weight"].T
+        key = torch.cat((latent @ rows[:nope].T, compressed[:, -rope:]), dim=1)
+        yield queries[:, head * (nope + rope) : (head + 1) * (nope + rope)], key, latent @ rows[nope:].T
+
+
+def mha_heads(x: Tensor, w: Weights, config: ModelConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The same of plain multi-head attention. Ref: Vaswani et al. 2017, §3.2.2."""
+    width, v_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    for head in range(config.num_heads):
+        rows = slice(head * width, (head + 1) * width)
+        value = w["v.weight"][head * v_dim : (head + 1) * v_dim]
+        yield x @ w["q.weight"][rows].T, x @ w["k.weight"][rows].T, x @ value.T
 
 
 def choose(affinities: list[float], bias: list[float], config: ModelConfig) -> list[int]:

@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "values wider than keys, all layers dense": {"v_head_dim": 12, "num_dense_layers": 3},
     "YaRN, positions beyond the original length": {"yarn": YARN, **GROUPED},
     "documents": {"separator": SEPARATOR, **GROUPED},
+    "multi-head attention": {"attention": "mha", **GROUPED},
+    "multi-head attention, documents": {"attention": "mha", "separator": SEPARATOR, **GROUPED},
+    "multi-head attention, values wider than keys": {"attention": "mha", "v_head_dim": 12},
 }
 # Tokens of each pass: 87 in all. A row shifts the order by its number, so the others are ragged to it.
 PIECES = (1, 1, 2, 7, 64, 1, 2, 2, 7)

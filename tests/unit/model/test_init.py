@@ -21,24 +21,31 @@ def state(config: ModelConfig, seed: int = 3, **settings: Any) -> dict[str, Tens
     return model.state_dict()
 
 
-def block_names(prefix: str, moe: bool, q_lora: bool) -> set[str]:
-    query = ["q_a.weight", "q_a_norm.weight", "q_b.weight"] if q_lora else ["q.weight"]
-    attention = [f"attn.{n}" for n in (*query, "kv_a.weight", "kv_a_norm.weight", "kv_b.weight", "o.weight")]
+def attention_names(config: ModelConfig) -> list[str]:
+    if config.attention == "mha":
+        return ["q.weight", "k.weight", "v.weight", "o.weight"]
+    query = ["q.weight"] if config.q_lora_rank is None else ["q_a.weight", "q_a_norm.weight", "q_b.weight"]
+    return [*query, "kv_a.weight", "kv_a_norm.weight", "kv_b.weight", "o.weight"]
+
+
+def block_names(prefix: str, moe: bool, config: ModelConfig) -> set[str]:
+    attention = [f"attn.{name}" for name in attention_names(config)]
     routed = ["router.weight", "router.bias", "experts.gate_up", "experts.down"]
     shared = ["shared.gate_up.weight", "shared.down.weight"]
     ffn = [f"moe.{n}" for n in (*routed, *shared)] if moe else ["ffn.gate_up.weight", "ffn.down.weight"]
     return {f"{prefix}.{name}" for name in ("attn_norm.weight", "ffn_norm.weight", *attention, *ffn)}
 
 
-@pytest.mark.parametrize("q_lora_rank", [10, None])
-def test_state_dict_names_are_the_canonical_ones(q_lora_rank: int | None) -> None:
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"attention": "mha"}])
+def test_state_dict_names_are_the_canonical_ones(changes: dict[str, Any]) -> None:
+    config = small_config(**changes)
     wanted = {"embed.weight", "norm.weight", "head.weight"}
     for layer in range(3):
-        wanted |= block_names(f"layers.{layer}", layer > 0, q_lora_rank is not None)
+        wanted |= block_names(f"layers.{layer}", layer > 0, config)
     for depth in range(2):
         wanted |= {f"mtp.{depth}.{n}.weight" for n in ("enorm", "hnorm", "eh_proj", "norm")}
-        wanted |= block_names(f"mtp.{depth}.block", True, q_lora_rank is not None)
-    assert set(state(small_config(q_lora_rank=q_lora_rank))) == wanted
+        wanted |= block_names(f"mtp.{depth}.block", True, config)
+    assert set(state(config)) == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

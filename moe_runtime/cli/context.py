@@ -1,0 +1,116 @@
+"""`moe-runtime context`: models beyond the length they were trained at; loss by position, and needles."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_runtime.errors import ConfigError
+
+app = typer.Typer(help="Measure models beyond their old context length.", no_args_is_help=True)
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+Models = Annotated[
+    list[str],
+    typer.Argument(help="LABEL=PATH of run or checkpoint folders; one label for all seeds of a kind"),
+]
+
+
+@app.callback()
+def context() -> None:
+    """Measure models beyond their old context length."""
+
+
+@app.command("measure")
+def measure(
+    models: Models,
+    data: Annotated[Path, typer.Option(help="prepared data; windows come from its validation split")],
+    lengths: Annotated[
+        str, typer.Option(help="of needle questions, tokens; the old length first, that of windows last")
+    ],
+    needle_data: Annotated[
+        Path | None, typer.Option(help="prepared data in which needles are planted; default: --data")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=2, help="windows of the last length")] = 128,
+    questions: Annotated[int, typer.Option(min=1, help="needles of each length and depth")] = 64,
+    yarn: Annotated[
+        float | None, typer.Option(help="also measure models without YaRN with this factor put on untrained")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")] = False,
+    out: Annotated[Path | None, typer.Option(help="file to write the JSON object into, besides")] = None,
+) -> None:
+    """Loss by position and needle retrieval of models, side by side on the same text."""
+    from moe_runtime.cli.generate import check_device
+    from moe_runtime.cli.long_context.measure import Settings
+    from moe_runtime.cli.long_context.measure import measure as measure_all
+    from moe_runtime.cli.long_context.record import write_record
+    from moe_runtime.cli.long_context.table import tables
+
+    named, wanted = _named(models), _lengths(lengths)
+    if yarn is not None and yarn <= 1.0:
+        raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
+    check_device(device)
+    if out is not None:
+        _write(out, "")  # before the work, so that nothing is lost
+    settings = Settings(
+        data=data,
+        needle_data=needle_data or data,
+        lengths=wanted,
+        windows=windows,
+        depths=DEPTHS,
+        questions=questions,
+        factor=yarn,
+        device=device,
+    )
+    record = measure_all(named, settings, lambda line: typer.echo(line, err=True))
+    if out is not None:
+        _write(out, write_record(record))
+    typer.echo(write_record(record) if as_json else tables(record), nl=not as_json)
+
+
+@app.command("table")
+def table(
+    path: Annotated[Path, typer.Argument(help="file that `context measure --out` wrote")],
+) -> None:
+    """Show a measurement again, as Markdown."""
+    from moe_runtime.cli.long_context.record import read_record
+    from moe_runtime.cli.long_context.table import tables
+
+    typer.echo(tables(read_record(path)))
+
+
+def _named(models: list[str]) -> list[tuple[str, Path]]:
+    """(label, path) of each argument; a path alone is its own label."""
+    named = []
+    for one in models:
+        label, sign, path = one.partition("=")
+        if sign and not (label and path):
+            raise ConfigError(f"{one}: expected LABEL=PATH, such as before=runs/short")
+        named.append((label, Path(path)) if sign else (one, Path(one)))
+    return named
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Whole numbers that rise; the last a multiple of the first, the first one of what slides."""
+    from moe_runtime.evaluation.by_position import SLIDES
+
+    try:
+        lengths = tuple(int(piece) for piece in text.split(","))
+    except ValueError:
+        lengths = ()
+    if len(lengths) < 2 or any(a >= b for a, b in pairwise(lengths)):
+        raise ConfigError(f"--lengths: expected rising numbers, such as 128,256,512, got {text!r}")
+    old, last = lengths[0], lengths[-1]
+    if old < 1 or old % (2 * SLIDES) or last % old:
+        wanted = f"multiples of {2 * SLIDES} for the old length and of that for the last"
+        raise ConfigError(f"--lengths: expected {wanted}, got {old} and {last}")
+    return lengths
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written: {error.strerror}; give another file") from None

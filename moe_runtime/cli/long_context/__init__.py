@@ -1,0 +1,1 @@
+"""What `moe-runtime context` does: measuring models beyond their old length, and showing what was found."""

@@ -1,0 +1,120 @@
+"""context: what it measures of checkpoints and shows again, how it refuses, and what the docs show of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_runtime.cli.app import app
+from moe_runtime.cli.long_context.record import Record, read_record
+from moe_runtime.cli.long_context.table import tables
+from moe_runtime.data.prepare import prepare
+from moe_runtime.data.tokenise import Request
+from moe_runtime.errors import ConfigError, DataError, MoeRuntimeError
+from tests.arch.sources import ROOT
+from tests.cli.small_checkpoint import make_checkpoint
+
+LENGTHS = ("--lengths", "48,96")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and two runs, one with YaRN."""
+    folder = tmp_path_factory.mktemp("context")
+    (folder / "texts").mkdir()
+    for number in range(6):
+        text = f"document {number}: " + "the quick brown fox.\n" * 20
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    prepare(Request(f"dir:{folder / 'texts'}", "byte", 0, 0.0, 0.3), folder / "data")
+    make_checkpoint(folder / "plain")
+    make_checkpoint(folder / "extended", yarn={"factor": 3.0, "original_seq_len": 48})
+    return folder
+
+
+def call(*arguments: object) -> str:
+    """Standard output of a command; its error is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(made: Path) -> tuple[Record, Path, str]:
+    """What a call wrote, where, and what it printed."""
+    plain, extended = made / "plain/run", made / "extended/run"
+    models = (f"before={plain}", f"before={plain}", f"after={extended}")
+    amounts = ("--windows", 3, "--questions", 2, "--yarn", 3, "--out", made / "found.json")
+    said = call("context", "measure", *models, "--data", made / "data", *LENGTHS, *amounts)
+    return read_record(made / "found.json"), made / "found.json", said
+
+
+def test_models_are_measured_side_by_side(measured: tuple[Record, Path, str]) -> None:
+    record, _, _ = measured
+    untrained = "before, YaRN untrained"
+    assert [one.label for one in record.models] == ["before", untrained, "before", untrained, "after"]
+    assert [one.trained for one in record.models] == [True, False, True, False, True]
+    assert record.models[0].position == record.models[2].position, "the same model on the same windows"
+    assert record.models[0].needle == record.models[2].needle
+    # The same weights, YaRN put on or saved with them: one model, so far as it goes.
+    assert record.models[1].position == record.models[4].position != record.models[0].position
+    assert {(cell.length, cell.questions) for cell in record.models[0].needle} == {(48, 2), (96, 2)}
+
+
+def test_a_written_measurement_is_shown_again(measured: tuple[Record, Path, str]) -> None:
+    _, path, said = measured
+    shown = call("context", "table", path)
+    assert said == shown
+    assert "| before, YaRN untrained | 2 |" in shown and "| after | 1 |" in shown
+
+
+def test_json_is_what_is_written(made: Path) -> None:
+    few = ("--windows", 2, "--questions", 1, "--json", "--out", made / "one.json")
+    said = call("context", "measure", made / "plain/run", "--data", made / "data", *LENGTHS, *few)
+    assert said == (made / "one.json").read_text()
+    assert json.loads(said)["models"][0]["label"] == str(made / "plain/run")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (("--lengths", "96,48"), ConfigError, "--lengths: expected rising numbers"),
+        (("--lengths", "many"), ConfigError, "got 'many'"),
+        (("--lengths", "50,100"), ConfigError, "expected multiples of 16 for the old length"),
+        (("--lengths", "32,64"), ConfigError, "lengths: expected above 40 tokens"),
+        ((*LENGTHS, "--yarn", "1"), ConfigError, "--yarn: expected a factor above 1, got 1"),
+        ((*LENGTHS, "--windows", "900"), DataError, "expected 900 windows of 96 tokens"),
+        ((*LENGTHS, "--out", "/nowhere/x"), ConfigError, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    made: Path, options: tuple[str, ...], error: type[MoeRuntimeError], message: str
+) -> None:
+    few = () if "--windows" in options else ("--windows", "2", "--questions", "1")
+    with pytest.raises(error, match=message):
+        call("context", "measure", made / "plain/run", "--data", made / "data", *options, *few)
+
+
+def test_data_of_another_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
+    prepare(Request(f"dir:{made / 'texts'}", "bpe:265", 0, 0.0, 0.3), tmp_path / "other")
+    with pytest.raises(DataError, match=r"other: expected ids of the tokenizer .* got those of bpe:265"):
+        call("context", "measure", made / "plain/run", "--data", tmp_path / "other", *LENGTHS)
+
+
+def test_a_label_without_a_path_is_refused(made: Path) -> None:
+    with pytest.raises(ConfigError, match="before=: expected LABEL=PATH"):
+        call("context", "measure", "before=", "--data", made / "data", *LENGTHS)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(DataError, match=r"x\.json: data: expected what .* wrote, got: Field required"):
+        call("context", "table", tmp_path / "x.json")
+    with pytest.raises(DataError, match="No such file or directory; write one with"):
+        call("context", "table", tmp_path / "none.json")
+
+
+def test_the_docs_show_the_committed_measurement() -> None:
+    text = (ROOT / "docs/context_extension.md").read_text()
+    record = read_record(ROOT / "benchmarks/results/context_extension.json")
+    assert tables(record) in text, "write it anew: moe-runtime context table RESULTS"
