@@ -86,6 +86,22 @@ def test_json_is_what_is_written(made: Path) -> None:
     assert json.loads(said)["models"][0]["label"] == str(made / "plain/run")
 
 
+def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(made: Path) -> None:
+    path, plain = made / "grown.json", made / "plain/run"
+    options = ("--data", made / "data", *LENGTHS, "--questions", 1, "--out", path)
+    call("context", "measure", f"a={plain}", *options, "--windows", 2)
+    text = path.read_text()
+    # A figure that no measuring would give shows where the second call had it from.
+    share = read_record(path).models[0].position.inside.mean
+    path.write_text(text.replace(str(share), "123.0"))
+    call("context", "measure", f"b={plain}", f"a={plain}", *options, "--windows", 2)
+    grown = read_record(path).models
+    assert [(one.label, one.position.inside.mean) for one in grown] == [("b", share), ("a", 123.0)]
+    call("context", "measure", f"a={plain}", *options, "--windows", 3)
+    assert read_record(path).terms.windows == 3
+    assert read_record(path).models[0].position.inside.mean not in (share, 123.0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -119,7 +135,7 @@ def test_a_label_without_a_path_is_refused(made: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(DataError, match=r"x\.json: data: expected what .* wrote, got: Field required"):
+    with pytest.raises(DataError, match=r"x\.json: terms: expected what .* wrote, got: Field required"):
         call("context", "table", tmp_path / "x.json")
     with pytest.raises(DataError, match="No such file or directory; write one with"):
         call("context", "table", tmp_path / "none.json")

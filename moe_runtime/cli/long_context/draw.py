@@ -29,7 +29,7 @@ def draw(record: Record) -> str:
     places = [across(math.log(middle)) for middle in middles]
     content = _axes(min(lows), max(highs), up)
     content += _positions([(bucket.first, bucket.stop) for bucket in buckets], places)
-    old = record.lengths[0]
+    old = record.terms.lengths[0]
     if middles[0] < old < middles[-1]:
         x = across(math.log(old))
         content += line(x, TOP, x, TOP + HEIGHT, "#999999") + words(x + 4, TOP + 12, "old length", 11)

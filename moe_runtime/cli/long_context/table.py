@@ -16,15 +16,15 @@ from moe_runtime.evaluation.needle import share_interval
 def tables(record: Record) -> str:
     """All tables as Markdown, with a heading each."""
     groups = groups_of(record)
-    old = record.lengths[0]
+    old = record.terms.lengths[0]
     return "\n\n".join(
         (
             f"Loss in nats a token, inside and beyond the old length of {old} tokens:",
             summary_table(groups),
             "Loss by position, nats a token:",
             bucket_table(groups),
-            f"Needles found, in percent: the value preferred among {record.form.choices} (95% interval) / "
-            "returned by greedy decoding, by length and depth:",
+            f"Needles found, in percent: the value preferred among {record.terms.form.choices} (95% "
+            "interval) / returned by greedy decoding, by length and depth:",
             needle_table(groups),
         )
     )
