@@ -53,7 +53,7 @@ def measure(
         raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
     check_device(device)
     if out is not None:
-        _write(out, "")  # before the work, so that nothing is lost
+        _write("--out", out, "")  # before the work, so that nothing is lost
     settings = Settings(
         data=data,
         needle_data=needle_data or data,
@@ -66,19 +66,24 @@ def measure(
     )
     record = measure_all(named, settings, lambda line: typer.echo(line, err=True))
     if out is not None:
-        _write(out, write_record(record))
+        _write("--out", out, write_record(record))
     typer.echo(write_record(record) if as_json else tables(record), nl=not as_json)
 
 
 @app.command("table")
 def table(
     path: Annotated[Path, typer.Argument(help="file that `context measure --out` wrote")],
+    svg: Annotated[Path | None, typer.Option(help="file to draw loss by position into")] = None,
 ) -> None:
-    """Show a measurement again, as Markdown."""
+    """Show a measurement again, as Markdown and perhaps as a drawing."""
+    from moe_runtime.cli.long_context.draw import draw
     from moe_runtime.cli.long_context.record import read_record
     from moe_runtime.cli.long_context.table import tables
 
-    typer.echo(tables(read_record(path)))
+    record = read_record(path)
+    if svg is not None:
+        _write("--svg", svg, draw(record))
+    typer.echo(tables(record))
 
 
 def _named(models: list[str]) -> list[tuple[str, Path]]:
@@ -109,8 +114,10 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _write(path: Path, text: str) -> None:
+def _write(option: str, path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written: {error.strerror}; give another file") from None
+        raise ConfigError(
+            f"{option} {path}: cannot be written: {error.strerror}; give another file"
+        ) from None

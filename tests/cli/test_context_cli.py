@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -66,6 +67,16 @@ def test_a_written_measurement_is_shown_again(measured: tuple[Record, Path, str]
     shown = call("context", "table", path)
     assert said == shown
     assert "| before, YaRN untrained | 2 |" in shown and "| after | 1 |" in shown
+
+
+def test_a_drawing_has_a_line_and_a_band_for_each_label(measured: tuple[Record, Path, str]) -> None:
+    _, path, _ = measured
+    call("context", "table", path, "--svg", path.with_suffix(".svg"))
+    root = ElementTree.fromstring(path.with_suffix(".svg").read_text())
+    shapes = [element.tag.rpartition("}")[2] for element in root.iter()]
+    assert shapes.count("polyline") == shapes.count("polygon") == 3
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"old length", "0-15", "64-95", "before, YaRN untrained", "after"} <= set(texts)
 
 
 def test_json_is_what_is_written(made: Path) -> None:
