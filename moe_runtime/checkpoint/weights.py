@@ -22,6 +22,8 @@ from moe_runtime.config.schema import ModelConfig
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
 
+# Of a model section where it is left out.
+_UNSAID = {"attention": "mla"}
 _EXPERT_SLICE = re.compile(r"(.*\bmoe\.experts)\.(gate_up|down)")
 
 
@@ -141,10 +143,11 @@ def check_same_model(
     Raises:
         CheckpointError: names every key of the model section that differs, with both values.
     """
-    expected = model.model_dump(mode="json")
+    expected = _UNSAID | model.model_dump(mode="json")
     got = checkpoint.manifest.config.get("model")
     if not isinstance(got, dict):
         raise CheckpointError(f"{checkpoint.path}: expected a model section in its config, got none")
+    got = _UNSAID | got
     keys = [key for key in (*expected, *(key for key in got if key not in expected)) if key not in free]
     differing = [
         f"model.{key}: expected {expected.get(key)}, got {got.get(key)}"

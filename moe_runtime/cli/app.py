@@ -12,9 +12,11 @@ from moe_runtime.cli import (
     bench,
     cache,
     checkpoint,
+    compare,
     config,
     context,
     convert,
+    convert_tasks,
     evaluate,
     generate,
     prepare,
@@ -39,6 +41,8 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("schedule")(schedule.schedule)
+app.command("compare")(compare.compare)
+convert.app.command("tasks")(convert_tasks.tasks)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")

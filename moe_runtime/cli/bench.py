@@ -224,18 +224,27 @@ def generate(
     rounds: Annotated[int, typer.Option(min=1, help="times each contender is timed, in turn")] = 5,
     prompts: Annotated[int, typer.Option(min=1, help="continuations for acceptance")] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="of each")] = 64,
-    tokens: Annotated[int, typer.Option(min=2, help="new ones of each; drafts are timed over as many")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="new ones of each; drafts and --against are timed over as many")
+    ] = 256,
     drafts: Annotated[int, typer.Option(min=0, help="a pass; 0: as many as MTP modules")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    against: Annotated[
+        Path | None, typer.Option(help="another checkpoint: time both in turn, and only the parts asked for")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="of --against; may be repeated")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="of --against; may be repeated")] = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
     """Decoding of a checkpoint: against no cache and transformers, with drafts, from a prefix cache.
 
     cache: 512 tokens with a cache, without, and by transformers on the same weights. drafts: MTP drafts
     against none at temperature 1. acceptance: on held-out text, sampled, greedy, each with its control. size:
-    bytes of the cache. prefix: first token of a 2,000-token prompt in new processes.
+    bytes of the cache. prefix: first token of a 2,000-token prompt in new processes. --against: decode speed
+    of two checkpoints, such as one with model.attention mla and one with mha, at contexts and batch sizes.
     """
+    from moe_runtime.cli.bench_generate.against import Shapes
     from moe_runtime.cli.bench_generate.measure import PARTS  # brings torch
     from moe_runtime.cli.bench_generate.measure import measure as measure_generate
     from moe_runtime.cli.bench_generate.report import describe as describe_generate
@@ -244,5 +253,8 @@ def generate(
 
     check_device(device)
     settings = Settings(path, data, rounds, prompts, prompt_tokens, tokens, drafts, threads, device)
-    result = measure_generate(settings, part or list(PARTS))
+    shapes = None
+    if against is not None:
+        shapes = Shapes(against, context or Shapes.contexts, batch or Shapes.batches, tokens)
+    result = measure_generate(settings, part or ([] if shapes else list(PARTS)), shapes)
     typer.echo(json_text.dumps(result) if json else describe_generate(result))

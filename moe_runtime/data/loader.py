@@ -65,7 +65,7 @@ class BatchLoader:
         Raises:
             DataError: an id is not below vocab_size; names file and offset.
         """
-        starts = self._starts(np.asarray(sequence_numbers, dtype=np.int64))
+        starts = self.starts(sequence_numbers)
         rows = np.empty((len(starts), self.row_tokens), dtype=np.int64)
         for row, start in zip(rows, starts, strict=True):
             row[:] = self.dataset.read(int(start), self.row_tokens)
@@ -97,7 +97,8 @@ class BatchLoader:
         for first in range(0, last, batch_size):
             yield self.sequences(first, min(batch_size, last - first))
 
-    def _starts(self, numbers: Ids) -> Ids:
+    def starts(self, sequence_numbers: Sequence[int] | Ids) -> Ids:
         """Position in the stream where each sequence begins, int64 [sequences]."""
+        numbers = np.asarray(sequence_numbers, dtype=np.int64)
         epochs, positions = np.divmod(numbers, self.samples_per_epoch)
         return permuted(positions, epochs, self.samples_per_epoch, self.seed) * self.seq_len

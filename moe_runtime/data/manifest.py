@@ -5,7 +5,8 @@
       tokenizer.json
       train_00000.bin ...        token ids, little-endian uint16 or uint32, documents one after another
       train_documents.bin        little-endian uint64: first token of each document, then the total
-      validation_00000.bin ...   validation_documents.bin
+      train_parts.bin            little-endian uint16: which part of the source each document is of
+      validation_00000.bin ...   validation_documents.bin   validation_parts.bin
 
 The manifest is written last and the folder renamed into place, so a folder with a manifest is whole.
 """
@@ -51,6 +52,8 @@ class SplitRecord(Section):
     max_id: Count
     shards: tuple[ShardRecord, ...]
     index: FileRecord
+    part_names: tuple[str, ...] = Field((), description="parts of the source; empty if not recorded")
+    parts: FileRecord | None = Field(None, description="of each document, its place in part_names")
 
 
 class TokenizerRecord(Section):

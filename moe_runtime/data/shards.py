@@ -81,6 +81,16 @@ class TokenDataset:
         """Position of the first token of each document, then the length of the stream; memory-mapped."""
         return np.memmap(self.folder / self.record.index.file, dtype="<u8", mode="r")
 
+    def document_parts(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Which part of the source each document is of, int64 [documents], and the names of the parts.
+
+        A folder that does not record them is one part, named as its source.
+        """
+        names, record = self.record.part_names, self.record.parts
+        if record is None:
+            return np.zeros(self.record.documents, dtype=np.int64), (self.manifest.source,)
+        return np.fromfile(self.folder / record.file, dtype="<u2").astype(np.int64), names
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
 
@@ -101,7 +111,8 @@ class TokenDataset:
             self._check_digest(file)
 
     def _files(self) -> tuple[FileRecord, ...]:
-        return (*self.record.shards, self.record.index)
+        parts = () if self.record.parts is None else (self.record.parts,)
+        return (*self.record.shards, self.record.index, *parts)
 
     def _check_digest(self, file: FileRecord) -> None:
         path = self.folder / file.file

@@ -30,10 +30,17 @@ EXPECTED = "expected builtin:stdlib, dir:PATH, or a .txt, .jsonl or .parquet fil
 
 
 class Document(NamedTuple):
-    """One text of a source; `name` says where it came from."""
+    """One text of a source.
+
+    Args:
+        name: says where it came from, for messages.
+        part: of the source that it belongs to: the first folder below the root ('.' for files that lie
+            there), what a line of JSON says under `source`, else the file. Losses are told apart by it.
+    """
 
     name: str
     text: str
+    part: str
 
 
 class Source(Protocol):
@@ -75,7 +82,9 @@ class FolderSource:
         found = False
         for file in self._files():
             found = True
-            yield from _read_text(file, file.relative_to(self.root).as_posix(), FOLDER_PIECE_BYTES, counts)
+            inside = file.relative_to(self.root)
+            part = inside.parts[0] if len(inside.parts) > 1 else "."
+            yield from _read_text(file, inside.as_posix(), part, FOLDER_PIECE_BYTES, counts)
         if not found:
             raise DataError(f"source {self.name}: no {', '.join(self.suffixes)} files under {self.root}")
 
@@ -98,12 +107,12 @@ class TextSource:
     licence: str | None = None
 
     def read(self, counts: Counter[str]) -> Iterator[Document]:
-        yield from _read_text(self.file, self.file.name, TXT_PIECE_BYTES, counts)
+        yield from _read_text(self.file, self.file.name, self.file.name, TXT_PIECE_BYTES, counts)
 
 
 @dataclass(frozen=True)
 class JsonLinesSource:
-    """One JSON object a line; the key `text` is the document. Blank lines are skipped."""
+    """One JSON object a line: key `text` is the document, `source` its part. Blank lines are skipped."""
 
     name: str
     file: Path
@@ -113,8 +122,10 @@ class JsonLinesSource:
         with _open(self.file) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    text = _json_text(_decode(line, counts), f"{self.file}:{number}")
-                    yield Document(f"{self.file.name}:{number}", scalar_text(text))
+                    value = _json_object(_decode(line, counts), f"{self.file}:{number}")
+                    said = value.get("source")
+                    part = scalar_text(said) if isinstance(said, str) and said else self.file.name
+                    yield Document(f"{self.file.name}:{number}", scalar_text(value["text"]), part)
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class ParquetSource:
                 if value is not None and not isinstance(value, str):
                     got = type(value).__name__
                     raise DataError(f"{self.file}: row {row}: expected a string in column 'text', got {got}")
-                yield Document(f"{self.file.name}:{row}", value or "")
+                yield Document(f"{self.file.name}:{row}", value or "", self.file.name)
                 row += 1
 
     def _batches(self) -> Iterator[Any]:
@@ -198,7 +209,9 @@ def _open(file: Path) -> Any:
         raise DataError(f"{file}: {error.strerror}") from error
 
 
-def _read_text(file: Path, name: str, piece_bytes: int, counts: Counter[str]) -> Iterator[Document]:
+def _read_text(
+    file: Path, name: str, part: str, piece_bytes: int, counts: Counter[str]
+) -> Iterator[Document]:
     """The pieces of one text file; a piece ends at a line end where it can."""
     with _open(file) as stream:
         rest, place = b"", 0
@@ -210,7 +223,8 @@ def _read_text(file: Path, name: str, piece_bytes: int, counts: Counter[str]) ->
             raw = rest + block
             cut = _cut(raw) if len(block) == piece_bytes else len(raw)
             if cut or place == 0:
-                yield Document(name if place == 0 else f"{name}@{place}", _decode(raw[:cut], counts))
+                piece = name if place == 0 else f"{name}@{place}"
+                yield Document(piece, _decode(raw[:cut], counts), part)
             place, rest = place + cut, raw[cut:]
             if len(block) < piece_bytes:
                 return
@@ -235,8 +249,8 @@ def _decode(raw: bytes, counts: Counter[str]) -> str:
         return raw.decode("utf-8", "replace")
 
 
-def _json_text(line: str, where: str) -> str:
-    """The text of one line of JSON."""
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    """One line of JSON with a string under `text`."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -248,4 +262,4 @@ def _json_text(line: str, where: str) -> str:
         if isinstance(value, dict) and "text" in value:
             got = f"{type(value['text']).__name__} under 'text'"
         raise DataError(f"{where}: expected an object with a string under 'text', got {got}")
-    return value["text"]
+    return value

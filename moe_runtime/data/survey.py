@@ -26,9 +26,10 @@ Progress = Callable[[str, int, int | None], None]
 
 
 class Kept(NamedTuple):
-    """A document that belongs to a split."""
+    """A document that belongs to a split; `part` as in `sources.Document`."""
 
     text: str
+    part: str
     num_bytes: int
     digest: bytes
     is_validation: bool
@@ -69,7 +70,7 @@ class Survey:
                 )
             if not seen[place]:
                 seen[place] = True
-                yield Kept(document.text, len(raw), digest, place < self.num_validation)
+                yield Kept(document.text, document.part, len(raw), digest, place < self.num_validation)
 
 
 def take_survey(source: Source, validation_fraction: float, progress: Progress) -> Survey:

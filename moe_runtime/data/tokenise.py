@@ -123,7 +123,7 @@ def _write_splits(
         for batch in _batches(survey.kept(source)):
             for document, (ids, is_fim) in zip(batch, _tokenised(batch, tokenizer, request), strict=True):
                 writer = validation if document.is_validation else train
-                writer.add(ids, document.num_bytes, is_fim)
+                writer.add(ids, document.num_bytes, is_fim, document.part)
                 done += document.num_bytes
             progress("tokenising", done, survey.num_bytes)
         return train.close(), validation.close()

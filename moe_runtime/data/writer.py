@@ -15,6 +15,10 @@ from moe_runtime.data.manifest import FileRecord, ShardRecord, SplitRecord
 from moe_runtime.data.vocabulary import Ids
 
 SHARD_TOKENS = 64 * 1024 * 1024
+# Parts of a source that are told apart; a file that names more (an address a document, say) is not a list of
+# sources, and the rest are one part.
+MAX_PARTS = 1000
+OTHER_PARTS = "(other)"
 
 
 class HashedFile:
@@ -74,6 +78,8 @@ class SplitWriter:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shards: list[ShardRecord] = []
         self._index = HashedFile(folder / f"{split}_documents.bin")
+        self._parts = HashedFile(folder / f"{split}_parts.bin")
+        self._part_ids: dict[str, int] = {}
         self._shard: HashedFile | None = None
         self._tokens = self._documents = self._bytes = self._fim_documents = self._max_id = 0
 
@@ -83,18 +89,21 @@ class SplitWriter:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if kind is not None:
             self._index.abandon()
+            self._parts.abandon()
             if self._shard is not None:
                 self._shard.abandon()
 
-    def add(self, ids: Ids, num_bytes: int, is_fim: bool = False) -> None:
+    def add(self, ids: Ids, num_bytes: int, is_fim: bool = False, part: str = ".") -> None:
         """Append one document.
 
         Args:
             ids: int64 [tokens], the end of the document included.
             num_bytes: UTF-8 bytes of its text.
             is_fim: it was rewritten prefix-suffix-middle.
+            part: of the source that it belongs to.
         """
         self._index.write(self._tokens.to_bytes(8, "little"))
+        self._parts.write(self._part_id(part).to_bytes(2, "little"))
         self._documents += 1
         self._bytes += num_bytes
         self._fim_documents += is_fim
@@ -121,7 +130,14 @@ class SplitWriter:
             max_id=self._max_id,
             shards=tuple(self._shards),
             index=self._index.close(),
+            part_names=tuple(self._part_ids),
+            parts=self._parts.close(),
         )
+
+    def _part_id(self, part: str) -> int:
+        if part not in self._part_ids and len(self._part_ids) >= MAX_PARTS:
+            part = OTHER_PARTS
+        return self._part_ids.setdefault(part, len(self._part_ids))
 
     def _close_shard(self) -> None:
         if self._shard is not None:

@@ -1,50 +1,48 @@
-"""How good a model is, on one device: loss, perplexity, bits per byte."""
+"""Loss of a model on prepared text, on one device, told apart by document.
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+The windows are those of validation in training: the packed stream cut into sequences of `batch.seq_len`, with
+the end of one document and the beginning of the next in one window. So the figure is that of the run, and its
+total does not depend on how sources are told apart.
+"""
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.vocabulary import byte_lengths
+from moe_runtime.evaluation.tally import Tally
+from moe_runtime.model.loss import token_losses
 from moe_runtime.model.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Means over all predicted tokens.
-
-    Args:
-        loss: main cross-entropy, nats a token.
-        perplexity: exp(loss); infinite where that overflows.
-        bits_per_byte: summed cross-entropy in bits over the bytes of text predicted; nan without any.
-        tokens, bytes: how many were predicted.
-    """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
-
-
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Tensor], bytes_of: Callable[[Tensor], int]) -> EvalResult:
-    """Run a model over rows of tokens.
+def evaluate(model: Transformer, loader: BatchLoader, sequences: int, batch_sequences: int) -> Tally:
+    """Run a model over the first sequences of a split, the same ones each time.
 
     Args:
         model: the whole model.
-        batches: int64 [sequences, seq_len + 1 + mtp_depth] each, of any sizes, not empty altogether.
-        bytes_of: bytes of text that target ids stand for, such as `data.bits.ByteCounter.bytes_of`.
+        loader: over the split.
+        sequences: at most so many; a small split ends after all of its text.
+        batch_sequences: how many are run at a time.
+
+    Raises:
+        DataError: an id that the model does not have.
     """
     device = next(model.parameters()).device
-    nats, tokens, num_bytes = 0.0, 0, 0
-    for rows in batches:
-        targets = rows[:, 1 : rows.shape[1] - model.config.mtp_depth]
-        loss = model.losses(rows.to(device)).loss
-        nats += float(loss.double()) * targets.numel()
-        tokens += targets.numel()
-        num_bytes += bytes_of(targets)
-    mean = nats / tokens
-    bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    return EvalResult(mean, math.exp(mean) if mean < 700 else math.inf, bits, tokens, num_bytes)
+    dataset = loader.dataset
+    lengths = byte_lengths(dataset.load_tokenizer())
+    ends = dataset.document_starts()[1:].astype(np.int64)
+    tally = Tally.empty(len(ends))
+    last = min(sequences, loader.samples_per_epoch)
+    for first in range(0, last, batch_sequences):
+        numbers = np.arange(first, min(first + batch_sequences, last))
+        rows = loader.rows(numbers)[:, : loader.seq_len + 1].to(device)
+        targets = rows[:, 1:].reshape(-1)
+        hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
+        nats = token_losses(hidden, model.head.weight, targets).double().cpu().numpy()
+        places = loader.starts(numbers)[:, None] + np.arange(1, loader.seq_len + 1)
+        documents = np.searchsorted(ends, places.reshape(-1) % dataset.num_tokens, side="right")
+        ids = targets.cpu().numpy()
+        sizes = np.where(ids < len(lengths), lengths[np.minimum(ids, len(lengths) - 1)], 0)
+        tally.add(documents, nats, sizes)
+    return tally

@@ -134,6 +134,26 @@ def _again(
         _spread(scaled, scale, hidden[span], targets[span], wide_head, d_hidden[span], d_head)
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Cross-entropy of each token by itself, in nats: [tokens] in at least FP32; without a tape.
+
+    Args:
+        hidden: normed stream [tokens, hidden].
+        head: [vocab, hidden].
+        targets: int64 [tokens].
+        chunk: tokens whose logits exist at one time.
+    """
+    wide_head, found = wide(head), []
+    for start in range(0, hidden.shape[0], chunk):
+        span = slice(start, start + chunk)
+        logits = _logits(hidden[span], wide_head)
+        picked = logits.gather(1, targets[span].unsqueeze(1)).squeeze(1)
+        found.append(_exponentials(logits)[1] - picked)
+    high = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=high)
+
+
 def head_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = CHUNK_TOKENS, keep: bool | None = None
 ) -> Tensor:

@@ -130,9 +130,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits [batch, seq, vocab] for int64 tokens [batch, seq]; MTP takes no part."""
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The stream after the final norm, [batch, seq, hidden], for int64 tokens [batch, seq]."""
         state = {"tokens": tokens}
         self.run_phases((*self._trunk(extra=0), self._final_norm()), state)
-        return self.head(state["hidden"])
+        return state["hidden"]
 
     def losses(self, tokens: Tensor) -> Losses:
         """Losses of int64 tokens [batch, seq + 1 + mtp_depth], differentiable by plain autograd."""

@@ -14,6 +14,8 @@ from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, S
 from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.cli.app import app
 from moe_runtime.cli.bench_generate.acceptance import shuffled_control
+from moe_runtime.cli.bench_generate.against import Shapes, contender
+from moe_runtime.cli.bench_generate.cache_size import cache_size
 from moe_runtime.cli.bench_generate.chance import chance_of
 from moe_runtime.cli.bench_generate.measure import measure
 from moe_runtime.cli.bench_generate.repetition import period_of_end, repeating_share
@@ -26,7 +28,9 @@ from moe_runtime.data.prepare import prepare
 from moe_runtime.data.tokenise import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import ConfigError
+from moe_runtime.generate.decode_reference import generate
 from moe_runtime.generate.engine import Engine
+from moe_runtime.model.latent_cache import LatentCache
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.peers import Peers
 from tests.unit.checkpoint.models import CONFIG
@@ -34,24 +38,31 @@ from tests.unit.checkpoint.models import CONFIG
 MODEL = CONFIG.model.model_dump() | {"vocab_size": 264, "mtp_depth": 2, "init_std": 0.2}
 RUN = RunConfig.model_validate(CONFIG.model_dump() | {"model": MODEL})
 
+MHA = {"attention": "mha"}
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of a random model with two MTP modules, and prepared data."""
+    """A folder with runs of random models with two MTP modules, one without latents, and prepared data."""
     folder = tmp_path_factory.mktemp("bench_generate")
     (folder / "texts").mkdir()
     for number in range(20):
         words = "".join(f"line {n * number % 17} of document {number}\n" for n in range(30))
         (folder / "texts" / f"{number}.txt").write_text(words)
     prepare(Request(f"dir:{folder / 'texts'}", "byte", 0, 0.0, 0.3), folder / "data")
-    model = Transformer(RUN.model)
+    save_run(RUN, folder / "run")
+    save_run(RunConfig.model_validate(RUN.model_dump() | {"model": MODEL | MHA}), folder / "mha")
+    return folder
+
+
+def save_run(config: RunConfig, folder: Path) -> None:
+    model = Transformer(config.model)
     model.init_weights(1)
-    meta = SaveMeta(tokens=16, config=RUN.model_dump(mode="json"), layout={"pp": 1, "dp": 1})
+    meta = SaveMeta(tokens=16, config=config.model_dump(mode="json"), layout={"pp": 1, "dp": 1})
     extras = {TOKENIZER_FILE: ByteTokenizer().to_json().encode()}
     weights = weights_to_save(model.state_dict(), 0, Peers())
-    store = CheckpointStore(folder / "run", Peers(), 2)
+    store = CheckpointStore(folder, Peers(), 2)
     assert isinstance(store.save(1, Contribution(weights, extras=extras), meta), Saved)
-    return folder
 
 
 @pytest.fixture
@@ -186,10 +197,53 @@ def test_the_cache_agrees_with_its_peers(made: Path) -> None:
     assert all(one["tokens_per_s"] > 0 for one in found["results"].values())
 
 
+def test_multi_head_attention_is_measured_without_transformers(made: Path) -> None:
+    subject = Subject(Settings(made / "mha", made / "data", rounds=1, prompt_tokens=8, threads=1))
+    assert cache_speed(subject, tokens=12)["agreeing"] == {"no cache": 12}
+    config = subject.transformer.config
+    heads = config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    assert cache_size(subject) == {"ours": 4 * heads, "formula": 4 * heads}
+
+
+def test_two_checkpoints_decode_in_turn(made: Path) -> None:
+    options = ["--rounds", 1, "--tokens", 2, "--threads", 1, "--context", 9, "--batch", 1, "--batch", 3]
+    arguments = [made / "run", "--data", made / "data", "--against", made / "mha", *options]
+    call = ["bench", "generate", *(str(argument) for argument in arguments)]
+    found = json.loads(CliRunner().invoke(app, [*call, "--json"], catch_exceptions=False).output)
+    assert set(found) == {"subject", "against"}
+    this, other = (found["against"]["checkpoints"][name] for name in ("this", "against"))
+    assert [one["attention"] for one in (this, other)] == ["mla", "mha"]
+    # 3 layers and 2 MTP modules: latent and rotary key, or values and keys of two heads.
+    assert (this["cache_bytes_per_token"], other["cache_bytes_per_token"]) == (4 * 5 * 12, 4 * 5 * 2 * 12)
+    shapes = found["against"]["shapes"]
+    assert [(shape["context"], shape["batch"]) for shape in shapes] == [(9, 1), (9, 3)]
+    assert all(one["tokens_per_s"] > 0 for shape in shapes for one in shape["results"].values())
+    text = CliRunner().invoke(app, call, catch_exceptions=False).output
+    assert "mha, 0.0" in text and "cache 480 bytes a token" in text
+
+
+def test_decoding_is_timed_anew_after_the_same_context(subject: Subject) -> None:
+    context, seen = subject.rows(3, 10), []
+    decode = contender(subject.model, context, tokens=4)
+    read = subject.model.read
+
+    def watched(cache: LatentCache, ids: torch.Tensor) -> torch.Tensor:
+        seen.append((cache.lengths.tolist(), ids.tolist()))
+        return read(cache, ids)
+
+    subject.model.read = watched  # type: ignore[method-assign, assignment]
+    assert decode(0) == decode(1) == 12
+    assert seen[:4] == seen[4:] and [lengths for lengths, _ in seen[:4]] == [[n] * 3 for n in range(10, 14)]
+    wanted = generate(subject.transformer, context[1].tolist(), 4)
+    assert [ids[1][0] for _, ids in seen[:4]] == wanted
+
+
 def test_what_cannot_be_measured_is_refused_in_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(made / "run", made / "data", threads=1)
     with pytest.raises(ConfigError, match=r"expected --part of cache, drafts, .*, got 'speed'$"):
         measure(settings, ["speed"])
+    with pytest.raises(ConfigError, match=r"^--batch: expected at most the \d+ rows of 64 held-out"):
+        measure(settings, [], Shapes(made / "mha", contexts=[64], batches=[10_000]))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"^bench: compares with transformers, which is not installed; pip"):
         measure(settings, ["size"])

@@ -96,10 +96,11 @@ def test_gradients_do_not_depend_on_mtp_depth_or_microbatch_count() -> None:
     _check(run_ranks(_gradients, 2, cases, timeout_s=300), 1e-10)
 
 
-def test_a_model_without_query_latent_or_shared_expert_is_no_exception() -> None:
-    model = {"q_lora_rank": None, "num_shared_experts": 0, "num_dense_layers": 0}
+def test_a_model_without_latents_or_shared_expert_is_no_exception() -> None:
+    bare = {"q_lora_rank": None, "num_shared_experts": 0, "num_dense_layers": 0}
     layout, microbatches = PP2_EP2_DUALPIPE
-    cases = [Case("bare", layout, microbatches, mtp_depth=1, model=model)]
+    models = {"bare": bare, "multi-head attention": {"attention": "mha"}}
+    cases = [Case(name, layout, microbatches, mtp_depth=1, model=model) for name, model in models.items()]
     _check(run_ranks(_gradients, 4, cases), 1e-10)
 
 

@@ -105,7 +105,7 @@ def write_config(
     Raises:
         CheckpointError: the form cannot express the model.
     """
-    _check_expressible(model)
+    check_expressible(model)
     fields: dict[str, Any] = {"architectures": [ARCHITECTURE], **_FIXED}
     fields |= {theirs: getattr(model, ours) for ours, theirs in _KEYS.items()}
     fields |= write_rope(model)
@@ -160,7 +160,17 @@ def read_config(fields: dict[str, Any], where: str, ignored: Collection[str] = (
     )
 
 
-def _check_expressible(model: ModelConfig) -> None:
+def check_expressible(model: ModelConfig) -> None:
+    """Refuse a model that the form has no words for.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    if model.attention != "mla":
+        raise CheckpointError(
+            f"model.attention: expected mla, got {model.attention}: Hugging Face's form of DeepSeek-V3 has "
+            "latents; such a model is for comparison and is not exported"
+        )
     if model.rms_norm_eps != _FIXED["rms_norm_eps"]:
         raise CheckpointError(
             f"model.rms_norm_eps: expected 1e-06, got {model.rms_norm_eps:g}: Hugging Face's form has no "

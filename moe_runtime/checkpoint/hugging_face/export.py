@@ -22,7 +22,7 @@ from moe_runtime.checkpoint.disk import (
 )
 from moe_runtime.checkpoint.folder import TMP_PREFIX, Checkpoint
 from moe_runtime.checkpoint.hugging_face import fp8_form
-from moe_runtime.checkpoint.hugging_face.config_form import write_config
+from moe_runtime.checkpoint.hugging_face.config_form import check_expressible, write_config
 from moe_runtime.checkpoint.hugging_face.end_ids import (
     CONFIG_JSON,
     STATE_KEY,
@@ -71,6 +71,7 @@ def export_model(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -
         CheckpointError: the model has no such form, a tensor is missing, or the disk is full.
     """
     model = config_of(checkpoint).model
+    check_expressible(model)
     refuse_occupied(folder)
     tmp = folder.with_name(TMP_PREFIX + folder.name)
     kind = "ema" if options.ema else "weights"

@@ -11,6 +11,7 @@ from moe_runtime.cli.ablate.results import RESULTS, add_result, read_results
 from moe_runtime.cli.ablate.study import PlannedRun, Study, planned_runs, read_study
 from moe_runtime.errors import ConfigError
 
+FP8_RUNS = "fp8_loss.jsonl"
 STUDIES = Path("configs/run/ablations")
 
 
@@ -34,7 +35,7 @@ def ablate(
     The same command again goes on where it was interrupted; what has a result is not trained again.
     """
     if fill_document:
-        changed = fill(study, lambda name: _table(STUDIES / name, results))
+        changed = fill(study, lambda name: table_of_mark(name, results))
         typer.echo(f"{study}: {'written' if changed else 'up to date'}")
         return
     found = read_study(study)
@@ -46,6 +47,15 @@ def ablate(
         typer.echo(json.dumps([{"arm": run.arm, **known[run.key]} for run in runs if run.key in known]))
         return
     typer.echo(f"{found.question}\n\n{_table(study, results)}")
+
+
+def table_of_mark(name: str, results: Path) -> str:
+    """The table of a mark: a study's, or that of the FP8 runs, which lie beside the results."""
+    if name != FP8_RUNS:
+        return _table(STUDIES / name, results)
+    from moe_runtime.cli.ablate.arithmetic import arithmetic_table
+
+    return arithmetic_table(results.with_name(name))
 
 
 def _table(path: Path, results: Path) -> str:

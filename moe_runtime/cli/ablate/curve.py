@@ -2,7 +2,8 @@
 
 Every arm is one size, trained with a constant learning rate, so that its validation loss on the way is what a
 shorter run would have ended with. At each budget C the arms' losses are read off by interpolation in log C,
-and the lowest of them is the frontier. Through the frontier goes
+and the lowest of them is the frontier, as long as it is neither the smallest size nor the largest: at an end
+of the ladder a size that was not tried may do better. Through the frontier goes
 
     L(C) = E + A (C / C0)^-a
 
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import curve_fit
 
-BUDGETS = 12
+BUDGETS = 24
+LEAST_POINTS = 6  # for three unknowns
 SHOWN = 6
 
 
@@ -32,12 +34,19 @@ class Frontier:
         losses: by arm, at each budget; nan where the arm has none there.
         best: the arm with the lowest loss at each budget.
         lowest: that loss.
+        inside: bool, the best is neither the first nor the last arm.
     """
 
     flops: np.ndarray
     losses: dict[str, np.ndarray]
     best: list[str]
     lowest: np.ndarray
+    inside: np.ndarray
+
+    def fitted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Budgets and losses for the fit: those inside the ladder, all if they are too few."""
+        chosen = self.inside if self.inside.sum() >= LEAST_POINTS else np.ones_like(self.inside)
+        return self.flops[chosen], self.lowest[chosen]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Frontier:
     """The lowest losses over budgets that at least two arms span.
 
     Args:
-        curves: by arm, (training FLOPs, validation loss) in ascending order.
+        curves: by arm, in ascending size, (training FLOPs, validation loss) in ascending order.
 
     Raises:
         ValueError: fewer than two arms, or no budget that two of them reach.
@@ -73,8 +82,10 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Frontier:
     budgets = np.geomspace(first, last, BUDGETS)
     losses = {arm: _read_off(curve, budgets) for arm, curve in points.items()}
     table = np.stack(list(losses.values()))
-    best = [list(losses)[number] for number in np.nanargmin(table, axis=0)]
-    return Frontier(budgets, losses, best, np.nanmin(table, axis=0))
+    places = np.nanargmin(table, axis=0)
+    best = [list(losses)[place] for place in places]
+    inside = (places > 0) & (places < len(losses) - 1)
+    return Frontier(budgets, losses, best, np.nanmin(table, axis=0), inside)
 
 
 def _read_off(curve: np.ndarray, budgets: np.ndarray) -> np.ndarray:
@@ -96,9 +107,9 @@ def fit(flops: np.ndarray, losses: np.ndarray) -> Fit:
 
 def unseen_error(found: Frontier) -> float:
     """Relative error at the last budget of a fit that has not seen the upper third of them."""
-    known = 2 * len(found.flops) // 3
-    guess = fit(found.flops[:known], found.lowest[:known]).at(found.flops[-1])
-    return float(guess / found.lowest[-1] - 1)
+    flops, losses = found.fitted()
+    known = 2 * len(flops) // 3
+    return float(fit(flops[:known], losses[:known]).at(flops[-1]) / losses[-1] - 1)
 
 
 def curve_of(result: dict[str, Any]) -> list[tuple[float, float]]:
@@ -117,7 +128,8 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     if len(curves) < 2:
         return "The curve needs at least two sizes."
     found = frontier(curves)
-    law = fit(found.flops, found.lowest)
+    flops, lowest = found.fitted()
+    law = fit(flops, lowest)
     head = ["training FLOPs", *curves, "best", "fit"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for number in np.linspace(0, len(found.flops) - 1, SHOWN).round().astype(int):
@@ -129,11 +141,13 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
             _shown(law.at(found.flops[number])),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    miss = np.abs(np.log(law.at(found.flops) / found.lowest)).max()
+    miss = np.abs(np.log(law.at(flops) / lowest)).max()
+    ladder = "" if len(flops) == found.inside.sum() else ", ends of the ladder among them"
+    formula = f"{law.floor:.3f} + {law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}"
     text = (
-        f"Fit: L(C) = {law.floor:.3f} + {law.scale:.3f} (C / {law.unit:.2e})^-{law.exponent:.3f}, at most "
-        f"{100 * miss:.2f}% off the frontier; "
-        f"without the upper third of the budgets it misses the last by {100 * unseen_error(found):+.2f}%."
+        f"Fit over {len(flops)} of {len(found.flops)} budgets{ladder}: L(C) = {formula}, at most "
+        f"{100 * miss:.2f}% off the frontier; without the upper third of the budgets it misses the last by "
+        f"{100 * unseen_error(found):+.2f}%."
     )
     return "\n".join([*lines, "", text])
 

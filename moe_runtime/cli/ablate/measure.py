@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.load import config_of, model_from
 from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
-from moe_runtime.config.counts import count_parameters
-from moe_runtime.config.schema import ModelConfig, RunConfig
+from moe_runtime.config.counts import cache_elements, count_parameters
+from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.shards import TokenDataset
@@ -40,6 +40,7 @@ from moe_runtime.planner.flops import token_flops
 NODES = 4
 DEAD, STARVED = 0.01, 0.1  # of a fair share
 BATCH_ROWS = 16
+FP32_BYTES = 4
 DRAFTED_ROWS = 64
 CURVE_POINTS = 40
 
@@ -82,13 +83,8 @@ def _size(config: RunConfig, tokens: int) -> dict[str, float]:
         "params_active": counts.active / 1000,
         "flops": token_flops(config.model, config.batch.seq_len).total * tokens / 1e12,
         "flops_main": token_flops(config.model, config.batch.seq_len).main * tokens / 1e12,
-        "cache_bytes": 4 * _cache_numbers(config.model),
+        "cache_bytes": FP32_BYTES * cache_elements(config.model, drafts=False),
     }
-
-
-def _cache_numbers(model: ModelConfig) -> int:
-    """Numbers that a token leaves in the main model's layers."""
-    return model.num_layers * (model.kv_lora_rank + model.qk_rope_head_dim)
 
 
 def _violation(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -109,7 +105,7 @@ def _step_violation(record: dict[str, Any]) -> float | None:
 @torch.no_grad()
 def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
     """Loss and routing over the whole validation split."""
-    seen = [_Choices(moe.router) for _, moe in model.moe_layers()]
+    seen = [RouterWatch(moe.router) for _, moe in model.moe_layers()]
     counter = ByteCounter(dataset.load_tokenizer())
     loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, config.seed)
     nats, tokens, num_bytes = 0.0, 0, 0
@@ -119,10 +115,10 @@ def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> di
         tokens += targets.numel()
         num_bytes += counter.bytes_of(targets)
     found = {"val_loss": nats / tokens, "val_bpb": bits_per_byte(nats, num_bytes)}
-    return found | (_routing(seen, config.model.num_experts) if seen else {})
+    return found | (routing_figures(seen, config.model.num_experts) if seen else {})
 
 
-class _Choices:
+class RouterWatch:
     """Counts where one router sends tokens."""
 
     def __init__(self, router: Router) -> None:
@@ -143,7 +139,8 @@ def nodes_reached(expert_ids: Tensor, num_experts: int) -> int:
     return int(torch.zeros(len(nodes), NODES).scatter_(1, nodes, 1.0).sum())
 
 
-def _routing(seen: list[_Choices], num_experts: int) -> dict[str, float]:
+def routing_figures(seen: list[RouterWatch], num_experts: int) -> dict[str, float]:
+    """Violation, shares of dead and starved experts in percent, nodes and copies, over what was seen."""
     loads = torch.stack([one.counts / one.counts.double().mean() for one in seen])
     nodes = sum(one.nodes for one in seen) / sum(one.tokens for one in seen)
     found = {

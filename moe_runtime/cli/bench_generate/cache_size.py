@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_runtime.cli.bench_generate.peer import Peer, bytes_of_cache
 from moe_runtime.cli.bench_generate.subject import Subject
+from moe_runtime.config.counts import cache_width
 from moe_runtime.generate.engine import Engine
 
 TOKENS = 16
@@ -13,8 +14,8 @@ def cache_size(subject: Subject) -> dict[str, Any]:
     """Measured on the tensors after decoding a few tokens.
 
     Returns:
-        bytes per token and layer: `ours`, `formula` = (kv_lora_rank + qk_rope_head_dim) x bytes of a number,
-        and `transformers`.
+        bytes per token and layer: `ours`, `formula` = `cache_width` x bytes of a number, and `transformers`
+        where it has such attention.
     """
     config = subject.transformer.config
     (request,) = subject.requests(TOKENS, 0.0, count=1)
@@ -23,11 +24,12 @@ def cache_size(subject: Subject) -> dict[str, Any]:
     for _ in decoding:
         latents = decoding.cache.latents if decoding.cache.rows else latents
     layers, rows, slots, _ = latents.shape
-    stored, kept = bytes_of_cache(
-        Peer(subject.transformer).generate(list(request.tokens), TOKENS).past_key_values
-    )
-    return {
+    sizes: dict[str, Any] = {
         "ours": latents.untyped_storage().nbytes() / (layers * rows * slots),
-        "formula": (config.kv_lora_rank + config.qk_rope_head_dim) * latents.element_size(),
-        "transformers": stored / (config.num_layers * kept),
+        "formula": cache_width(config) * latents.element_size(),
     }
+    if Peer.knows(subject.transformer):
+        made = Peer(subject.transformer).generate(list(request.tokens), TOKENS)
+        stored, kept = bytes_of_cache(made.past_key_values)
+        sizes["transformers"] = stored / (config.num_layers * kept)
+    return sizes

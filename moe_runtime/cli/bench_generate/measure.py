@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_runtime.cli.bench_generate.acceptance import acceptance
+from moe_runtime.cli.bench_generate.against import Shapes, compare
 from moe_runtime.cli.bench_generate.cache_size import cache_size
 from moe_runtime.cli.bench_generate.prefix import prefix_speed
 from moe_runtime.cli.bench_generate.repetition import repeating_share
@@ -16,11 +17,11 @@ from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
 from moe_runtime.errors import ConfigError
 
 
-def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
-    """Measure some parts of PARTS.
+def measure(settings: Settings, parts: Sequence[str], shapes: Shapes | None = None) -> dict[str, Any]:
+    """Measure some parts of PARTS, and decode speed against another checkpoint if one is given.
 
     Returns:
-        what was measured, by part, and under `subject` on what.
+        what was measured, by part, and under `subject` on what; the other checkpoint under `against`.
 
     Raises:
         ConfigError: no such part, or one that needs MTP modules of a model without.
@@ -34,6 +35,8 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"subject": _describe(subject)}
     for part in parts:
         result[part] = PARTS[part](subject)
+    if shapes is not None:
+        result["against"] = compare(subject, shapes)
     return result
 
 
@@ -58,6 +61,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "trained_context": subject.trained_context,
         "parameters": sum(parameter.numel() for parameter in subject.transformer.parameters()),
         "layers": config.num_layers,
+        "attention": config.attention,
         "mtp_depth": config.mtp_depth,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -14,7 +14,8 @@ class Peer:
     """transformers' model with the weights of ours, MTP modules left out.
 
     Raises:
-        ConfigError: transformers is not installed, or the model has YaRN, which is not compared here.
+        ConfigError: transformers is not installed, or the model has YaRN, which is not compared here, or no
+            latents.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -22,12 +23,19 @@ class Peer:
             raise ConfigError(
                 "bench generate: expected a model without YaRN to compare with transformers, got one"
             )
+        if not self.knows(model):
+            raise ConfigError("bench generate: transformers has no DeepSeek-V3 with model.attention mha")
         weight = model.head.weight
         self._model: nn.Module = open_peer(model.config, weight.dtype, weight.device).eval()
         copy_weights(model, self._model)
         generation: Any = self._model.generation_config
         generation.eos_token_id = generation.bos_token_id = None  # as many tokens as asked for
         generation.pad_token_id = 0
+
+    @staticmethod
+    def knows(model: Transformer) -> bool:
+        """Whether transformers has such attention."""
+        return model.config.attention == "mla"
 
     def generate(self, prompt: list[int], tokens: int) -> Any:
         """`tokens` more after a prompt, greedily, with its cache; transformers' own result."""

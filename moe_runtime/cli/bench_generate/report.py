@@ -73,10 +73,9 @@ def _shares(shares: list[float]) -> str:
 
 
 def _size(found: dict[str, Any]) -> list[str]:
-    return [
-        f"cache, bytes a token and layer: {found['ours']:.0f}, by the formula {found['formula']}, "
-        f"transformers {found['transformers']:.0f}"
-    ]
+    peer = f", transformers {found['transformers']:.0f}" if "transformers" in found else ""
+    ours = f"{found['ours']:.0f}, by the formula {found['formula']}"
+    return [f"cache, bytes a token and layer: {ours}{peer}"]
 
 
 def _prefix(found: dict[str, Any]) -> list[str]:
@@ -92,10 +91,29 @@ def _prefix(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _against(found: dict[str, Any]) -> list[str]:
+    lines = [f"decoding of {found['tokens']} tokens a row after a context, this checkpoint against another"]
+    lines += [
+        f"{name:22}{one['run']} at step {one['step']}: {one['attention']}, {one['parameters'] / 1e6:.2f}M "
+        f"parameters, cache {one['cache_bytes_per_token']:,} bytes a token"
+        for name, one in found["checkpoints"].items()
+    ]
+    lines.append(f"{'context':>9}{'batch':>7}{'this tok/s':>13}{'against tok/s':>15}{'ratio':>9}")
+    for shape in found["shapes"]:
+        this, other = (shape["results"][name] for name in ("this", "against"))
+        low, high = this["ratio_range"]
+        lines.append(
+            f"{shape['context']:9,}{shape['batch']:7}{this['tokens_per_s']:13.1f}{other['tokens_per_s']:15.1f}"
+            f"{this['ratio']:8.2f}x   ({low:.2f} to {high:.2f})"
+        )
+    return lines
+
+
 _PARTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "cache": _cache,
     "drafts": _drafts,
     "acceptance": _acceptance,
     "size": _size,
     "prefix": _prefix,
+    "against": _against,
 }

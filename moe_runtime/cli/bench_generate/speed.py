@@ -14,12 +14,12 @@ LONG = 512  # tokens over which a cache is compared with none
 
 
 def cache_speed(subject: Subject, tokens: int = LONG) -> dict[str, Any]:
-    """Greedy decoding of one prompt a round: with a cache, without, and by transformers.
+    """Greedy decoding, a prompt a round: with a cache, without, and by transformers if it can.
 
     Returns:
         `tokens`, `results` of `in_turn`, and `agreeing`: how many leading tokens are those of ours.
     """
-    engine, peer = Engine(subject.model), Peer(subject.transformer)
+    engine = Engine(subject.model)
     requests = subject.requests(tokens, temperature=0.0)
 
     def plain(prompt: list[int]) -> list[int]:
@@ -28,8 +28,11 @@ def cache_speed(subject: Subject, tokens: int = LONG) -> dict[str, Any]:
     makers: dict[str, Callable[[int], list[int]]] = {
         CACHED: lambda turn: engine.generate([requests[turn % len(requests)]])[0].tokens,
         WITHOUT_CACHE: lambda turn: plain(list(requests[turn % len(requests)].tokens)),
-        PEER: lambda turn: peer.tokens(list(requests[turn % len(requests)].tokens), tokens),
     }
+    baseline = WITHOUT_CACHE
+    if Peer.knows(subject.transformer):
+        peer, baseline = Peer(subject.transformer), PEER
+        makers[PEER] = lambda turn: peer.tokens(list(requests[turn % len(requests)].tokens), tokens)
     made: dict[str, list[int]] = {}
 
     def contender(name: str) -> Callable[[int], int]:
@@ -40,7 +43,7 @@ def cache_speed(subject: Subject, tokens: int = LONG) -> dict[str, Any]:
 
         return make
 
-    results = in_turn({name: contender(name) for name in makers}, PEER, subject.settings.rounds)
+    results = in_turn({name: contender(name) for name in makers}, baseline, subject.settings.rounds)
     agreeing = {name: leading_equal(found, made[CACHED]) for name, found in made.items() if name != CACHED}
     return {"tokens": tokens, "results": results, "agreeing": agreeing}
 

@@ -103,10 +103,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_key_that_differs(tm
     save_model(tmp_path, tiny_model(seed=1))
     checkpoint = open_checkpoint(tmp_path)
     check_same_model(checkpoint, CONFIG.model)
-    other = CONFIG.model.model_copy(update={"hidden_size": 32, "top_k": 1})
+    other = CONFIG.model.model_copy(update={"hidden_size": 32, "top_k": 1, "attention": "mha"})
     with pytest.raises(CheckpointError) as caught:
         check_same_model(checkpoint, other)
-    assert "model.hidden_size: expected 32, got 16; model.top_k: expected 1, got 2" in str(caught.value)
+    told = "model.hidden_size: expected 32, got 16; model.top_k: expected 1, got 2"
+    assert f"model.attention: expected mha, got mla; {told}" in str(caught.value)
 
 
 def test_expert_names_carry_the_global_number() -> None:

@@ -25,8 +25,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 @cache
-def model_of(dtype: torch.dtype = torch.float64, depth: int = 2) -> Transformer:
-    return draft_model(depth, dtype=dtype)
+def model_of(dtype: torch.dtype = torch.float64, depth: int = 2, attention: str = "mla") -> Transformer:
+    return draft_model(depth, dtype=dtype, attention=attention)
 
 
 def prompts_of(model: Transformer, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -34,9 +34,11 @@ def prompts_of(model: Transformer, lengths: Sequence[int] = LENGTHS) -> list[lis
 
 
 @cache
-def greedy_oracle(dtype: torch.dtype, prompt: tuple[int, ...]) -> tuple[list[int], Tensor]:
+def greedy_oracle(
+    dtype: torch.dtype, prompt: tuple[int, ...], attention: str = "mla"
+) -> tuple[list[int], Tensor]:
     """New tokens by full forwards, and the logits [NEW, vocab] that they are the largest of."""
-    model = model_of(dtype)
+    model = model_of(dtype, attention=attention)
     tokens = generate(model, prompt, NEW)
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
@@ -81,13 +83,17 @@ def decode_watched(engine: Engine, requests: Sequence[Request]) -> tuple[list[li
 @pytest.mark.parametrize("prefill", [3, 1024])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
-def test_greedy_output_and_logits_are_those_without_a_cache(num_drafts: int, rows: int, prefill: int) -> None:
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_greedy_output_and_logits_are_those_without_a_cache(
+    attention: str, num_drafts: int, rows: int, prefill: int
+) -> None:
     dtype = torch.float32
-    prompts = prompts_of(model_of(dtype))[:rows]
-    engine = Engine(WatchedModel(model_of(dtype)), num_drafts, prefill=prefill)
+    model = model_of(dtype, attention=attention)
+    prompts = prompts_of(model)[:rows]
+    engine = Engine(WatchedModel(model), num_drafts, prefill=prefill)
     tokens, logits = decode_watched(engine, [Request(prompt, NEW, GREEDY) for prompt in prompts])
     for prompt, got, lines in zip(prompts, tokens, logits, strict=True):
-        wanted, oracle = greedy_oracle(dtype, tuple(prompt))
+        wanted, oracle = greedy_oracle(dtype, tuple(prompt), attention)
         assert got == wanted
         assert float((lines - oracle).abs().max() / (oracle.max() - oracle.min())) <= 1e-5
 

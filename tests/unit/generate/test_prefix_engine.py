@@ -13,6 +13,7 @@ from moe_runtime.generate.sampling import SamplingParams
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.transformer import Transformer
 from tests.unit.checkpoint.models import tiny_model
+from tests.unit.model.samples import small_config, small_model
 
 # FP64: no two logits are so close that another order of summation swaps them.
 MODEL = tiny_model(1, torch.float64)
@@ -41,6 +42,14 @@ def test_the_answer_is_the_same_from_a_folder_of_another_process(drafts: int, tm
     assert (first.prompt_cache_hit_tokens, first.prompt_cache_miss_tokens) == (0, 150)
     assert (again.prompt_cache_hit_tokens, again.prompt_cache_miss_tokens) == (128, 22)
     assert again.accepted == plain.accepted
+
+
+def test_keys_and_values_of_multi_head_attention_are_kept_as_latents_are(tmp_path: Path) -> None:
+    model = small_model(small_config(attention="mha", mtp_depth=1, vocab_size=64))
+    plain = answer(PROMPT, 1, None, model)
+    for hits in (0, 128):
+        found = answer(PROMPT, 1, cache_in(tmp_path, model), model)
+        assert (found.tokens, found.prompt_cache_hit_tokens) == (plain.tokens, hits)
 
 
 def test_a_known_prompt_leaves_its_last_token_and_a_longer_one_goes_on(

@@ -174,6 +174,7 @@ def test_a_config_comes_back_from_either_form(mscale: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"attention": "mha"}, "model.attention: expected mla, got mha"),
         ({"rms_norm_eps": 1e-5}, "model.rms_norm_eps: expected 1e-06, got 1e-05"),
         ({"yarn": YARN | {"original_seq_len": 3}}, "model.yarn: expected an original context of at least"),
         ({"num_experts": 1, "num_groups": 1, "num_groups_kept": 1, "top_k": 1}, "model.num_experts"),

@@ -68,6 +68,18 @@ def test_gradients_are_the_same_bit_for_bit(
             assert torch.equal(grad, wanted[name]), f"{part}: {name}"
 
 
+def test_norms_of_multi_head_attention_are_made_again_bit_for_bit() -> None:
+    found = []
+    for norm in (False, True):
+        config = small_config(attention="mha", num_layers=2, mtp_depth=1)
+        model = small_model(config, recompute=RecomputeConfig(norm=norm))
+        losses = model.losses(draw_tokens(config, 2, 16 + 2))
+        (losses.loss + losses.loss_mtp).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert torch.equal(grad, found[1][name]), name
+
+
 @pytest.mark.parametrize("q_lora_rank", [10, None])
 def test_each_part_saves_at_least_the_bytes_it_names(q_lora_rank: int | None) -> None:
     """Per token in FP64: of 3 blocks, 2 of them MoE."""

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mtp_depth": 0,
     },
     "values wider than keys, no dense layer": {"v_head_dim": 12, "num_dense_layers": 0, "mtp_depth": 1},
+    "multi-head attention": {"attention": "mha", "num_layers": 2, "mtp_depth": 1},
 }
 
 

@@ -1,0 +1,1 @@
+"""What `eval` and `compare` do once their options are read."""
