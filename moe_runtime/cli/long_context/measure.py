@@ -1,15 +1,14 @@
 """Models beyond their old length: all on the same windows, all asked the same questions."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from moe_runtime.checkpoint.load import config_of, model_from
+from moe_runtime.cli.evaluating.models import check_tokenizer
 from moe_runtime.cli.long_context.record import Measured, NeedleCell, Record, Terms
-from moe_runtime.cli.own_tokenizer import own_tokenizer
 from moe_runtime.config.schema import YarnConfig
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.shards import TokenDataset
@@ -124,20 +123,6 @@ def _measure_one(
         position=position,
         needle=cells,
     )
-
-
-def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
-    """Refuse ids of another tokenizer; a checkpoint that carries none (imported) is taken at its word.
-
-    Raises:
-        DataError: they are another's.
-    """
-    own = own_tokenizer(checkpoint)
-    if own is not None and json.loads(own.to_json()) != json.loads(dataset.load_tokenizer().to_json()):
-        raise DataError(
-            f"{dataset.folder}: expected ids of the tokenizer that {checkpoint.path} was trained with, "
-            f"got those of {dataset.manifest.tokenizer.name}; prepare the data with that tokenizer"
-        )
 
 
 def _ask(model: InferenceModel, haystack: Haystack, length: int, depth: float, questions: int) -> NeedleCell:

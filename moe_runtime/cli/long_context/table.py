@@ -9,8 +9,7 @@ from itertools import groupby
 
 from moe_runtime.cli.long_context.record import Measured, Record
 from moe_runtime.evaluation.by_position import PositionLoss
-from moe_runtime.evaluation.intervals import Interval, mean_interval
-from moe_runtime.evaluation.needle import share_interval
+from moe_runtime.evaluation.intervals import Interval, mean_interval, share_interval
 
 
 def tables(record: Record) -> str:
@@ -76,8 +75,8 @@ def _needle_cell(seeds: Sequence[Measured], length: int, depth: float | None) ->
     cells = [
         cell for one in seeds for cell in one.needle if cell.length == length and depth in (None, cell.depth)
     ]
-    asked = sum(cell.questions for cell in cells)
-    preferred = share_interval(sum(cell.preferred for cell in cells), asked)
+    asked, right = (sum(getattr(cell, name) for cell in cells) for name in ("questions", "preferred"))
+    preferred = share_interval([1.0] * right + [0.0] * (asked - right))
     returned = sum(cell.returned for cell in cells) / asked
     low, high = (f"{100 * end:.0f}" for end in (preferred.low, preferred.high))
     return f"{100 * preferred.mean:.0f} ({low} to {high}) / {100 * returned:.0f}"
