@@ -97,6 +97,11 @@ def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(mad
     call("context", "measure", f"b={plain}", f"a={plain}", *options, "--windows", 2)
     grown = read_record(path).models
     assert [(one.label, one.position.inside.mean) for one in grown] == [("b", share), ("a", 123.0)]
+    call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 3)
+    thrice = read_record(path).models[1]
+    call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 8)
+    assert read_record(path).models[0].position.inside.mean == 123.0
+    assert read_record(path).models[1].position != thrice.position
     call("context", "measure", f"a={plain}", *options, "--windows", 3)
     assert read_record(path).terms.windows == 3
     assert read_record(path).models[0].position.inside.mean not in (share, 123.0)

@@ -21,6 +21,9 @@ BATCH_WINDOWS = 8
 SEED = 0  # of windows and questions: the same ones in every call
 
 
+Key = tuple[str, str, YarnConfig | None]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to be measured: its checkpoint, and the name that a user gave it."""
@@ -66,7 +69,7 @@ def measure(wanted: Sequence[Subject], terms: Terms, device: str, known: Record 
     text = TokenDataset.open(terms.data, "validation")
     haystack = Haystack(TokenDataset.open(terms.needle_data, "validation"), terms.form, SEED)
     earlier = {} if known is None or known.terms != terms else {_key(one): one for one in known.models}
-    found = [earlier.get((subject.label, _digest(subject.checkpoint), subject.trained)) for subject in wanted]
+    found = [earlier.get(_key_of(subject)) for subject in wanted]
     yield _so_far(terms, found)
     for number, subject in enumerate(wanted):
         if found[number] is None:
@@ -78,8 +81,13 @@ def _so_far(terms: Terms, found: Sequence[Measured | None]) -> Record:
     return Record(terms, tuple(one for one in found if one is not None))
 
 
-def _key(one: Measured) -> tuple[str, str, bool]:
-    return one.label, one.weights, one.trained
+def _key(one: Measured) -> Key:
+    return one.label, one.weights, one.yarn
+
+
+def _key_of(subject: Subject) -> Key:
+    """What two models share only if they are the same one."""
+    return subject.label, _digest(subject.checkpoint), config_of(subject.checkpoint).model.yarn
 
 
 def _digest(checkpoint: Checkpoint) -> str:
