@@ -39,46 +39,46 @@ def measure(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")] = False,
-    out: Annotated[Path | None, typer.Option(help="file to write the JSON object into, besides")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file, written after each model; what it holds is not measured again"),
+    ] = None,
 ) -> None:
     """Loss by position and needle retrieval of models, side by side on the same text."""
     from moe_runtime.cli.generate import check_device
-    from moe_runtime.cli.long_context.measure import Settings
     from moe_runtime.cli.long_context.measure import measure as measure_all
-    from moe_runtime.cli.long_context.record import write_record
+    from moe_runtime.cli.long_context.measure import subjects
+    from moe_runtime.cli.long_context.record import Record, Terms, read_record, write_record
     from moe_runtime.cli.long_context.table import tables
 
     named, wanted = _named(models), _lengths(lengths)
     if yarn is not None and yarn <= 1.0:
         raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
     check_device(device)
-    if out is not None:
-        _write(out, "")  # before the work, so that nothing is lost
-    settings = Settings(
-        data=data,
-        needle_data=needle_data or data,
-        lengths=wanted,
-        windows=windows,
-        depths=DEPTHS,
-        questions=questions,
-        factor=yarn,
-        device=device,
-    )
-    record = measure_all(named, settings, lambda line: typer.echo(line, err=True))
-    if out is not None:
-        _write(out, write_record(record))
+    terms = Terms(str(data), str(needle_data or data), wanted, windows, DEPTHS, questions)
+    known = read_record(out) if out is not None and out.exists() else None
+    record, chosen = Record(terms, ()), list(subjects(named, wanted[0], yarn))
+    for record in measure_all(chosen, terms, device, known):
+        typer.echo(f"{len(record.models)} of {len(chosen)} models measured", err=True)
+        if out is not None:
+            _write("--out", out, write_record(record))
     typer.echo(write_record(record) if as_json else tables(record), nl=not as_json)
 
 
 @app.command("table")
 def table(
     path: Annotated[Path, typer.Argument(help="file that `context measure --out` wrote")],
+    svg: Annotated[Path | None, typer.Option(help="file to draw loss by position into")] = None,
 ) -> None:
-    """Show a measurement again, as Markdown."""
+    """Show a measurement again, as Markdown and perhaps as a drawing."""
+    from moe_runtime.cli.long_context.draw import draw
     from moe_runtime.cli.long_context.record import read_record
     from moe_runtime.cli.long_context.table import tables
 
-    typer.echo(tables(read_record(path)))
+    record = read_record(path)
+    if svg is not None:
+        _write("--svg", svg, draw(record))
+    typer.echo(tables(record))
 
 
 def _named(models: list[str]) -> list[tuple[str, Path]]:
@@ -109,8 +109,10 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _write(path: Path, text: str) -> None:
+def _write(option: str, path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written: {error.strerror}; give another file") from None
+        raise ConfigError(
+            f"{option} {path}: cannot be written: {error.strerror}; give another file"
+        ) from None

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moe_runtime.evaluation.documents import Text
-from moe_runtime.evaluation.intervals import Interval, bootstrap_ratio
-from moe_runtime.evaluation.task_scores import Score, share_interval
+from moe_runtime.evaluation.intervals import Interval, bootstrap_ratio, share_interval
+from moe_runtime.evaluation.task_scores import Score
 
 BITS_PER_BYTE = "bits per byte"
 

@@ -92,3 +92,10 @@ def bootstrap_ratio(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(found, (tail, 1 - tail))
     return Interval(ratio, float(low), float(high))
+
+
+def share_interval(values: Sequence[float]) -> Interval:
+    """The share of ones among zeros and ones, with Wilson's interval, wide where all are alike too."""
+    right = round(sum(values))
+    found = stats.binomtest(right, len(values)).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(right / len(values), float(found.low), float(found.high))

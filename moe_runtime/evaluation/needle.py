@@ -18,19 +18,16 @@ Distractors that stand in the text under other keys would ask for more: to tell 
 only a new line from one seen. Models of this size fail that at any length, which tells nothing of context.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import ConfigError
-from moe_runtime.evaluation.intervals import CONFIDENCE, Interval
 from moe_runtime.generate.engine import Engine
 from moe_runtime.generate.request import Request
 from moe_runtime.generate.sampling import SamplingParams
@@ -176,14 +173,6 @@ def value_scores(model: InferenceModel, trials: Sequence[Trial]) -> Tensor:
     there = torch.arange(values.shape[1]) < lengths.unsqueeze(1)
     nats = logits.gather(1, values[there].unsqueeze(1)).squeeze(1)
     return torch.stack([one.sum() for one in nats.split(lengths.tolist())]).view(len(trials), choices)
-
-
-def share_interval(successes: int, trials: int) -> Interval:
-    """A share and its 95% interval, Wilson's: it has a width also where all questions went one way."""
-    share, spread = successes / trials, stats.norm.ppf(0.5 + CONFIDENCE / 2) ** 2 / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)
-    return Interval(share, float(centre - half), float(centre + half))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,7 @@ would have no width. Differences of models are paired by item (`comparison.py`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
-from moe_runtime.evaluation.intervals import CONFIDENCE, Interval
+from moe_runtime.evaluation.intervals import Interval, share_interval
 from moe_runtime.evaluation.language_model import LanguageModel, Pair, Prompt, pair_of, prompt_of
 from moe_runtime.evaluation.task_items import ChoiceItem, Item, TargetItem
 
@@ -136,10 +134,3 @@ def summarise(scores: Sequence[Score]) -> TaskResult:
         ties=sum(score.ties for score in scores),
         cut=sum(score.is_cut for score in scores),
     )
-
-
-def share_interval(values: Sequence[float]) -> Interval:
-    """The share of ones among zeros and ones, with Wilson's 95% interval."""
-    right = round(sum(values))
-    found = stats.binomtest(right, len(values)).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(right / len(values), float(found.low), float(found.high))

@@ -1,8 +1,9 @@
 """Where a run takes up: at its newest good checkpoint, at the weights of another, or at the beginning."""
 
-from moe_runtime.checkpoint.folder import open_checkpoint
+from moe_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.checkpoint.weights import check_same_model, load_weights
+from moe_runtime.config.schema import YarnConfig
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
@@ -35,7 +36,25 @@ def begin_from(path: str, runtime: Runtime, first_expert: int, peers: Peers) -> 
         runtime.weight_casts.drop()
 
     peers.alike(load, (CheckpointError,))
-    return f"beginning with the weights of {checkpoint.path}"
+    said = f"beginning with the weights of {checkpoint.path}"
+    return said + other_original_length(checkpoint, runtime.config.model.yarn)
+
+
+def other_original_length(checkpoint: Checkpoint, yarn: YarnConfig | None) -> str:
+    """What to say where YaRN is put on weights of another length than it is told; empty if it fits.
+
+    The default, 4,096, is right for DeepSeek-V3 alone, and a wrong length shows in the loss only.
+    """
+    config = checkpoint.manifest.config
+    if yarn is None or config["model"].get("yarn") is not None:
+        return ""
+    trained = config["batch"]["seq_len"]
+    if trained == yarn.original_seq_len:
+        return ""
+    return (
+        f"\nwarning: model.yarn.original_seq_len: expected {trained}, the batch.seq_len of these weights, "
+        f"got {yarn.original_seq_len}"
+    )
 
 
 def resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[int, list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -68,11 +69,42 @@ def test_a_written_measurement_is_shown_again(measured: tuple[Record, Path, str]
     assert "| before, YaRN untrained | 2 |" in shown and "| after | 1 |" in shown
 
 
+def test_a_drawing_has_a_line_and_a_band_for_each_label(measured: tuple[Record, Path, str]) -> None:
+    _, path, _ = measured
+    call("context", "table", path, "--svg", path.with_suffix(".svg"))
+    root = ElementTree.fromstring(path.with_suffix(".svg").read_text())
+    shapes = [element.tag.rpartition("}")[2] for element in root.iter()]
+    assert shapes.count("polyline") == shapes.count("polygon") == 3
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"old length", "0-15", "64-95", "before, YaRN untrained", "after"} <= set(texts)
+
+
 def test_json_is_what_is_written(made: Path) -> None:
     few = ("--windows", 2, "--questions", 1, "--json", "--out", made / "one.json")
     said = call("context", "measure", made / "plain/run", "--data", made / "data", *LENGTHS, *few)
     assert said == (made / "one.json").read_text()
     assert json.loads(said)["models"][0]["label"] == str(made / "plain/run")
+
+
+def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(made: Path) -> None:
+    path, plain = made / "grown.json", made / "plain/run"
+    options = ("--data", made / "data", *LENGTHS, "--questions", 1, "--out", path)
+    call("context", "measure", f"a={plain}", *options, "--windows", 2)
+    text = path.read_text()
+    # A figure that no measuring would give shows where the second call had it from.
+    share = read_record(path).models[0].position.inside.mean
+    path.write_text(text.replace(str(share), "123.0"))
+    call("context", "measure", f"b={plain}", f"a={plain}", *options, "--windows", 2)
+    grown = read_record(path).models
+    assert [(one.label, one.position.inside.mean) for one in grown] == [("b", share), ("a", 123.0)]
+    call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 3)
+    thrice = read_record(path).models[1]
+    call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 8)
+    assert read_record(path).models[0].position.inside.mean == 123.0
+    assert read_record(path).models[1].position != thrice.position
+    call("context", "measure", f"a={plain}", *options, "--windows", 3)
+    assert read_record(path).terms.windows == 3
+    assert read_record(path).models[0].position.inside.mean not in (share, 123.0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +140,7 @@ def test_a_label_without_a_path_is_refused(made: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(DataError, match=r"x\.json: data: expected what .* wrote, got: Field required"):
+    with pytest.raises(DataError, match=r"x\.json: terms: expected what .* wrote, got: Field required"):
         call("context", "table", tmp_path / "x.json")
     with pytest.raises(DataError, match="No such file or directory; write one with"):
         call("context", "table", tmp_path / "none.json")

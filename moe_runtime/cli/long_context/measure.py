@@ -1,49 +1,27 @@
 """Models beyond their old length: all on the same windows, all asked the same questions."""
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from moe_runtime.checkpoint.load import config_of, model_from
-from moe_runtime.cli.long_context.record import Measured, NeedleCell, Record
-from moe_runtime.cli.own_tokenizer import own_tokenizer
+from moe_runtime.cli.evaluating.models import check_tokenizer
+from moe_runtime.cli.long_context.record import Measured, NeedleCell, Record, Terms
 from moe_runtime.config.schema import YarnConfig
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.errors import DataError
 from moe_runtime.evaluation.by_position import loss_by_position
-from moe_runtime.evaluation.needle import Haystack, NeedleForm, ask
+from moe_runtime.evaluation.needle import Haystack, ask
 from moe_runtime.model.inference import InferenceModel
 
 BATCH_WINDOWS = 8
 SEED = 0  # of windows and questions: the same ones in every call
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Args:
-        data: folder of prepared data whose validation text gives the windows.
-        needle_data: the same for the text in which needles are planted.
-        lengths: of questions, tokens; the first is the old length, the last that of windows.
-        windows: how many.
-        depths: where needles are planted; questions: so many of each length and depth.
-        factor: of YaRN that is put on models without any, as further models; None: none.
-        device: cpu or cuda.
-    """
-
-    data: Path
-    needle_data: Path
-    lengths: tuple[int, ...]
-    windows: int
-    depths: tuple[float, ...]
-    questions: int
-    factor: float | None = None
-    form: NeedleForm = field(default_factory=NeedleForm)
-    device: str = "cpu"
+Key = tuple[str, str, YarnConfig | None]
 
 
 @dataclass(frozen=True)
@@ -56,14 +34,18 @@ class Subject:
     trained: bool = True
 
 
-def subjects(named: list[tuple[str, Path]], settings: Settings) -> Iterator[Subject]:
-    """Open the checkpoints that (label, path) name; those without YaRN come a second time with it."""
+def subjects(named: list[tuple[str, Path]], original: int, factor: float | None) -> Iterator[Subject]:
+    """Open the checkpoints that (label, path) name.
+
+    Args:
+        original: old length, which YaRN is told.
+        factor: those without YaRN come a second time with it, of this factor; None: they do not.
+    """
     for label, path in named:
         subject = Subject(label, str(path), open_checkpoint(path))
         yield subject
-        if settings.factor is not None and config_of(subject.checkpoint).model.yarn is None:
-            yarn = YarnConfig(factor=settings.factor, original_seq_len=settings.lengths[0])
-            checkpoint = with_yarn(subject.checkpoint, yarn)
+        if factor is not None and config_of(subject.checkpoint).model.yarn is None:
+            checkpoint = with_yarn(subject.checkpoint, YarnConfig(factor=factor, original_seq_len=original))
             yield replace(subject, label=f"{label}, YaRN untrained", checkpoint=checkpoint, trained=False)
 
 
@@ -75,44 +57,72 @@ def with_yarn(checkpoint: Checkpoint, yarn: YarnConfig) -> Checkpoint:
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"config": changed}))
 
 
-def measure(
-    named: list[tuple[str, Path]], settings: Settings, tell: Callable[[str], None] = lambda line: None
-) -> Record:
-    """Measure models; `tell` hears of each when it is begun."""
-    text = TokenDataset.open(settings.data, "validation")
-    haystack = Haystack(TokenDataset.open(settings.needle_data, "validation"), settings.form, SEED)
-    found = []
-    for subject in subjects(named, settings):
-        tell(f"{subject.label}: {subject.named}")
-        found.append(_measure_one(subject, settings, text, haystack))
-    return Record(
-        str(settings.data), str(settings.needle_data), settings.lengths, settings.form, tuple(found)
-    )
+def measure(wanted: Sequence[Subject], terms: Terms, device: str, known: Record | None) -> Iterator[Record]:
+    """Measure models one after the other.
+
+    Args:
+        known: of an earlier call; a model that it holds on the same terms is not measured again.
+
+    Yields:
+        what is known so far, in the order of `wanted`: at first of an earlier call, at last of all.
+    """
+    text = TokenDataset.open(terms.data, "validation")
+    haystack = Haystack(TokenDataset.open(terms.needle_data, "validation"), terms.form, SEED)
+    earlier = {} if known is None or known.terms != terms else {_key(one): one for one in known.models}
+    found = [earlier.get(_key_of(subject)) for subject in wanted]
+    yield _so_far(terms, found)
+    for number, subject in enumerate(wanted):
+        if found[number] is None:
+            found[number] = _measure_one(subject, terms, device, text, haystack)
+            yield _so_far(terms, found)
 
 
-def _measure_one(subject: Subject, settings: Settings, text: TokenDataset, haystack: Haystack) -> Measured:
+def _so_far(terms: Terms, found: Sequence[Measured | None]) -> Record:
+    return Record(terms, tuple(one for one in found if one is not None))
+
+
+def _key(one: Measured) -> Key:
+    return one.label, one.weights, one.yarn
+
+
+def _key_of(subject: Subject) -> Key:
+    """What two models share only if they are the same one."""
+    return subject.label, _digest(subject.checkpoint), config_of(subject.checkpoint).model.yarn
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """The beginning of a sha256 over those of all files that hold weights."""
+    files = sorted((name, entry.sha256) for name, entry in checkpoint.manifest.files.items())
+    weights = [digest for name, digest in files if checkpoint.manifest.files[name].kind == "weights"]
+    return hashlib.sha256("".join(weights).encode()).hexdigest()[:16]
+
+
+def _measure_one(
+    subject: Subject, terms: Terms, device: str, text: TokenDataset, haystack: Haystack
+) -> Measured:
     checkpoint = subject.checkpoint
     config = config_of(checkpoint)
     for dataset in (text, haystack.dataset):
         check_tokenizer(checkpoint, dataset)
-    model = model_from(checkpoint, settings.device)
-    loader = BatchLoader(text, settings.lengths[-1], 0, SEED, config.model.vocab_size)
-    if settings.windows > loader.samples_per_epoch:
+    model = model_from(checkpoint, device)
+    loader = BatchLoader(text, terms.lengths[-1], 0, SEED, config.model.vocab_size)
+    if terms.windows > loader.samples_per_epoch:
         raise DataError(
-            f"{text.folder}: expected {settings.windows} windows of {settings.lengths[-1]} tokens in the "
+            f"{text.folder}: expected {terms.windows} windows of {terms.lengths[-1]} tokens in the "
             f"validation split, got {loader.samples_per_epoch}; lower --windows"
         )
-    batches = loader.validation_batches(settings.windows, BATCH_WINDOWS)
-    position = loss_by_position(model, batches, settings.lengths[0])
+    batches = loader.validation_batches(terms.windows, BATCH_WINDOWS)
+    position = loss_by_position(model, batches, terms.lengths[0])
     cached = InferenceModel(model)
     cells = tuple(
-        _ask(cached, haystack, length, depth, settings.questions)
-        for length in settings.lengths
-        for depth in settings.depths
+        _ask(cached, haystack, length, depth, terms.questions)
+        for length in terms.lengths
+        for depth in terms.depths
     )
     return Measured(
         label=subject.label,
         checkpoint=subject.named,
+        weights=_digest(checkpoint),
         step=checkpoint.manifest.step,
         seq_len=config.batch.seq_len,
         seed=config.seed,
@@ -121,20 +131,6 @@ def _measure_one(subject: Subject, settings: Settings, text: TokenDataset, hayst
         position=position,
         needle=cells,
     )
-
-
-def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
-    """Refuse ids of another tokenizer; a checkpoint that carries none (imported) is taken at its word.
-
-    Raises:
-        DataError: they are another's.
-    """
-    own = own_tokenizer(checkpoint)
-    if own is not None and json.loads(own.to_json()) != json.loads(dataset.load_tokenizer().to_json()):
-        raise DataError(
-            f"{dataset.folder}: expected ids of the tokenizer that {checkpoint.path} was trained with, "
-            f"got those of {dataset.manifest.tokenizer.name}; prepare the data with that tokenizer"
-        )
 
 
 def _ask(model: InferenceModel, haystack: Haystack, length: int, depth: float, questions: int) -> NeedleCell:

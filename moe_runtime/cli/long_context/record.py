@@ -1,6 +1,6 @@
 """What was measured, as a JSON file: one object with all models, read back as it was written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,12 +23,34 @@ class NeedleCell:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What all models of a call meet alike.
+
+    Args:
+        data: folder of prepared data whose validation text gives the windows.
+        needle_data: the same for the text in which needles are planted.
+        lengths: of questions, tokens; the first is the old length, the last that of windows.
+        windows: how many.
+        depths: where needles are planted; questions: so many of each length and depth.
+    """
+
+    data: str
+    needle_data: str
+    lengths: tuple[int, ...]
+    windows: int
+    depths: tuple[float, ...]
+    questions: int
+    form: NeedleForm = field(default_factory=NeedleForm)
+
+
+@dataclass(frozen=True)
 class Measured:
     """One model.
 
     Args:
         label: what is compared; models of one label are seeds of the same thing.
         checkpoint: as it was named.
+        weights: the beginning of a sha256 over its weights.
         step: of the run that it comes from.
         seq_len: tokens of a sequence in that run.
         seed: of that run.
@@ -38,6 +60,7 @@ class Measured:
 
     label: str
     checkpoint: str
+    weights: str
     step: int
     seq_len: int
     seed: int
@@ -49,17 +72,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Record:
-    """All models of one call.
+    """All models, and the terms that they were measured on."""
 
-    Args:
-        data: folder of the text whose loss is taken; needle_data: of that in which needles are planted.
-        lengths: the old one first.
-    """
-
-    data: str
-    needle_data: str
-    lengths: tuple[int, ...]
-    form: NeedleForm
+    terms: Terms
     models: tuple[Measured, ...]
 
 

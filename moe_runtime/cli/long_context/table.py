@@ -9,22 +9,21 @@ from itertools import groupby
 
 from moe_runtime.cli.long_context.record import Measured, Record
 from moe_runtime.evaluation.by_position import PositionLoss
-from moe_runtime.evaluation.intervals import Interval, mean_interval
-from moe_runtime.evaluation.needle import share_interval
+from moe_runtime.evaluation.intervals import Interval, mean_interval, share_interval
 
 
 def tables(record: Record) -> str:
     """All tables as Markdown, with a heading each."""
-    groups = _groups(record)
-    old = record.lengths[0]
+    groups = groups_of(record)
+    old = record.terms.lengths[0]
     return "\n\n".join(
         (
             f"Loss in nats a token, inside and beyond the old length of {old} tokens:",
             summary_table(groups),
             "Loss by position, nats a token:",
             bucket_table(groups),
-            f"Needles found, in percent: the value preferred among {record.form.choices} (95% interval) / "
-            "returned by greedy decoding, by length and depth:",
+            f"Needles found, in percent: the value preferred among {record.terms.form.choices} (95% "
+            "interval) / returned by greedy decoding, by length and depth:",
             needle_table(groups),
         )
     )
@@ -44,7 +43,7 @@ def summary_table(groups: dict[str, list[Measured]]) -> str:
     names = ("inside", "late", "beyond", "short", "beyond_to_inside", "beyond_to_late", "beyond_to_short")
     rows: list[tuple[str, ...]] = []
     for label, seeds in groups.items():
-        figures = [_over_seeds(seeds, _field(name)) for name in names]
+        figures = [over_seeds(seeds, _field(name)) for name in names]
         rows.append((label, str(len(seeds)), *map(_shown, figures)))
     return _markdown(heads, rows)
 
@@ -54,7 +53,7 @@ def bucket_table(groups: dict[str, list[Measured]]) -> str:
     first = next(iter(groups.values()))[0].position.buckets
     rows = []
     for number, bucket in enumerate(first):
-        cells = [_shown(_over_seeds(seeds, _bucket(number))) for seeds in groups.values()]
+        cells = [_shown(over_seeds(seeds, bucket_loss(number))) for seeds in groups.values()]
         rows.append((f"{bucket.first} to {bucket.stop - 1}", *cells))
     return _markdown(("position", *groups), rows)
 
@@ -76,21 +75,22 @@ def _needle_cell(seeds: Sequence[Measured], length: int, depth: float | None) ->
     cells = [
         cell for one in seeds for cell in one.needle if cell.length == length and depth in (None, cell.depth)
     ]
-    asked = sum(cell.questions for cell in cells)
-    preferred = share_interval(sum(cell.preferred for cell in cells), asked)
+    asked, right = (sum(getattr(cell, name) for cell in cells) for name in ("questions", "preferred"))
+    preferred = share_interval([1.0] * right + [0.0] * (asked - right))
     returned = sum(cell.returned for cell in cells) / asked
     low, high = (f"{100 * end:.0f}" for end in (preferred.low, preferred.high))
     return f"{100 * preferred.mean:.0f} ({low} to {high}) / {100 * returned:.0f}"
 
 
-def _groups(record: Record) -> dict[str, list[Measured]]:
+def groups_of(record: Record) -> dict[str, list[Measured]]:
     """Models by label, in the order in which labels came."""
     order = list(dict.fromkeys(one.label for one in record.models))
     ranked = sorted(record.models, key=lambda one: order.index(one.label))
     return {label: list(seeds) for label, seeds in groupby(ranked, key=lambda one: one.label)}
 
 
-def _over_seeds(seeds: Sequence[Measured], figure: Callable[[PositionLoss], Interval]) -> Interval:
+def over_seeds(seeds: Sequence[Measured], figure: Callable[[PositionLoss], Interval]) -> Interval:
+    """A figure of models of one label: of one seed with its own interval, of several over them."""
     found = [figure(one.position) for one in seeds]
     return found[0] if len(found) == 1 else mean_interval([one.mean for one in found])
 
@@ -99,7 +99,8 @@ def _field(name: str) -> Callable[[PositionLoss], Interval]:
     return lambda position: getattr(position, name)
 
 
-def _bucket(number: int) -> Callable[[PositionLoss], Interval]:
+def bucket_loss(number: int) -> Callable[[PositionLoss], Interval]:
+    """The figure of one bucket."""
     return lambda position: position.buckets[number].loss
 
 

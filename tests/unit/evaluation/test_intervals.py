@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_runtime.evaluation.intervals import bootstrap_ratio, mean_interval, paired_interval
+from moe_runtime.evaluation.intervals import bootstrap_ratio, mean_interval, paired_interval, share_interval
 
 
 def test_three_seeds_pay_for_learning_their_spread():
@@ -55,3 +55,12 @@ def test_documents_without_bytes_do_not_divide_by_zero():
     assert math.isfinite(bootstrap_ratio([1.0, 2.0], [0.0, 4.0]).high)
     with pytest.raises(ValueError, match="sum above 0"):
         bootstrap_ratio([1.0], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)],  # Wilson's, from tables
+)
+def test_a_share_has_an_interval_at_its_ends_too(right: int, asked: int, low: float, high: float) -> None:
+    found = share_interval([1.0] * right + [0.0] * (asked - right))
+    assert (found.mean, found.low, found.high) == pytest.approx((right / asked, low, high), abs=1e-4)

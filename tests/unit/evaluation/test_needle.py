@@ -7,7 +7,7 @@ from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.tokenise import Request
 from moe_runtime.errors import ConfigError
-from moe_runtime.evaluation.needle import Haystack, NeedleForm, Trial, ask, share_interval, value_scores
+from moe_runtime.evaluation.needle import Haystack, NeedleForm, Trial, ask, value_scores
 from moe_runtime.generate.decode_reference import generate
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.transformer import Transformer
@@ -88,12 +88,3 @@ def _likelihood(model: Transformer, prompt: list[int], value: list[int]) -> floa
     whole = torch.tensor([prompt + value])
     logs = model(whole[:, :-1]).log_softmax(2).gather(2, whole[:, 1:, None])
     return float(logs[0, len(prompt) - 1 :].sum())
-
-
-@pytest.mark.parametrize(
-    ("right", "asked", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)],  # Wilson's, from tables
-)
-def test_a_share_has_an_interval_at_its_ends_too(right: int, asked: int, low: float, high: float) -> None:
-    found = share_interval(right, asked)
-    assert (found.mean, found.low, found.high) == pytest.approx((right / asked, low, high), abs=1e-4)

@@ -7,6 +7,7 @@ import pytest
 
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError
+from moe_runtime.evaluation.intervals import share_interval
 from moe_runtime.evaluation.language_model import Pair, pair_of, prompt_of, split_ids
 from moe_runtime.evaluation.task_items import ChoiceItem, TargetItem, read_items
 from moe_runtime.evaluation.task_scores import (
@@ -14,7 +15,6 @@ from moe_runtime.evaluation.task_scores import (
     TargetScore,
     choose,
     score_items,
-    share_interval,
     summarise,
 )
 from moe_runtime.generate.decode_reference import generate

@@ -110,10 +110,10 @@ def test_pieces_give_the_logits_of_one_forward(case: str, dtype: torch.dtype) ->
         assert_near(got, logits)
 
 
-@pytest.mark.parametrize("width", [7, 8], ids=["dispatcher", "experts here"])
-def test_bf16_strays_no_further_from_exact_logits_than_one_forward_does(width: int) -> None:
+@pytest.mark.parametrize(("width", "attention"), [(7, "mla"), (8, "mla"), (8, "mha")])
+def test_bf16_strays_no_further_from_exact_logits_than_one_forward_does(width: int, attention: str) -> None:
     # A rounding may send a token to another expert, so single logits have no bound; their mean has.
-    config = small_config(expert_ffn_size=width)
+    config = small_config(expert_ffn_size=width, attention=attention)
     model, exact = small_model(config, dtype=torch.bfloat16), small_model(config)
     exact.load_state_dict(model.state_dict())
     rows = sequences(config, LENGTHS)
