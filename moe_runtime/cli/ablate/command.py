@@ -28,6 +28,7 @@ def ablate(
     fill_document: Annotated[
         bool, typer.Option("--fill", help="STUDY is a document: make its marked tables again")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(help="also draw the runs over training; .svg, .png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the results instead of the table")] = False,
 ) -> None:
     """Compare arms that differ in one thing: same data, same seeds, differences in pairs.
@@ -46,7 +47,18 @@ def ablate(
         known = read_results(results)
         typer.echo(json.dumps([{"arm": run.arm, **known[run.key]} for run in runs if run.key in known]))
         return
+    if plot is not None:
+        _draw(found, runs, results, plot)
     typer.echo(f"{found.question}\n\n{_table(study, results)}")
+
+
+def _draw(study: Study, runs: list[PlannedRun], results: Path, file: Path) -> None:
+    from moe_runtime.cli.ablate.over_time import draw
+    from moe_runtime.cli.ablate.table import results_by_arm
+
+    arms = results_by_arm(study, runs, read_results(results))
+    seeds = {arm: list(found.values()) for arm, found in arms.items()}
+    draw(study.over_time or ("val_loss",), seeds, study.question, file)
 
 
 def table_of_mark(name: str, results: Path) -> str:

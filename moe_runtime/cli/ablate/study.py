@@ -27,6 +27,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from moe_runtime.cli.ablate.columns import COLUMNS
+from moe_runtime.cli.ablate.over_time import CURVES
 from moe_runtime.config.finding import Finding, FindingsError
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
@@ -53,6 +54,7 @@ class Study(Section):
     arms: dict[Name, tuple[str, ...]] = Field(description="overrides of the base")
     against: Name = Field(description="arm that the others are compared with, seed by seed")
     columns: tuple[str, ...] = ("val_loss",)
+    over_time: tuple[str, ...] = Field((), description="curves that are shown over training")
     curve: bool = Field(False, description="arms are sizes: also fit loss against training FLOPs")
 
     def findings(self) -> list[Finding]:
@@ -65,6 +67,9 @@ class Study(Section):
         for column in self.columns:
             if column not in COLUMNS:
                 found.append(Finding.expected("columns", f"of {', '.join(COLUMNS)}", column))
+        for name in self.over_time:
+            if name not in CURVES:
+                found.append(Finding.expected("over_time", f"of {', '.join(CURVES)}", name))
         return found
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_runtime.cli.ablate.columns import COLUMNS, Column
 from moe_runtime.cli.ablate.curve import curve_text
+from moe_runtime.cli.ablate.over_time import over_time_table
 from moe_runtime.cli.ablate.study import PlannedRun, Study
 from moe_runtime.evaluation.intervals import Interval, mean_interval, paired_interval
 
@@ -20,9 +21,7 @@ def study_table(study: Study, runs: list[PlannedRun], results: Results) -> str:
         runs: all that it needs.
         results: by key; those that are missing leave gaps.
     """
-    arms = {
-        arm: {r.seed: results[r.key] for r in runs if r.arm == arm and r.key in results} for arm in study.arms
-    }
+    arms = results_by_arm(study, runs, results)
     columns = [COLUMNS[name] for name in study.columns]
     head = ["arm", *(column.title for column in columns)]
     lines = [_row(head), _row(["---"] * len(head))]
@@ -34,11 +33,21 @@ def study_table(study: Study, runs: list[PlannedRun], results: Results) -> str:
         if arm != study.against:
             cells = [_difference(column, found, base) for column in columns]
             lines.append(_row([f"{arm} - {study.against}", *cells]))
-    text = "\n".join([*lines, "", _provenance(runs, results)])
-    if not study.curve:
-        return text
-    sizes = {arm: [found[seed] for seed in sorted(found)] for arm, found in arms.items()}
-    return f"{text}\n\n{curve_text(sizes)}"
+    seeds = {arm: list(found.values()) for arm, found in arms.items()}
+    parts = ["\n".join([*lines, "", _provenance(runs, results)])]
+    parts += [over_time_table(name, seeds) for name in study.over_time]
+    if study.curve:
+        parts.append(curve_text(seeds))
+    return "\n\n".join(parts)
+
+
+def results_by_arm(study: Study, runs: list[PlannedRun], results: Results) -> dict[str, dict[int, Any]]:
+    """What has been measured of each arm, by seed in ascending order."""
+    ordered = sorted(runs, key=lambda run: run.seed)
+    return {
+        arm: {run.seed: results[run.key] for run in ordered if run.arm == arm and run.key in results}
+        for arm in study.arms
+    }
 
 
 def _row(cells: Iterable[str]) -> str:

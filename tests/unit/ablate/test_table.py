@@ -6,6 +6,7 @@ import pytest
 
 from moe_runtime.cli.ablate.command import table_of_mark
 from moe_runtime.cli.ablate.documents import fill, filled
+from moe_runtime.cli.ablate.over_time import draw, over_time_table
 from moe_runtime.cli.ablate.results import RESULTS
 from moe_runtime.cli.ablate.study import planned_runs, read_study
 from moe_runtime.cli.ablate.table import study_table
@@ -78,3 +79,20 @@ def test_the_tables_of_the_document_are_those_of_the_committed_results(monkeypat
     monkeypatch.chdir(ROOT)
     text = Path("docs/ablations.md").read_text()
     assert filled(text, lambda name: table_of_mark(name, RESULTS)) == text, "ablate docs/ablations.md --fill"
+
+
+def test_arms_are_read_off_at_the_same_tokens_and_drawn(tmp_path):
+    arms = {
+        "a": [{"curves": {"loss": [[10, 3.0], [60, 2.0]]}}, {"curves": {"loss": [[10, 5.0], [60, 4.0]]}}],
+        "b": [{"curves": {"loss": [[30, 1.0], [120, 0.5]]}}],
+        "none": [{"curves": {}}],
+    }
+    lines = over_time_table("loss", arms).splitlines()
+    assert "none" not in lines[0] and len(lines) == 8
+    assert lines[2].startswith("| 10 | 4.000 ±") and lines[2].endswith("| 1.000 |")
+    assert lines[-1].startswith("| 60 | 3.000 ±") and lines[-1].endswith("| 1.000 |")
+    assert "has the curve" in over_time_table("violation", arms)
+    draw(["loss"], arms, "which?", tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").read_text().count("<path") > 3
+    with pytest.raises(ConfigError, match="cannot be written"):
+        draw(["loss"], arms, "which?", tmp_path / "loss.nothing")
