@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_runtime.cli.evaluate import Shots, Tasks
+from moe_runtime.cli.evaluate import Shots, Tasks, check_room
 from moe_runtime.cli.generate import check_device
 from moe_runtime.errors import ConfigError
 
@@ -46,6 +46,7 @@ def compare(
     from moe_runtime.evaluation.comparison_text import as_markdown
 
     check_device(device)
+    check_room("--out", out)
     if plot:
         check_plots()
     wanted = Wanted(

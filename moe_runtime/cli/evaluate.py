@@ -1,6 +1,7 @@
 """`moe-runtime eval`: how good a checkpoint is on prepared text, and on tasks of the user's."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,8 @@ def evaluate(
     from moe_runtime.cli.evaluating.tasks import score_file, task_lines, task_report, write_items
 
     check_device(device)
+    if items is not None:
+        check_room("--items", items.parent)
     opened = open_ours(path, device, ema)
     checkpoint = opened.checkpoint
     report: dict[str, Any] = {
@@ -63,3 +66,14 @@ def evaluate(
             write_items(scored, items)
     for line in [json.dumps(report)] if as_json else lines:
         typer.echo(line)
+
+
+def check_room(option: str, folder: Path) -> None:
+    """Say before an hour of measuring that what it gives could not be written.
+
+    Raises:
+        ConfigError: the folder neither is one nor can be made.
+    """
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{option}: expected a folder to write in, got {there}; choose another")

@@ -1,9 +1,8 @@
 """Several models on the same documents and items: figures with intervals, and differences from the first.
 
 Differences are paired: by document for bits per byte, by item for tasks, drawn again together
-    (`intervals.py`). Two
-models may have intervals that overlap by far and yet differ beyond doubt, because both find the same
-documents hard; so a table of separate intervals alone would hide what it was made to show.
+(`intervals.py`). Two models may have intervals that overlap by far and yet differ beyond doubt, because
+both find the same documents hard; so a table of separate intervals alone would hide what it was made to show.
 """
 
 import math

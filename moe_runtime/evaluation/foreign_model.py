@@ -4,8 +4,8 @@ Plain forwards on right-padded batches: causal attention never looks at what sta
 changes nothing. Texts are continued one at a time. This is a yardstick, not a fast path.
 
 No code and no pickle of the folder is run: `trust_remote_code` is off and weights have to be safetensors.
-    What a
-folder says stands before every text (a beginning-of-text id) is put there, since the model was trained so.
+What a folder says stands before every text (a beginning-of-text id) is put there, since the model was
+trained so.
 """
 
 from collections.abc import Iterator, Sequence

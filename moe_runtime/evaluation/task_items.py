@@ -5,8 +5,7 @@
 
 An item with `choices` is scored by likelihood, one with `target` by what is generated. Nothing is put between
 context and choice: a space that belongs there is written in the choice. `id` names an item; otherwise its
-    line
-does. Keys that are not known are mistakes, so that a misspelt `stop` does not pass for none.
+line does. Keys that are not known are mistakes, so that a misspelt `stop` does not pass for none.
 
 An empty choice is refused: it has no token to score, so its likelihood would be 1 and it would always win.
 Equal choices are allowed, some published sets have them; they tie, and ties are counted (`task_scores.py`).

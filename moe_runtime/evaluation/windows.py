@@ -14,11 +14,13 @@ window).
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 from moe_runtime.errors import DataError
 from moe_runtime.evaluation.documents import Text
 from moe_runtime.evaluation.language_model import LanguageModel
 
+WINDOWS = 512  # given to a model at a time: enough to make even batches of, and no more than that held
 RULE = (
     "each document by itself, after the id that begins a text; windows of {context} tokens, each half a "
     "window after the one before; every token of the text predicted once, its end not"
@@ -35,19 +37,17 @@ def document_nats(model: LanguageModel, texts: Sequence[Text], context: int) -> 
         DataError: the model's tokenizer does not spell a text.
     """
     assert 2 <= context <= model.context, f"windows of {context} for a model of {model.context}"
-    windows: list[list[int]] = []
-    owners: list[int] = []
-    wanted: list[int] = []
-    for number, text in enumerate(texts):
-        ids = spelled(model, text)
-        whole = [model.start_id, *ids]
-        for begin, end, fresh in spans(len(whole), context):
-            windows.append(whole[begin:end])
-            owners.append(number)
-            wanted.append(fresh)
     totals = [0.0] * len(texts)
-    for number, fresh, nats in zip(owners, wanted, model.token_nats(windows), strict=True):
-        totals[number] += sum(nats[len(nats) - fresh :])
+    windows = (
+        (number, fresh, whole[begin:end])
+        for number, text in enumerate(texts)
+        for whole in [[model.start_id, *spelled(model, text)]]
+        for begin, end, fresh in spans(len(whole), context)
+    )
+    while some := list(islice(windows, WINDOWS)):
+        found = model.token_nats([window for _, _, window in some])
+        for (number, fresh, _), nats in zip(some, found, strict=True):
+            totals[number] += sum(nats[len(nats) - fresh :])
     return totals
 
 

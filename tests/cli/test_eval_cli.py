@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -161,6 +163,16 @@ def test_items_become_tasks_of_the_harness(made: Path, tmp_path: Path) -> None:
             ConfigError,
             "--context: expected 2 to 64, what all models see, got 65",
         ),
+        (
+            ("compare", "run", "--data", "data", "--out", "items.jsonl/t"),
+            ConfigError,
+            "--out: expected a folder",
+        ),
+        (
+            ("eval", "run", "--tasks", "items.jsonl", "--items", "items.jsonl/x"),
+            ConfigError,
+            "--items: expected a folder",
+        ),
         (("compare", "run", "texts", "--data", "data", "--out", "t"), CheckpointError, "expected a run or"),
         (("convert", "tasks", "none.jsonl", "t"), DataError, "none.jsonl: expected a JSONL file"),
     ],
@@ -184,3 +196,24 @@ def test_without_matplotlib_the_table_can_be_had_without_a_picture(
         call(*command)
     call(*command, "--no-plot")
     assert {one.name for one in (tmp_path / "t").iterdir()} == {"comparison.md", "comparison.json"}
+
+
+@pytest.mark.slow
+def test_the_harness_runs_by_the_command_that_is_printed(made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    said = call("convert", "tasks", made / "items.jsonl", tmp_path / "tasks", "--name", "mine")
+    command = said[said.index("lm-eval run") :].split()[1:]
+    command[command.index("pretrained=HF_DIR")] = f"pretrained={made / 'hub'},dtype=float32"
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *command, "--device", "cpu", "--output_path", tmp_path / "out"],
+        env=os.environ | offline | {"HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+    ours = json.loads(call("eval", made / "run", "--tasks", made / "items.jsonl", "--json"))["tasks"][0]
+    assert found["mine_1"]["acc,none"] == pytest.approx(ours["metrics"]["acc"]["mean"])
+    assert found["mine_1"]["acc_bytes,none"] == pytest.approx(ours["metrics"]["acc_norm"]["mean"])

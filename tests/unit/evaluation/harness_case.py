@@ -26,22 +26,17 @@ class NoNetwork(socket.socket):
 
 
 def main(tasks: Path, out: Path, pairs: list[str]) -> None:
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    # Not `simple_evaluate`: it asks pip and git about the machine, which takes as long as all the rest.
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         task, _, model = pair.partition("=")
-        result = simple_evaluate(
-            model="hf",
-            model_args={"pretrained": model, "dtype": "float32"},
-            device="cpu",
-            batch_size=4,
-            tasks=[task],
-            task_manager=manager,
-            bootstrap_iters=0,
-        )
+        language_model = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=4)
+        result = evaluate(lm=language_model, task_dict=get_task_dict([task], manager), bootstrap_iters=0)
         assert result is not None
         samples = [one for some in result["samples"].values() for one in some]
         found[task] = {one["doc"]["id"]: _kept(one) for one in samples}
