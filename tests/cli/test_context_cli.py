@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_runtime.cli.app import app
+from moe_runtime.cli.long_context.draw import draw
 from moe_runtime.cli.long_context.record import Record, read_record
 from moe_runtime.cli.long_context.table import tables
 from moe_runtime.data.prepare import prepare
@@ -149,4 +150,6 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_docs_show_the_committed_measurement() -> None:
     text = (ROOT / "docs/context_extension.md").read_text()
     record = read_record(ROOT / "benchmarks/results/context_extension.json")
-    assert tables(record) in text, "write it anew: moe-runtime context table RESULTS"
+    again = "write it anew: ./launch.sh context table RESULTS --svg docs/context_extension.svg"
+    assert tables(record) in text, again
+    assert (ROOT / "docs/context_extension.svg").read_text() == draw(record), again
