@@ -1,7 +1,7 @@
 """How a study's arms go over training: a table at a few places, and a picture.
 
-Curves of a result are lists of (tokens, value). Arms are read off at the same tokens: at each of `ROWS` shares
-of the run that is shortest, the last point that is not beyond it.
+Curves of a result are lists of (tokens, value). Arms are read off at the same tokens: at each of `ROWS`
+shares of the shortest run, the last point that is not beyond it.
 """
 
 from collections.abc import Mapping, Sequence
