@@ -1,0 +1,99 @@
+"""How long a kernel takes on a machine, in seconds.
+
+    product      the longer of operations / (peak x share) and bytes / memory bandwidth
+    attention    operations / (BF16 peak x share)
+    move         bytes / (memory bandwidth x share)
+
+Each kernel is followed by the gap to the next. Beside an exchange, products and attention have the
+multiprocessors that it leaves; what is bound by memory is not slowed by that.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_runtime.planner.cluster import Cluster, Products
+from moe_runtime.planner.estimate import Curve, World
+from moe_runtime.planner.kernels import Attention, Kernel, Move, Product
+
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Times on one accelerator.
+
+    Args:
+        cluster: the machine.
+        world: which end of its ranges.
+        fp8: products that may be FP8 are.
+        beside_exchange: an exchange holds its multiprocessors meanwhile.
+    """
+
+    cluster: Cluster
+    world: World
+    fp8: bool
+    beside_exchange: bool = False
+
+    def total(self, kernels: Iterable[Kernel]) -> float:
+        """Seconds of kernels one after the other."""
+        return sum(self.of(kernel) for kernel in kernels)
+
+    def of(self, kernel: Kernel) -> float:
+        """Seconds of one kernel and the gap behind it."""
+        gap = self.cluster.kernels.launch_us.burden(self.world) * MICRO
+        if isinstance(kernel, Move):
+            return gap + kernel.bytes / (self._bandwidth * self._moved_share)
+        if isinstance(kernel, Attention):
+            return gap + self._attention(kernel) / self._left
+        return gap + max(self._product(kernel) / self._left, self._bytes(kernel) / self._bandwidth)
+
+    @property
+    def _left(self) -> float:
+        """Share of multiprocessors that computation has."""
+        if not self.beside_exchange:
+            return 1.0
+        held = self.cluster.communication.multiprocessors.burden(self.world)
+        return 1.0 - held / self.cluster.accelerator.multiprocessors
+
+    @property
+    def _bandwidth(self) -> float:
+        return self.cluster.accelerator.memory_gbps.rate(self.world) * GIGA
+
+    @property
+    def _moved_share(self) -> float:
+        return self.cluster.kernels.memory_bound.rate(self.world)
+
+    def _attention(self, kernel: Attention) -> float:
+        curves = self.cluster.kernels
+        curve = curves.attention_backward if kernel.backward else curves.attention_forward
+        return kernel.flops / (self._peak(False) * curve.rate(kernel.seq_len, self.world))
+
+    def _product(self, kernel: Product) -> float:
+        fp8 = self._in_fp8(kernel)
+        products = self.cluster.kernels.fp8 if fp8 else self.cluster.kernels.bf16
+        assert products is not None, "FP8 products without curves"
+        share = _curve(products, kernel).rate(max(kernel.sum_over, 1.0), self.world)
+        return kernel.flops / (self._peak(fp8) * share)
+
+    def _in_fp8(self, kernel: Product) -> bool:
+        peaks, kernels = self.cluster.accelerator.peak_tflops, self.cluster.kernels
+        return self.fp8 and kernel.fp8 and peaks.fp8 is not None and kernels.fp8 is not None
+
+    def _peak(self, fp8: bool) -> float:
+        peaks = self.cluster.accelerator.peak_tflops
+        return (peaks.fp8 if fp8 and peaks.fp8 is not None else peaks.bf16) * TERA
+
+    def _bytes(self, kernel: Product) -> float:
+        """Both factors read and the result written once."""
+        item = 1 if self._in_fp8(kernel) else BF16
+        weights = kernel.groups * kernel.inner * kernel.outer
+        if kernel.weight:
+            return kernel.rows * (kernel.inner + kernel.outer) * item + weights * 2 * FP32
+        return kernel.rows * (kernel.inner * item + kernel.outer * BF16) + weights * item
+
+
+def _curve(products: Products, kernel: Product) -> Curve:
+    if kernel.weight:
+        return products.weight if kernel.groups == 1 else products.weight_groups
+    return products.dense if kernel.groups == 1 else products.groups
