@@ -1,7 +1,7 @@
 """The kernels of a block, from the widths of a model: what is multiplied, what is only moved.
 
-One microbatch of one sequence length in one block, forward, backward for inputs and for weights, each as a list
-of kernels with shapes. Nothing here knows how fast a machine is (`kernel_time.py`).
+One microbatch of one sequence length in one block, forward, backward for inputs and for weights, each as a
+list of kernels with shapes. Nothing here knows how fast a machine is (`kernel_time.py`).
 
     attend     norm, q and kv down, latent norms, q and kv up, rotation, attention, o, residual, norm, router
     experts    [rows in order,] gate and up, SwiGLU, down, [rows back in order]; beside it the shared expert
