@@ -116,6 +116,7 @@ def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(mad
         (("--lengths", "50,100"), ConfigError, "expected multiples of 16 for the old length"),
         (("--lengths", "32,64"), ConfigError, "lengths: expected above 40 tokens"),
         ((*LENGTHS, "--yarn", "1"), ConfigError, "--yarn: expected a factor above 1, got 1"),
+        ((*LENGTHS, "--needles", "hay"), ConfigError, "--needles: expected random or taught, got 'hay'"),
         ((*LENGTHS, "--windows", "900"), DataError, "expected 900 windows of 96 tokens"),
         ((*LENGTHS, "--out", "/nowhere/x"), ConfigError, "cannot be written"),
     ],
@@ -126,6 +127,18 @@ def test_what_cannot_be_measured_is_refused(
     few = () if "--windows" in options else ("--windows", "2", "--questions", "1")
     with pytest.raises(error, match=message):
         call("context", "measure", made / "plain/run", "--data", made / "data", *options, *few)
+
+
+def test_planted_text_can_be_prepared_and_its_needles_asked_for(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "planted.jsonl"
+    said = call("context", "plant", "--data", made / "data", "--every", 20, "--out", out)
+    assert f"--source {out}" in said
+    prepare(Request(str(out), "byte", 0, 0.0, 0.3), tmp_path / "data")
+    few = ("--windows", 2, "--questions", 1, "--needles", "taught", "--json")
+    found = call("context", "measure", made / "plain/run", "--data", tmp_path / "data", *LENGTHS, *few)
+    assert json.loads(found)["terms"]["form"]["key"] == "needle"
+    with pytest.raises(ConfigError, match="--every: expected 1 character or more, got 0"):
+        call("context", "plant", "--data", made / "data", "--every", 0, "--out", out)
 
 
 def test_data_of_another_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
