@@ -78,17 +78,20 @@ def measure(
 @app.command("table")
 def table(
     path: Annotated[Path, typer.Argument(help="file that `context measure --out` wrote")],
+    part: Annotated[str | None, typer.Option(help="loss or needles alone; default: both")] = None,
     svg: Annotated[Path | None, typer.Option(help="file to draw loss by position into")] = None,
 ) -> None:
     """Show a measurement again, as Markdown and perhaps as a drawing."""
     from moe_runtime.cli.long_context.draw import draw
     from moe_runtime.cli.long_context.record import read_record
-    from moe_runtime.cli.long_context.table import tables
+    from moe_runtime.cli.long_context.table import PARTS, tables
 
+    if part is not None and part not in PARTS:
+        raise ConfigError(f"--part: expected {' or '.join(PARTS)}, got {part!r}")
     record = read_record(path)
     if svg is not None:
         _write("--svg", svg, draw(record))
-    typer.echo(tables(record))
+    typer.echo(tables(record, PARTS if part is None else (part,)))
 
 
 @app.command("plant")

@@ -68,6 +68,10 @@ def test_a_written_measurement_is_shown_again(measured: tuple[Record, Path, str]
     shown = call("context", "table", path)
     assert said == shown
     assert "| before, YaRN untrained | 2 |" in shown and "| after | 1 |" in shown
+    loss, needles = (call("context", "table", path, "--part", part) for part in ("loss", "needles"))
+    assert f"{loss}\n{needles}" == shown and "Needles" not in loss
+    with pytest.raises(ConfigError, match="--part: expected loss or needles, got 'all'"):
+        call("context", "table", path, "--part", "all")
 
 
 def test_a_drawing_has_a_line_and_a_band_for_each_label(measured: tuple[Record, Path, str]) -> None:
@@ -160,9 +164,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         call("context", "table", tmp_path / "none.json")
 
 
-def test_the_docs_show_the_committed_measurement() -> None:
+def test_the_docs_show_the_committed_measurements() -> None:
     text = (ROOT / "docs/context_extension.md").read_text()
-    record = read_record(ROOT / "benchmarks/results/context_extension.json")
-    again = "write it anew: ./launch.sh context table RESULTS --svg docs/context_extension.svg"
-    assert tables(record) in text, again
+    record, taught = (
+        read_record(ROOT / f"benchmarks/results/context_{name}.json") for name in ("extension", "needles")
+    )
+    again = "write it anew, by the commands under `The runs of the tables`"
+    assert tables(record, ["loss"]) in text, again
+    assert tables(taught, ["needles"]) in text, again
     assert (ROOT / "docs/context_extension.svg").read_text() == draw(record), again
