@@ -138,7 +138,5 @@ def _notes(wanted: Wanted, texts: list[list[Text]], measured: list[Measured]) ->
         if cut:
             notes.append(f"{one.column.label}: items cut from the left to what it sees: {cut}.")
         if ties:
-            notes.append(
-                f"{one.column.label}: ties, where the first of the best was taken: {ties}."
-            )
+            notes.append(f"{one.column.label}: ties, where the first of the best was taken: {ties}.")
     return tuple(notes)
