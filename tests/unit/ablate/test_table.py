@@ -8,12 +8,20 @@ from moe_runtime.cli.ablate.command import table_of_mark
 from moe_runtime.cli.ablate.documents import fill, filled
 from moe_runtime.cli.ablate.over_time import draw, over_time_table
 from moe_runtime.cli.ablate.results import RESULTS
-from moe_runtime.cli.ablate.study import planned_runs, read_study
+from moe_runtime.cli.ablate.study import Study, planned_runs
 from moe_runtime.cli.ablate.table import study_table
 from moe_runtime.errors import ConfigError
 from tests.arch.sources import ROOT
 
-DENSE = ROOT / "configs/run/ablations/dense.yaml"
+BASE = ROOT / "configs/run/ablations/base.yaml"
+STUDY = {
+    "name": "dense",
+    "question": "which?",
+    "base": BASE.name,
+    "arms": {"moe": [], "dense": ["model.num_dense_layers=3"]},
+    "against": "dense",
+    "columns": ["val_loss", "val_bpb", "params_active"],
+}
 
 
 def _result(loss: float, active: float = 300.0) -> dict:
@@ -22,8 +30,8 @@ def _result(loss: float, active: float = 300.0) -> dict:
 
 
 def _study_and_results(losses: dict[str, list[float]]):
-    study = read_study(DENSE)
-    runs = planned_runs(study, DENSE)
+    study = Study.model_validate(STUDY)
+    runs = planned_runs(study, BASE)
     results = {
         run.key: _result(losses[run.arm][run.seed - 1]) for run in runs if run.seed <= len(losses[run.arm])
     }
