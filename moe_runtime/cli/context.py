@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -62,11 +63,17 @@ def measure(
     if needles not in FORMS:
         raise ConfigError(f"--needles: expected {' or '.join(FORMS)}, got {needles!r}")
     named, wanted = _named(models), _lengths(lengths)
-    if yarn is not None and yarn <= 1.0:
+    if yarn is not None and not 1.0 < yarn < math.inf:
         raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
     check_device(device)
     terms = Terms(str(data), str(needle_data or data), wanted, windows, DEPTHS, questions, FORMS[needles])
     known = read_record(out) if out is not None and out.exists() else None
+    if known is not None and known.terms != terms:
+        other = [name for name, value in vars(terms).items() if value != getattr(known.terms, name)]
+        raise ConfigError(
+            f"--out {out}: expected the terms of what it holds, got other {', '.join(other)}; "
+            "name another file"
+        )
     record, chosen = Record(terms, ()), list(subjects(named, wanted[0], yarn))
     for record in measure_all(chosen, terms, device, known):
         typer.echo(f"{len(record.models)} of {len(chosen)} models measured", err=True)

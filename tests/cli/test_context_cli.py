@@ -22,7 +22,7 @@ LENGTHS = ("--lengths", "48,96")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and two runs, one with YaRN."""
+    """A folder with data and three runs, one with YaRN."""
     folder = tmp_path_factory.mktemp("context")
     (folder / "texts").mkdir()
     for number in range(6):
@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "texts" / f"{number}.txt").write_text(text)
     prepare(Request(f"dir:{folder / 'texts'}", "byte", 0, 0.0, 0.3), folder / "data")
     make_checkpoint(folder / "plain")
+    make_checkpoint(folder / "second", init_std=0.03)
     make_checkpoint(folder / "extended", yarn={"factor": 3.0, "original_seq_len": 48})
     return folder
 
@@ -45,7 +46,7 @@ def call(*arguments: object) -> str:
 def measured(made: Path) -> tuple[Record, Path, str]:
     """What a call wrote, where, and what it printed."""
     plain, extended = made / "plain/run", made / "extended/run"
-    models = (f"before={plain}", f"before={plain}", f"after={extended}")
+    models = (f"before={plain}", f"before={made / 'second/run'}", f"after={extended}")
     amounts = ("--windows", 3, "--questions", 2, "--yarn", 3, "--out", made / "found.json")
     said = call("context", "measure", *models, "--data", made / "data", *LENGTHS, *amounts)
     return read_record(made / "found.json"), made / "found.json", said
@@ -56,8 +57,7 @@ def test_models_are_measured_side_by_side(measured: tuple[Record, Path, str]) ->
     untrained = "before, YaRN untrained"
     assert [one.label for one in record.models] == ["before", untrained, "before", untrained, "after"]
     assert [one.trained for one in record.models] == [True, False, True, False, True]
-    assert record.models[0].position == record.models[2].position, "the same model on the same windows"
-    assert record.models[0].needle == record.models[2].needle
+    assert record.models[0].position != record.models[2].position
     # The same weights, YaRN put on or saved with them: one model, so far as it goes.
     assert record.models[1].position == record.models[4].position != record.models[0].position
     assert {(cell.length, cell.questions) for cell in record.models[0].needle} == {(48, 2), (96, 2)}
@@ -91,7 +91,7 @@ def test_json_is_what_is_written(made: Path) -> None:
     assert json.loads(said)["models"][0]["label"] == str(made / "plain/run")
 
 
-def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(made: Path) -> None:
+def test_what_a_file_holds_is_not_measured_again_and_other_terms_are_refused(made: Path) -> None:
     path, plain = made / "grown.json", made / "plain/run"
     options = ("--data", made / "data", *LENGTHS, "--questions", 1, "--out", path)
     call("context", "measure", f"a={plain}", *options, "--windows", 2)
@@ -107,9 +107,16 @@ def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(mad
     call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 8)
     assert read_record(path).models[0].position.inside.mean == 123.0
     assert read_record(path).models[1].position != thrice.position
-    call("context", "measure", f"a={plain}", *options, "--windows", 3)
-    assert read_record(path).terms.windows == 3
-    assert read_record(path).models[0].position.inside.mean not in (share, 123.0)
+    held = path.read_text()
+    with pytest.raises(ConfigError, match="got other windows; name another file"):
+        call("context", "measure", f"a={plain}", *options, "--windows", 3)
+    assert path.read_text() == held
+
+
+def test_the_same_weights_are_not_two_seeds(made: Path) -> None:
+    twice = (f"a={made / 'plain/run'}", f"a={made / 'plain/run'}")
+    with pytest.raises(ConfigError, match="expected each model once, got the same weights twice"):
+        call("context", "measure", *twice, "--data", made / "data", *LENGTHS)
 
 
 @pytest.mark.parametrize(

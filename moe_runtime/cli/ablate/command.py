@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.ablate.documents import fill
-from moe_runtime.cli.ablate.results import RESULTS, add_result, read_results
+from moe_runtime.cli.ablate.results import RESULTS, add_result, check_writable, read_results
 from moe_runtime.cli.ablate.study import PlannedRun, Study, planned_runs, read_study
 from moe_runtime.errors import ConfigError
 
@@ -98,6 +98,10 @@ def _train(runs: list[PlannedRun], jobs: int, out: Path, results: Path) -> None:
     if not lacking:
         return
     from moe_runtime.cli.ablate.train_arms import LOG, Trainer
+    from moe_runtime.train.run_lock import enter_run
+
+    check_writable(results)
+    lock = enter_run(out)  # another command would train the same runs
 
     typer.echo(
         f"{len(lacking)} of {len(runs)} runs to train, {jobs} side by side; see {out}/*/{LOG}", err=True
@@ -108,4 +112,8 @@ def _train(runs: list[PlannedRun], jobs: int, out: Path, results: Path) -> None:
         loss, seconds = result["measures"]["val_loss"], result["train_s"]
         typer.echo(f"arm {run.arm}, seed {run.seed}: validation loss {loss:.4f}, {seconds:,.0f} s", err=True)
 
-    Trainer(out.absolute(), jobs).train(lacking, done)
+    try:
+        Trainer(out.absolute(), jobs).train(lacking, done)
+    finally:
+        if lock is not None:
+            lock.close()
