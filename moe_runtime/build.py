@@ -21,7 +21,7 @@ from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.prepare import ensure_prepared
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Tokenizer
@@ -348,14 +348,15 @@ def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader,
         ensure_prepared(config.data, config.seed)
         folder = Path(config.data.path)
         train, validation = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
-        return train.load_tokenizer(), _loader(config, train), _loader(config, validation)
+        loaders = _loader(config, train, config.seed), _loader(config, validation, VALIDATION_SEED)
+        return train.load_tokenizer(), *loaders
 
     return peers.alike(open_all, (DataError,))
 
 
-def _loader(config: RunConfig, dataset: TokenDataset) -> BatchLoader:
+def _loader(config: RunConfig, dataset: TokenDataset, seed: int) -> BatchLoader:
     model = config.model
-    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
+    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, seed, model.vocab_size)
 
 
 def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int) -> Recorder:

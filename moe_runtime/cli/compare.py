@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_runtime.cli.evaluate import Shots, Tasks, check_room
+from moe_runtime.cli.evaluate import Shots, Tasks, check_room, require_once
 from moe_runtime.cli.generate import check_device
 from moe_runtime.errors import ConfigError
 
@@ -40,6 +40,9 @@ def compare(
         raise ConfigError(
             "compare: expected --data FOLDER or --tasks FILE.jsonl, got neither; give one of them"
         )
+    require_once("compare", paths)
+    require_once("--data", data or ())
+    require_once("--tasks", tasks or ())
     # Imported here: torch takes seconds, and `--help` should not.
     from moe_runtime.cli.evaluating.comparing import Wanted, compare_models
     from moe_runtime.evaluation.comparison_plot import check_plots, draw

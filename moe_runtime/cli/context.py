@@ -1,5 +1,10 @@
-"""`moe-runtime context`: models beyond the length they were trained at; loss by position, and needles."""
+"""`moe-runtime context`: models beyond the length they were trained at; loss by position, and needles.
 
+`measure` and `table` are the measurement; `plant` makes text that teaches a model what needles ask of it.
+"""
+
+import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +42,9 @@ def measure(
     yarn: Annotated[
         float | None, typer.Option(help="also measure models without YaRN with this factor put on untrained")
     ] = None,
+    needles: Annotated[
+        str, typer.Option(help="random: letters; taught: those of `context plant`, one key, one letter")
+    ] = "random",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")] = False,
     out: Annotated[
@@ -50,13 +58,22 @@ def measure(
     from moe_runtime.cli.long_context.measure import subjects
     from moe_runtime.cli.long_context.record import Record, Terms, read_record, write_record
     from moe_runtime.cli.long_context.table import tables
+    from moe_runtime.evaluation.needle import FORMS
 
+    if needles not in FORMS:
+        raise ConfigError(f"--needles: expected {' or '.join(FORMS)}, got {needles!r}")
     named, wanted = _named(models), _lengths(lengths)
-    if yarn is not None and yarn <= 1.0:
+    if yarn is not None and not 1.0 < yarn < math.inf:
         raise ConfigError(f"--yarn: expected a factor above 1, got {yarn:g}")
     check_device(device)
-    terms = Terms(str(data), str(needle_data or data), wanted, windows, DEPTHS, questions)
+    terms = Terms(str(data), str(needle_data or data), wanted, windows, DEPTHS, questions, FORMS[needles])
     known = read_record(out) if out is not None and out.exists() else None
+    if known is not None and known.terms != terms:
+        other = [name for name, value in vars(terms).items() if value != getattr(known.terms, name)]
+        raise ConfigError(
+            f"--out {out}: expected the terms of what it holds, got other {', '.join(other)}; "
+            "name another file"
+        )
     record, chosen = Record(terms, ()), list(subjects(named, wanted[0], yarn))
     for record in measure_all(chosen, terms, device, known):
         typer.echo(f"{len(record.models)} of {len(chosen)} models measured", err=True)
@@ -68,17 +85,42 @@ def measure(
 @app.command("table")
 def table(
     path: Annotated[Path, typer.Argument(help="file that `context measure --out` wrote")],
+    part: Annotated[str | None, typer.Option(help="loss or needles alone; default: both")] = None,
     svg: Annotated[Path | None, typer.Option(help="file to draw loss by position into")] = None,
 ) -> None:
     """Show a measurement again, as Markdown and perhaps as a drawing."""
     from moe_runtime.cli.long_context.draw import draw
     from moe_runtime.cli.long_context.record import read_record
-    from moe_runtime.cli.long_context.table import tables
+    from moe_runtime.cli.long_context.table import PARTS, tables
 
+    if part is not None and part not in PARTS:
+        raise ConfigError(f"--part: expected {' or '.join(PARTS)}, got {part!r}")
     record = read_record(path)
     if svg is not None:
         _write("--svg", svg, draw(record))
-    typer.echo(tables(record))
+    typer.echo(tables(record, PARTS if part is None else (part,)))
+
+
+@app.command("plant")
+def plant(
+    data: Annotated[Path, typer.Option(help="prepared data; its training split is planted")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write, for `prepare --source`")],
+    every: Annotated[float, typer.Option(help="characters of text to a needle, on average")] = 30.0,
+    seed: Annotated[int, typer.Option(min=0, help="of places and values")] = 0,
+) -> None:
+    """Write text that teaches needle retrieval: the training split, with needles between its lines."""
+    from moe_runtime.data.shards import TokenDataset
+    from moe_runtime.evaluation.needle import FORMS
+    from moe_runtime.evaluation.planting import planted
+
+    if not every >= 1.0:
+        raise ConfigError(f"--every: expected 1 character or more, got {every:g}")
+    dataset = TokenDataset.open(data, "train")
+    texts = planted(dataset, FORMS["taught"], every, seed)
+    _write("--out", out, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    typer.echo(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB; next: moe-runtime prepare --source {out} --out DIR"
+    )
 
 
 def _named(models: list[str]) -> list[tuple[str, Path]]:

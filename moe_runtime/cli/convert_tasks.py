@@ -1,5 +1,6 @@
 """`moe-runtime convert tasks`: items of ours as tasks of lm-evaluation-harness."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ def tasks(
     from moe_runtime.evaluation.task_items import read_items, with_examples
 
     items = with_examples(read_items(file), shots, file)
-    word = name or file.stem
+    word = name or re.sub(r"[^A-Za-z0-9_.-]+", "_", file.stem)
     written = write_tasks(items, word, folder)
     parts = f" (a group of {len(written)} tasks)" if len(written) > 1 else ""
     typer.echo(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,18 @@ Shots = Annotated[
 Items = Annotated[Path | None, typer.Option(help="JSONL to write, an object for each item scored")]
 
 
+def require_once(option: str, paths: Sequence[Path]) -> None:
+    """Refuse a path given twice: it would count for two, and narrow the interval.
+
+    Raises:
+        ConfigError: names it.
+    """
+    seen = [path.resolve() for path in paths]
+    for path in paths:
+        if seen.count(path.resolve()) > 1:
+            raise ConfigError(f"{option} {path}: expected each path once, got it twice; leave one out")
+
+
 def evaluate(
     path: Annotated[Path, typer.Argument(help="run folder (its last good checkpoint) or checkpoint folder")],
     data: Data = None,
@@ -37,6 +50,10 @@ def evaluate(
         raise ConfigError("eval: expected --data FOLDER or --tasks FILE.jsonl, got neither; give one of them")
     if items is not None and not tasks:
         raise ConfigError("--items: expected --tasks FILE.jsonl beside it, got none")
+    if items is not None and items.resolve() in {file.resolve() for file in tasks or ()}:
+        raise ConfigError(f"--items {items}: expected another file than --tasks, which it would replace")
+    require_once("--data", data or ())
+    require_once("--tasks", tasks or ())
     # Imported here: torch takes seconds, and `--help` should not.
     from moe_runtime.cli.evaluating.models import language_model, open_ours
     from moe_runtime.cli.evaluating.sets import measure_set, set_lines, sets_report

@@ -21,6 +21,8 @@ from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
 
+VALIDATION_SEED = 0  # windows of validation do not depend on a run's seed: runs are compared on the same text
+
 
 class BatchLoader:
     """Rows of tokens of a split, in an order keyed by (seed, epoch).

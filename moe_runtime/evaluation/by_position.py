@@ -25,9 +25,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe_runtime.evaluation.intervals import Interval, bootstrap_ratio, mean_interval
+from moe_runtime.model.loss import token_losses
 from moe_runtime.model.transformer import Transformer
 
 SLIDES = 8  # windows of short context move by 1 / SLIDES of their length
@@ -76,18 +76,17 @@ def loss_by_position(model: Transformer, batches: Iterable[Tensor], old_length: 
         old_length: a multiple of `SLIDES`.
     """
     batches = list(batches)
-    full = torch.cat([token_losses(model, rows) for rows in batches])
+    full = torch.cat([window_losses(model, rows) for rows in batches])
     short = torch.cat([short_losses(model, rows, old_length) for rows in batches])
     return summarise(full, short, old_length)
 
 
 @torch.no_grad()
-def token_losses(model: Transformer, rows: Tensor) -> Tensor:
+def window_losses(model: Transformer, rows: Tensor) -> Tensor:
     """Cross-entropy of each next token of rows [windows, seq_len + 1]: float64 [windows, seq_len], CPU."""
     rows = rows.to(next(model.parameters()).device)
-    logits = model(rows[:, :-1])
-    high = torch.promote_types(logits.dtype, torch.float32)
-    losses = functional.cross_entropy(logits.to(high).flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
+    losses = token_losses(hidden, model.head.weight, rows[:, 1:].flatten())
     return losses.view(rows.shape[0], -1).double().cpu()
 
 
@@ -102,7 +101,7 @@ def short_losses(model: Transformer, rows: Tensor, old_length: int) -> Tensor:
     """
     slide = old_length // SLIDES
     sliding = rows[:, slide:].unfold(1, old_length + 1, slide)  # [windows, moves, old_length + 1]
-    losses = [token_losses(model, sliding[:, move])[:, -slide:] for move in range(sliding.shape[1])]
+    losses = [window_losses(model, sliding[:, move])[:, -slide:] for move in range(sliding.shape[1])]
     return torch.cat(losses, dim=1)
 
 

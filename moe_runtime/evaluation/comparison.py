@@ -17,6 +17,8 @@ from moe_runtime.evaluation.intervals import Interval, bootstrap_ratio, share_in
 from moe_runtime.evaluation.task_scores import Score
 
 BITS_PER_BYTE = "bits per byte"
+ROUNDING = 1e-5  # relative
+LEAST_COUNT = 10  # of fewer documents or items the bootstrap knows too little
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Row:
     values: tuple[Interval, ...]
     differences: tuple[Interval, ...]
 
+    def resolves(self, difference: Interval) -> bool:
+        """True if a difference is more than chance, and than the rounding of sums in another order."""
+        above_rounding = abs(difference.mean) > ROUNDING * abs(self.values[0].mean)
+        return difference.resolved and above_rounding and self.count >= LEAST_COUNT
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -78,7 +85,9 @@ class Comparison:
         rows = [asdict(row) for row in self.rows]
         for row, source in zip(rows, self.rows, strict=True):
             row["values"] = [_plain(one) for one in source.values]
-            row["differences"] = [_plain(one) | {"resolved": one.resolved} for one in source.differences]
+            row["differences"] = [
+                _plain(one) | {"resolved": source.resolves(one)} for one in source.differences
+            ]
         columns = [asdict(column) for column in self.columns]
         return {"models": columns, "rule": self.rule, "notes": list(self.notes), "rows": rows}
 

@@ -2,7 +2,7 @@
 
 import math
 
-from moe_runtime.evaluation.comparison import BITS_PER_BYTE, Column, Comparison, Row
+from moe_runtime.evaluation.comparison import BITS_PER_BYTE, LEAST_COUNT, Column, Comparison, Row
 from moe_runtime.evaluation.intervals import Interval
 
 
@@ -27,7 +27,7 @@ def _figures(table: Comparison) -> list[str]:
         values = " | ".join(_value(one) for one in row.values)
         lines.append(f"| {_title(row)} | {_count(row)} | {values} |")
         if row.differences:
-            against = " | ".join(_difference(one) for one in row.differences)
+            against = " | ".join(_difference(one, row.resolves(one)) for one in row.differences)
             lines.append(f"| ... less {labels[0]} | | | {against} |")
     return lines
 
@@ -39,8 +39,8 @@ def _method(table: Comparison) -> list[str]:
         *lines,
         "- Brackets are 95% intervals: bootstrap over documents for bits per byte (lower is better), "
         "Wilson's for shares of right items.",
-        "- Differences are paired by document or item, by bootstrap. `?` marks those whose interval holds 0 "
-        "or is not known: they are not resolved.",
+        "- Differences are paired by document or item, by bootstrap. `?` marks those that are not resolved: "
+        f"the interval holds 0, the difference is within rounding, or it is of fewer than {LEAST_COUNT}.",
     ]
 
 
@@ -60,8 +60,8 @@ def _value(one: Interval) -> str:
     return f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
-def _difference(one: Interval) -> str:
-    mark = "" if one.resolved else " ?"
+def _difference(one: Interval, resolved: bool) -> str:
+    mark = "" if resolved else " ?"
     if math.isnan(one.low):
         return f"{one.mean:+.3f}{mark}"
     return f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]{mark}"

@@ -82,6 +82,12 @@ class ForeignModel:
     def encode(self, text: str, at_start: bool) -> list[int]:
         # Not verbose: how long a text is beside the model's window is our own business.
         ids: list[int] = self._tokenizer(text, add_special_tokens=at_start, verbose=False)["input_ids"]
+        known = self._model.get_input_embeddings().num_embeddings
+        if ids and max(ids) >= known:
+            raise CheckpointError(
+                f"{self.name}: expected a tokenizer whose ids are below {known}, the model's embeddings, got "
+                f"{max(ids)}; the tokenizer is another model's"
+            )
         return ids
 
     def spell(self, ids: Sequence[int]) -> bytes:

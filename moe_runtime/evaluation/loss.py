@@ -2,7 +2,9 @@
 
 The windows are those of validation in training: the packed stream cut into sequences of `batch.seq_len`, with
 the end of one document and the beginning of the next in one window. So the figure is that of the run, and its
-total does not depend on how sources are told apart.
+total does not depend on how sources are told apart. Only where the last window goes on at the beginning of
+the split, as sequences of training do, these tokens are left out: every token counts once, the first one
+not, for nothing stands before it.
 """
 
 import numpy as np
@@ -41,8 +43,10 @@ def evaluate(model: Transformer, loader: BatchLoader, sequences: int, batch_sequ
         hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
         nats = token_losses(hidden, model.head.weight, targets).double().cpu().numpy()
         places = loader.starts(numbers)[:, None] + np.arange(1, loader.seq_len + 1)
-        documents = np.searchsorted(ends, places.reshape(-1) % dataset.num_tokens, side="right")
+        places = places.reshape(-1)
+        once = places < dataset.num_tokens  # the last window goes on at the beginning, which others predict
+        documents = np.searchsorted(ends, places[once], side="right")
         ids = targets.cpu().numpy()
         sizes = np.where(ids < len(lengths), lengths[np.minimum(ids, len(lengths) - 1)], 0)
-        tally.add(documents, nats, sizes)
+        tally.add(documents, nats[once], sizes[once])
     return tally

@@ -5,7 +5,9 @@
     ... text ...
     kvprqx = '                 the question, at the end of a context of the given length
 
-Key and value are letters drawn at random, so nothing but the needle tells the value. Two scores:
+Key and value are letters drawn at random, so nothing but the needle tells the value. A model that is too
+small for that may be taught an easier form (`FORMS`): the key always the same, the value one capital letter
+repeated. Two scores:
 
     preferred   the model finds the true value likelier than each of several drawn alike that stand nowhere;
                 chance is known, 1 / choices
@@ -34,6 +36,7 @@ from moe_runtime.generate.sampling import SamplingParams
 from moe_runtime.model.inference import InferenceModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CAPITALS = LETTERS.upper()
 CLOSING = "'"  # ends a value: a value that another one begins with is told from it
 
 
@@ -44,8 +47,10 @@ class NeedleForm:
     Args:
         line: of the needle, with {key} and {value}.
         question: what comes last, with {key}; the value is to follow.
-        key_letters, value_letters: how long they are.
+        key_letters, value_letters: how long they are, where drawn.
         choices: values to choose from, the true one among them.
+        key: of every needle; None: drawn anew for each.
+        one_letter: a value is one capital letter repeated, so that there are 26 of them.
     """
 
     line: str = "{key} = '{value}'\n"
@@ -53,6 +58,22 @@ class NeedleForm:
     key_letters: int = 6
     value_letters: int = 8
     choices: int = 10
+    key: str | None = None
+    one_letter: bool = False
+
+    def draw_key(self, random: np.random.Generator) -> str:
+        """The key of a needle."""
+        return self.key if self.key is not None else _word(random, self.key_letters)
+
+    def draw_values(self, random: np.random.Generator, count: int) -> list[str]:
+        """Values of needles; those of one letter all differ, and are 26 at most."""
+        if self.one_letter:
+            letters = random.permutation(len(CAPITALS))[:count]
+            return [CAPITALS[place] * self.value_letters for place in letters]
+        return [_word(random, self.value_letters) for _ in range(count)]
+
+
+FORMS = {"random": NeedleForm(), "taught": NeedleForm(key="needle", value_letters=4, one_letter=True)}
 
 
 @dataclass(frozen=True)
@@ -96,8 +117,8 @@ class Haystack:
 
     def _trial(self, length: int, depth: float, random: np.random.Generator) -> Trial:
         form = self._form
-        key = _word(random, form.key_letters)
-        values = [_word(random, form.value_letters) for _ in range(form.choices)]
+        key = form.draw_key(random)
+        values = form.draw_values(random, form.choices)
         needle = self._encode(form.line.format(key=key, value=values[0]))
         question = self._encode(form.question.format(key=key))
         closed = [self._encode(value + CLOSING) for value in values]

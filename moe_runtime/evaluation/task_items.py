@@ -84,7 +84,7 @@ def read_items(file: Path) -> list[Item]:
         DataError: the file cannot be read, a line is not an item, or there is none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # editors on Windows begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"{file}: expected a JSONL file of items, got: {reason}") from error
@@ -112,9 +112,11 @@ def with_examples(items: Sequence[Item], shots: int, file: Path) -> list[Item]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        said = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        value = json.loads(line, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
+        said = str(error).partition(";")[0]
+        if isinstance(error, json.JSONDecodeError):
+            said = f"column {error.colno}: {error.msg}"
         raise DataError(f"{where}: expected a JSON object, got no JSON ({said}); {_REMEDY}") from error
     if not isinstance(value, dict):
         raise _wrong(where, "an object", type(value).__name__)
@@ -129,6 +131,14 @@ def _item(line: str, where: str) -> Item:
         raise _wrong(where, "a string or a number under id", name)
     context = _text(value, "context", where)
     return (_choice if kinds == ["choices"] else _target)(value, where, str(name), context)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two equal keys JSON would silently take the last."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return dict(pairs)
 
 
 def _choice(value: dict[str, Any], where: str, name: str, context: str) -> ChoiceItem:

@@ -11,9 +11,11 @@ A share of few items has Wilson's interval: it stays honest where all are right 
 would have no width. Differences of models are paired by item (`comparison.py`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_runtime.errors import NumericsError
 from moe_runtime.evaluation.intervals import Interval, share_interval
 from moe_runtime.evaluation.language_model import LanguageModel, Pair, Prompt, pair_of, prompt_of
 from moe_runtime.evaluation.task_items import ChoiceItem, Item, TargetItem
@@ -84,6 +86,7 @@ def score_items(model: LanguageModel, items: Sequence[Item]) -> list[Score]:
 
     Raises:
         DataError: an item does not fit the model's window.
+        NumericsError: the model gives something that is no number.
     """
     pairs: list[tuple[ChoiceItem, list[Pair]]] = []
     prompts: list[tuple[TargetItem, Prompt]] = []
@@ -95,7 +98,10 @@ def score_items(model: LanguageModel, items: Sequence[Item]) -> list[Score]:
         else:
             prompt = prompt_of(model, item.context, item.stop, item.max_tokens, item.where)
             prompts.append((item, prompt))
-    likelihoods = iter(model.log_likelihoods([pair for _, each in pairs for pair in each]))
+    likelihood_list = model.log_likelihoods([pair for _, each in pairs for pair in each])
+    if any(math.isnan(value) for value in likelihood_list):
+        raise NumericsError(f"{model.name}: expected log-likelihoods that are numbers, got nan")
+    likelihoods = iter(likelihood_list)
     texts = model.continue_texts([prompt for _, prompt in prompts])
     found: dict[str, Score] = {}
     for item, each in pairs:

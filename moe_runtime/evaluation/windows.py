@@ -13,10 +13,11 @@ without overlap (the first tokens of each would be guessed from nothing, and the
 window).
 """
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 
-from moe_runtime.errors import DataError
+from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.evaluation.documents import Text
 from moe_runtime.evaluation.language_model import LanguageModel
 
@@ -35,6 +36,7 @@ def document_nats(model: LanguageModel, texts: Sequence[Text], context: int) -> 
 
     Raises:
         DataError: the model's tokenizer does not spell a text.
+        NumericsError: the model gives something that is no number.
     """
     assert 2 <= context <= model.context, f"windows of {context} for a model of {model.context}"
     totals = [0.0] * len(texts)
@@ -48,6 +50,9 @@ def document_nats(model: LanguageModel, texts: Sequence[Text], context: int) -> 
         found = model.token_nats([window for _, _, window in some])
         for (number, fresh, _), nats in zip(some, found, strict=True):
             totals[number] += sum(nats[len(nats) - fresh :])
+    for text, total in zip(texts, totals, strict=True):
+        if not math.isfinite(total):
+            raise NumericsError(f"{model.name}: expected finite losses, got {total} for {text.where}")
     return totals
 
 

@@ -22,7 +22,7 @@ LENGTHS = ("--lengths", "48,96")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and two runs, one with YaRN."""
+    """A folder with data and three runs, one with YaRN."""
     folder = tmp_path_factory.mktemp("context")
     (folder / "texts").mkdir()
     for number in range(6):
@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "texts" / f"{number}.txt").write_text(text)
     prepare(Request(f"dir:{folder / 'texts'}", "byte", 0, 0.0, 0.3), folder / "data")
     make_checkpoint(folder / "plain")
+    make_checkpoint(folder / "second", init_std=0.03)
     make_checkpoint(folder / "extended", yarn={"factor": 3.0, "original_seq_len": 48})
     return folder
 
@@ -45,7 +46,7 @@ def call(*arguments: object) -> str:
 def measured(made: Path) -> tuple[Record, Path, str]:
     """What a call wrote, where, and what it printed."""
     plain, extended = made / "plain/run", made / "extended/run"
-    models = (f"before={plain}", f"before={plain}", f"after={extended}")
+    models = (f"before={plain}", f"before={made / 'second/run'}", f"after={extended}")
     amounts = ("--windows", 3, "--questions", 2, "--yarn", 3, "--out", made / "found.json")
     said = call("context", "measure", *models, "--data", made / "data", *LENGTHS, *amounts)
     return read_record(made / "found.json"), made / "found.json", said
@@ -56,8 +57,7 @@ def test_models_are_measured_side_by_side(measured: tuple[Record, Path, str]) ->
     untrained = "before, YaRN untrained"
     assert [one.label for one in record.models] == ["before", untrained, "before", untrained, "after"]
     assert [one.trained for one in record.models] == [True, False, True, False, True]
-    assert record.models[0].position == record.models[2].position, "the same model on the same windows"
-    assert record.models[0].needle == record.models[2].needle
+    assert record.models[0].position != record.models[2].position
     # The same weights, YaRN put on or saved with them: one model, so far as it goes.
     assert record.models[1].position == record.models[4].position != record.models[0].position
     assert {(cell.length, cell.questions) for cell in record.models[0].needle} == {(48, 2), (96, 2)}
@@ -68,6 +68,10 @@ def test_a_written_measurement_is_shown_again(measured: tuple[Record, Path, str]
     shown = call("context", "table", path)
     assert said == shown
     assert "| before, YaRN untrained | 2 |" in shown and "| after | 1 |" in shown
+    loss, needles = (call("context", "table", path, "--part", part) for part in ("loss", "needles"))
+    assert f"{loss}\n{needles}" == shown and "Needles" not in loss
+    with pytest.raises(ConfigError, match="--part: expected loss or needles, got 'all'"):
+        call("context", "table", path, "--part", "all")
 
 
 def test_a_drawing_has_a_line_and_a_band_for_each_label(measured: tuple[Record, Path, str]) -> None:
@@ -87,7 +91,7 @@ def test_json_is_what_is_written(made: Path) -> None:
     assert json.loads(said)["models"][0]["label"] == str(made / "plain/run")
 
 
-def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(made: Path) -> None:
+def test_what_a_file_holds_is_not_measured_again_and_other_terms_are_refused(made: Path) -> None:
     path, plain = made / "grown.json", made / "plain/run"
     options = ("--data", made / "data", *LENGTHS, "--questions", 1, "--out", path)
     call("context", "measure", f"a={plain}", *options, "--windows", 2)
@@ -103,9 +107,16 @@ def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(mad
     call("context", "measure", f"a={plain}", *options, "--windows", 2, "--yarn", 8)
     assert read_record(path).models[0].position.inside.mean == 123.0
     assert read_record(path).models[1].position != thrice.position
-    call("context", "measure", f"a={plain}", *options, "--windows", 3)
-    assert read_record(path).terms.windows == 3
-    assert read_record(path).models[0].position.inside.mean not in (share, 123.0)
+    held = path.read_text()
+    with pytest.raises(ConfigError, match="got other windows; name another file"):
+        call("context", "measure", f"a={plain}", *options, "--windows", 3)
+    assert path.read_text() == held
+
+
+def test_the_same_weights_are_not_two_seeds(made: Path) -> None:
+    twice = (f"a={made / 'plain/run'}", f"a={made / 'plain/run'}")
+    with pytest.raises(ConfigError, match="expected each model once, got the same weights twice"):
+        call("context", "measure", *twice, "--data", made / "data", *LENGTHS)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,7 @@ def test_what_a_file_holds_is_not_measured_again_unless_the_terms_are_others(mad
         (("--lengths", "50,100"), ConfigError, "expected multiples of 16 for the old length"),
         (("--lengths", "32,64"), ConfigError, "lengths: expected above 40 tokens"),
         ((*LENGTHS, "--yarn", "1"), ConfigError, "--yarn: expected a factor above 1, got 1"),
+        ((*LENGTHS, "--needles", "hay"), ConfigError, "--needles: expected random or taught, got 'hay'"),
         ((*LENGTHS, "--windows", "900"), DataError, "expected 900 windows of 96 tokens"),
         ((*LENGTHS, "--out", "/nowhere/x"), ConfigError, "cannot be written"),
     ],
@@ -126,6 +138,18 @@ def test_what_cannot_be_measured_is_refused(
     few = () if "--windows" in options else ("--windows", "2", "--questions", "1")
     with pytest.raises(error, match=message):
         call("context", "measure", made / "plain/run", "--data", made / "data", *options, *few)
+
+
+def test_planted_text_can_be_prepared_and_its_needles_asked_for(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "planted.jsonl"
+    said = call("context", "plant", "--data", made / "data", "--every", 20, "--out", out)
+    assert f"--source {out}" in said
+    prepare(Request(str(out), "byte", 0, 0.0, 0.3), tmp_path / "data")
+    few = ("--windows", 2, "--questions", 1, "--needles", "taught", "--json")
+    found = call("context", "measure", made / "plain/run", "--data", tmp_path / "data", *LENGTHS, *few)
+    assert json.loads(found)["terms"]["form"]["key"] == "needle"
+    with pytest.raises(ConfigError, match="--every: expected 1 character or more, got 0"):
+        call("context", "plant", "--data", made / "data", "--every", 0, "--out", out)
 
 
 def test_data_of_another_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
@@ -147,9 +171,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         call("context", "table", tmp_path / "none.json")
 
 
-def test_the_docs_show_the_committed_measurement() -> None:
+def test_the_docs_show_the_committed_measurements() -> None:
     text = (ROOT / "docs/context_extension.md").read_text()
-    record = read_record(ROOT / "benchmarks/results/context_extension.json")
-    again = "write it anew: ./launch.sh context table RESULTS --svg docs/context_extension.svg"
-    assert tables(record) in text, again
+    record, taught = (
+        read_record(ROOT / f"benchmarks/results/context_{name}.json") for name in ("extension", "needles")
+    )
+    again = "write it anew, by the commands under `The runs of the tables`"
+    assert tables(record, ["loss"]) in text, again
+    assert tables(taught, ["needles"]) in text, again
     assert (ROOT / "docs/context_extension.svg").read_text() == draw(record), again

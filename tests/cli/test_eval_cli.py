@@ -61,11 +61,12 @@ def reckon(peer: Any, rows: list[list[int]], scored: list[int]) -> float:
 def test_bits_per_byte_are_those_of_transformers_on_the_export(made: Path) -> None:
     said = json.loads(call("eval", made / "run", "--data", made / "data", "--sequences", 0, "--json"))
     dataset = TokenDataset.open(made / "data", "validation")
-    stream, count = dataset.read(0, 2 * dataset.num_tokens).tolist(), -(-dataset.num_tokens // CONTEXT)
+    stream, count = dataset.read(0, dataset.num_tokens).tolist(), -(-dataset.num_tokens // CONTEXT)
     rows = [stream[number * CONTEXT :][: CONTEXT + 1] for number in range(count)]
-    nats = reckon(load_peer(made / "hub", 3), rows, [CONTEXT] * count)
-    num_bytes = sum(token < 256 for row in rows for token in row[1:])
-    assert (said["tokens"], said["bytes"]) == (count * CONTEXT, num_bytes)
+    rows = [row for row in rows if len(row) > 1]
+    nats = reckon(load_peer(made / "hub", 3), rows, [len(row) - 1 for row in rows])
+    num_bytes = sum(token < 256 for token in stream[1:])
+    assert (said["tokens"], said["bytes"]) == (len(stream) - 1, num_bytes)
     assert said["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert BatchLoader(dataset, CONTEXT, 1, 0).samples_per_epoch == count
 
@@ -105,13 +106,13 @@ def test_an_export_and_its_checkpoint_have_equal_bits_per_byte_and_both_are_righ
 def test_the_report_keeps_its_keys_and_line_and_tells_sources_apart(made: Path) -> None:
     command = ("eval", made / "run", "--data", made / "data", "--sequences", 8)
     said = json.loads(call(*command, "--json"))
-    assert set(said) >= BEFORE and said["tokens"] == 8 * CONTEXT and said["data"] == str(made / "data")
+    assert set(said) >= BEFORE and 0 < said["tokens"] <= 8 * CONTEXT and said["data"] == str(made / "data")
     assert sum(one["tokens"] for one in said["sources"]) == said["tokens"]
     assert [one["source"] for one in said["sources"]] == ["even", "odd"]
     first, even, _ = call(*command).splitlines()
-    assert first == (
+    assert first.startswith(
         f"step 1: loss {said['loss']:.4f}, perplexity {said['perplexity']:.2f}, "
-        f"{said['bits_per_byte']:.3f} bits per byte (512 tokens of {made / 'data'})"
+        f"{said['bits_per_byte']:.3f} bits per byte ({said['tokens']} tokens of {made / 'data'}) ["
     )
     assert even.startswith("  even  loss ") and " documents]" in even
 
@@ -174,6 +175,13 @@ def test_items_become_tasks_of_the_harness(made: Path, tmp_path: Path) -> None:
             "--items: expected a folder",
         ),
         (("compare", "run", "texts", "--data", "data", "--out", "t"), CheckpointError, "expected a run or"),
+        (
+            ("eval", "run", "--tasks", "items.jsonl", "--items", "data/../items.jsonl"),
+            ConfigError,
+            "expected another file than --tasks",
+        ),
+        (("eval", "run", "--data", "data", "--data", "./data"), ConfigError, "expected each path once"),
+        (("compare", "run", "./run", "--data", "data", "--out", "t"), ConfigError, "expected each path once"),
         (("convert", "tasks", "none.jsonl", "t"), DataError, "none.jsonl: expected a JSONL file"),
     ],
 )

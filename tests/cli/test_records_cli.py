@@ -172,11 +172,13 @@ def test_eval_of_an_untrained_model_is_near_the_uniform_loss(made: Path) -> None
 
 def test_eval_agrees_with_cross_entropy_over_all_logits(made: Path) -> None:
     from moe_runtime.checkpoint.load import load_model
-    from moe_runtime.data.loader import BatchLoader
+    from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
     from moe_runtime.data.shards import TokenDataset
 
     said = json.loads(call("eval", made / "run", "--data", made / "data", "--sequences", 7, "--json"))
-    loader = BatchLoader(TokenDataset.open(made / "data", "validation"), RUN.batch.seq_len, 1, RUN.seed)
+    loader = BatchLoader(
+        TokenDataset.open(made / "data", "validation"), RUN.batch.seq_len, 1, VALIDATION_SEED
+    )
     rows = loader.sequences(0, 7)
     model = load_model(made / "run", dtype=torch.float64)
     with torch.no_grad():

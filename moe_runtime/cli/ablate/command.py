@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.ablate.documents import fill
-from moe_runtime.cli.ablate.results import RESULTS, add_result, read_results
+from moe_runtime.cli.ablate.results import RESULTS, add_result, check_writable, read_results
 from moe_runtime.cli.ablate.study import PlannedRun, Study, planned_runs, read_study
 from moe_runtime.errors import ConfigError
 
-FP8_RUNS = "fp8_loss.jsonl"
+FP8_RUNS, DECODE_SPEED = "fp8_loss.jsonl", "decode_mla_mha.json"
 STUDIES = Path("configs/run/ablations")
 
 
@@ -62,12 +62,14 @@ def _draw(study: Study, runs: list[PlannedRun], results: Path, file: Path) -> No
 
 
 def table_of_mark(name: str, results: Path) -> str:
-    """The table of a mark: a study's, or that of the FP8 runs, which lie beside the results."""
-    if name != FP8_RUNS:
-        return _table(STUDIES / name, results)
+    """The table of a mark: a study's, or that of a file of other measurements beside the results."""
     from moe_runtime.cli.ablate.arithmetic import arithmetic_table
+    from moe_runtime.cli.ablate.decode_speed import decode_table
 
-    return arithmetic_table(results.with_name(name))
+    others = {FP8_RUNS: arithmetic_table, DECODE_SPEED: decode_table}
+    if name in others:
+        return others[name](results.with_name(name))
+    return _table(STUDIES / name, results)
 
 
 def _table(path: Path, results: Path) -> str:
@@ -96,6 +98,10 @@ def _train(runs: list[PlannedRun], jobs: int, out: Path, results: Path) -> None:
     if not lacking:
         return
     from moe_runtime.cli.ablate.train_arms import LOG, Trainer
+    from moe_runtime.train.run_lock import enter_run
+
+    check_writable(results)
+    lock = enter_run(out)  # another command would train the same runs
 
     typer.echo(
         f"{len(lacking)} of {len(runs)} runs to train, {jobs} side by side; see {out}/*/{LOG}", err=True
@@ -106,4 +112,8 @@ def _train(runs: list[PlannedRun], jobs: int, out: Path, results: Path) -> None:
         loss, seconds = result["measures"]["val_loss"], result["train_s"]
         typer.echo(f"arm {run.arm}, seed {run.seed}: validation loss {loss:.4f}, {seconds:,.0f} s", err=True)
 
-    Trainer(out.absolute(), jobs).train(lacking, done)
+    try:
+        Trainer(out.absolute(), jobs).train(lacking, done)
+    finally:
+        if lock is not None:
+            lock.close()

@@ -125,8 +125,8 @@ def curve_text(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
         results: by arm, one a seed; arms without any are left out.
     """
     curves = {arm: _mean_curve([curve_of(one) for one in found]) for arm, found in results.items() if found}
-    if len(curves) < 2:
-        return "The curve needs at least two sizes."
+    if len(curves) < 2 or min(map(len, curves.values())) < LEAST_POINTS:
+        return f"The curve needs at least two sizes, each evaluated {LEAST_POINTS} times or more on its way."
     found = frontier(curves)
     flops, lowest = found.fitted()
     law = fit(flops, lowest)

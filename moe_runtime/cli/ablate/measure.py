@@ -28,7 +28,7 @@ from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
 from moe_runtime.config.counts import cache_elements, count_parameters
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
-from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import METRICS_FILE
@@ -104,10 +104,10 @@ def _step_violation(record: dict[str, Any]) -> float | None:
 
 @torch.no_grad()
 def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
-    """Loss and routing over the whole validation split."""
+    """Loss and routing over the whole validation split, whose last window goes on at its beginning."""
     seen = [RouterWatch(moe.router) for _, moe in model.moe_layers()]
     counter = ByteCounter(dataset.load_tokenizer())
-    loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, config.seed)
+    loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, VALIDATION_SEED)
     nats, tokens, num_bytes = 0.0, 0, 0
     for rows in loader.validation_batches(loader.samples_per_epoch, BATCH_ROWS):
         targets = rows[:, 1 : rows.shape[1] - config.model.mtp_depth]
@@ -155,7 +155,7 @@ def routing_figures(seen: list[RouterWatch], num_experts: int) -> dict[str, floa
 
 def _drafts(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
     """How often drafts of the MTP modules stand on the validation text, in percent."""
-    loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, config.seed)
+    loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, VALIDATION_SEED)
     found = teacher_forced(InferenceModel(model), loader.sequences(0, DRAFTED_ROWS))
     named = {"accepted_sampled": found["sampled"][0], "accepted_greedy": found["greedy"][0]}
     if config.model.mtp_depth > 1:

@@ -1,22 +1,25 @@
 """How a study's arms go over training: a table at a few places, and a picture.
 
-Curves of a result are lists of (tokens, value). Arms are read off at the same tokens: at each of `ROWS`
-shares of the shortest run, the last point that is not beyond it.
+Curves of a result are lists of (tokens, value). The table shows places where every run has a value of its
+own: nothing is carried over from an earlier place or drawn in between.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_runtime.errors import ConfigError
 from moe_runtime.evaluation.intervals import mean_interval
 
 CURVES = {
-    "violation": "violation of the worse layer, mean over the stretch before",
-    "val_loss": "validation loss, nats a token",
-    "loss": "training loss, nats a token, mean over the stretch before",
+    "violation": "violation of the worse layer, mean over the {stretch:,} tokens before",
+    "val_loss": "validation loss, nats a token, over the sequences of `train.eval_sequences`",
+    "loss": "training loss, nats a token, mean over the {stretch:,} tokens before",
 }
 ROWS = 6
+Curve = Sequence[Sequence[float]]
 Arms = Mapping[str, Sequence[dict[str, Any]]]
 
 
@@ -28,24 +31,22 @@ def over_time_table(curve: str, arms: Arms) -> str:
         arms: results by arm, one a seed.
     """
     having = {
-        arm: curves
+        arm: [dict(map(tuple, points)) for points in curves]
         for arm, found in arms.items()
         if (curves := [one["curves"][curve] for one in found if curve in one["curves"]])
     }
     if not having:
-        return f"No run has the curve of {CURVES[curve]} yet."
-    last = min(points[-1][0] for curves in having.values() for points in curves)
-    head = [f"tokens ({CURVES[curve]})", *having]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for row in range(1, ROWS + 1):
-        tokens = last * row // ROWS
-        cells = [_shown([_value_at(points, tokens) for points in curves]) for curves in having.values()]
+        return f"No run has the curve of {curve} yet."
+    shared = sorted(set.intersection(*(set(points) for curves in having.values() for points in curves)))
+    if not shared:
+        return f"The arms have {curve} at no number of tokens in common."
+    places = [shared[row] for row in np.unique(np.linspace(0, len(shared) - 1, ROWS).round().astype(int))]
+    said = CURVES[curve].format(stretch=shared[0])
+    lines = [f"| tokens ({said}) | {' | '.join(having)} |", f"|{' --- |' * (1 + len(having))}"]
+    for tokens in places:
+        cells = [_shown([points[tokens] for points in curves]) for curves in having.values()]
         lines.append(f"| {' | '.join([f'{tokens:,}', *cells])} |")
     return "\n".join(lines)
-
-
-def _value_at(points: Sequence[Sequence[float]], tokens: float) -> float:
-    return [value for place, value in points if place <= tokens or place == points[0][0]][-1]
 
 
 def _shown(values: Sequence[float]) -> str:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from moe_runtime.cli.ablate.columns import COLUMNS
@@ -32,9 +31,11 @@ from moe_runtime.config.finding import Finding, FindingsError
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.section import Count, Section
+from moe_runtime.config.tree import read_file
 from moe_runtime.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+_FIXED = ("seed", "name", "out_dir")
 _REPORTING = ("log_every", "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints")
 _NO_OUTCOME: Any = {
     "name": True,
@@ -64,6 +65,13 @@ class Study(Section):
             found.append(Finding.expected("against", f"one of the arms {', '.join(self.arms)}", self.against))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             found.append(Finding.expected("seeds", "at least one, each once", list(self.seeds)))
+        if len(set(self.columns)) < len(self.columns):
+            found.append(Finding.expected("columns", "each once", list(self.columns)))
+        for arm, overrides in self.arms.items():
+            fixed = [one for one in overrides if one.partition("=")[0].strip() in _FIXED]
+            if fixed:
+                text = f"{', '.join(_FIXED)} are the study's to set, got {fixed[0]}; leave it out"
+                found.append(Finding(f"arms.{arm}", text))
         for column in self.columns:
             if column not in COLUMNS:
                 found.append(Finding.expected("columns", f"of {', '.join(COLUMNS)}", column))
@@ -99,13 +107,11 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: there is none, or it is wrong; a line for each mistake.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a study's YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict) or "arms" not in values:
+    tree = read_file(path, _no_bases)
+    if tree.mistakes:
+        raise ConfigError("\n".join(tree.mistakes))
+    values = tree.values
+    if "arms" not in values:
         raise ConfigError(f"{path}: expected a study with name, question, base, arms and against")
     try:
         return Study.model_validate(values)
@@ -124,6 +130,10 @@ def _lines(error: ValidationError) -> list[str]:
     return lines
 
 
+def _no_bases(name: str, file: Path) -> Path:
+    raise ConfigError(f"{file}: expected a study with arms, got a run config, with bases; name it as `base`")
+
+
 def planned_runs(study: Study, path: Path) -> list[PlannedRun]:
     """The runs of a study, all arms of a seed before the next seed: pairs are whole early.
 
@@ -131,11 +141,32 @@ def planned_runs(study: Study, path: Path) -> list[PlannedRun]:
         ConfigError: an arm's config is wrong; names the arm.
     """
     base = path.parent / study.base
-    return [
+    if not base.is_file():
+        raise ConfigError(f"{path}: base: expected a run config beside this file, got none at {base}")
+    runs = [
         _planned(study.name, base, arm, seed, overrides)
         for seed in study.seeds
         for arm, overrides in study.arms.items()
     ]
+    _check_arms(study, runs)
+    return runs
+
+
+def _check_arms(study: Study, runs: list[PlannedRun]) -> None:
+    """Arms read the same data, and differ in something else."""
+    firsts = [run for run in runs if run.seed == study.seeds[0]]
+    for run in firsts:
+        if run.config.data != firsts[0].config.data:
+            raise ConfigError(
+                f"{study.name}, arm {run.arm}: expected the data of arm {firsts[0].arm}, got other "
+                "settings under data; arms are compared on the same text"
+            )
+        same = next(other for other in firsts if other.key == run.key)
+        if same is not run:
+            raise ConfigError(
+                f"{study.name}, arm {run.arm}: expected a difference from arm {same.arm}, got the same run; "
+                "leave one of them out"
+            )
 
 
 def _planned(study: str, base: Path, arm: str, seed: int, overrides: tuple[str, ...]) -> PlannedRun:

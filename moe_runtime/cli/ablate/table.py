@@ -85,6 +85,8 @@ def _difference(column: Column, found: dict[int, Any], base: dict[int, Any]) -> 
     text = f"{interval.mean:+,.{digits}f}{unit}"
     if column.exact:
         return text
+    if interval.mean != interval.mean:
+        return "not a number: a run diverged"
     if interval.low != interval.low:
         return f"{text} (one seed)"
     word = "resolved" if interval.resolved else "not resolved"

@@ -136,7 +136,7 @@ def _notes(wanted: Wanted, texts: list[list[Text]], measured: list[Measured]) ->
         cut = sum(score.is_cut for each in one.scores for score in each)
         ties = sum(score.ties for each in one.scores for score in each)
         if cut:
-            notes.append(f"{one.column.label}: {cut} items cut from the left to what it sees.")
+            notes.append(f"{one.column.label}: items cut from the left to what it sees: {cut}.")
         if ties:
-            notes.append(f"{one.column.label}: {ties} items tie, the first of the best choices was taken.")
+            notes.append(f"{one.column.label}: ties, where the first of the best was taken: {ties}.")
     return tuple(notes)

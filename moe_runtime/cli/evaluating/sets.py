@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_runtime.cli.evaluating.models import OpenModel, check_tokenizer
-from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.shards import TokenDataset
+from moe_runtime.errors import NumericsError
 from moe_runtime.evaluation.loss import evaluate
 from moe_runtime.evaluation.tally import EvalResult, Tally, by_part
 
@@ -32,13 +35,18 @@ def measure_set(opened: OpenModel, data: Path, sequences: int | None) -> SetFigu
 
     Raises:
         DataError: no prepared data there, or ids of another tokenizer.
+        NumericsError: the model gives something that is no number.
     """
     dataset = TokenDataset.open(data, "validation")
     check_tokenizer(opened.checkpoint, dataset)
     config, model = opened.config, opened.config.model
-    loader = BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, config.seed, model.vocab_size)
+    loader = BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, VALIDATION_SEED, model.vocab_size)
     wanted = loader.samples_per_epoch if sequences is None else sequences
     tally = evaluate(opened.model, loader, wanted, BATCH_SEQUENCES)
+    if not np.isfinite(tally.nats).all():
+        raise NumericsError(
+            f"{opened.checkpoint.path}: expected finite losses on {data}, got nan or infinity"
+        )
     parts = {name: part.result() for name, part in by_part(tally, *dataset.document_parts()).items()}
     return SetFigures(str(data), tally, tally.result(), parts)
 
@@ -67,7 +75,8 @@ def set_lines(figures: list[SetFigures], step: int) -> list[str]:
     """A line for each set, and for all; below a set, its sources if there are several."""
     lines = []
     for one in figures:
-        lines.append(f"step {step}: {_said(one.total)} ({one.total.tokens:,} tokens of {one.data})")
+        counted = f"({one.total.tokens:,} tokens of {one.data})"
+        lines.append(f"step {step}: {_said(one.total)} {counted} {_interval(one.total)}")
         if len(one.sources) > 1:
             width = max(map(len, one.sources))
             lines += [

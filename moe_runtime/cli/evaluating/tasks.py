@@ -61,9 +61,9 @@ def task_lines(figures: TaskFigures, context: int) -> list[str]:
     ]
     lines = [f"{figures.file}: {', '.join(said)}"]
     if result.ties:
-        lines.append(f"  {result.ties} items tie: the first of the best choices was taken")
+        lines.append(f"  ties, where the first of the best choices was taken: {result.ties}")
     if result.cut:
-        lines.append(f"  {result.cut} items are longer than the {context} tokens seen: cut from the left")
+        lines.append(f"  longer than the {context} tokens seen, and cut from the left: {result.cut}")
     return lines
 
 

@@ -12,7 +12,7 @@ from moe_runtime.cli.long_context.record import Measured, NeedleCell, Record, Te
 from moe_runtime.config.schema import YarnConfig
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.errors import DataError
+from moe_runtime.errors import ConfigError, DataError
 from moe_runtime.evaluation.by_position import loss_by_position
 from moe_runtime.evaluation.needle import Haystack, ask
 from moe_runtime.model.inference import InferenceModel
@@ -68,8 +68,15 @@ def measure(wanted: Sequence[Subject], terms: Terms, device: str, known: Record 
     """
     text = TokenDataset.open(terms.data, "validation")
     haystack = Haystack(TokenDataset.open(terms.needle_data, "validation"), terms.form, SEED)
+    keys = [_key_of(subject) for subject in wanted]
+    for subject, key in zip(wanted, keys, strict=True):
+        if keys.count(key) > 1:
+            raise ConfigError(
+                f"{subject.label}={subject.named}: expected each model once, got the same weights twice; "
+                "they would count as two seeds"
+            )
     earlier = {} if known is None or known.terms != terms else {_key(one): one for one in known.models}
-    found = [earlier.get(_key_of(subject)) for subject in wanted]
+    found = [earlier.get(key) for key in keys]
     yield _so_far(terms, found)
     for number, subject in enumerate(wanted):
         if found[number] is None:

@@ -11,22 +11,32 @@ from moe_runtime.cli.long_context.record import Measured, Record
 from moe_runtime.evaluation.by_position import PositionLoss
 from moe_runtime.evaluation.intervals import Interval, mean_interval, share_interval
 
+PARTS = ("loss", "needles")
 
-def tables(record: Record) -> str:
-    """All tables as Markdown, with a heading each."""
-    groups = groups_of(record)
-    old = record.terms.lengths[0]
-    return "\n\n".join(
-        (
-            f"Loss in nats a token, inside and beyond the old length of {old} tokens:",
-            summary_table(groups),
-            "Loss by position, nats a token:",
-            bucket_table(groups),
-            f"Needles found, in percent: the value preferred among {record.terms.form.choices} (95% "
-            "interval) / returned by greedy decoding, by length and depth:",
-            needle_table(groups),
-        )
+
+def tables(record: Record, parts: Sequence[str] = PARTS) -> str:
+    """Tables as Markdown, with a heading each; `parts` says which."""
+    shown = {"loss": _loss_tables, "needles": _needle_tables}
+    return "\n\n".join(piece for part in parts for piece in shown[part](record))
+
+
+def _loss_tables(record: Record) -> tuple[str, ...]:
+    groups, old = groups_of(record), record.terms.lengths[0]
+    return (
+        f"Loss in nats a token, inside and beyond the old length of {old} tokens:",
+        summary_table(groups),
+        "Loss by position, nats a token:",
+        bucket_table(groups),
     )
+
+
+def _needle_tables(record: Record) -> tuple[str, ...]:
+    choices = record.terms.form.choices
+    heading = (
+        f"Needles found, in percent: the value preferred among {choices} (95% interval) / returned by greedy "
+        "decoding, by length and depth:"
+    )
+    return heading, needle_table(groups_of(record))
 
 
 def summary_table(groups: dict[str, list[Measured]]) -> str:
@@ -66,8 +76,10 @@ def needle_table(groups: dict[str, list[Measured]]) -> str:
     for label, seeds in groups.items():
         for length in lengths:
             cells = [_needle_cell(seeds, length, depth) for depth in (*depths, None)]
-            rows.append((label, str(length), *cells))
-    return _markdown(("model", "length", *(f"depth {depth:g}" for depth in depths), "all depths"), rows)
+            rows.append((label, str(len(seeds)), str(length), *cells))
+    return _markdown(
+        ("model", "seeds", "length", *(f"depth {depth:g}" for depth in depths), "all depths"), rows
+    )
 
 
 def _needle_cell(seeds: Sequence[Measured], length: int, depth: float | None) -> str:

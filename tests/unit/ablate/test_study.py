@@ -62,19 +62,43 @@ def test_mistakes_are_told_with_file_and_key(tmp_path, changes, said):
     assert said in str(caught.value) and str(tmp_path / "one.yaml") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ({"a": [], "b": ["seed=7"]}, "arms.b: seed, name, out_dir are the study's to set, got seed=7"),
+        ({"a": [], "b": ["data.path=elsewhere"]}, "arm b: expected the data of arm a"),
+        ({"a": [], "b": ["train.log_every=7"]}, "arm b: expected a difference from arm a"),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_refused(tmp_path, arms, said):
+    file = _written(tmp_path, arms=arms)
+    with pytest.raises(ConfigError) as caught:
+        planned_runs(read_study(file), file)
+    assert said in str(caught.value)
+
+
 def test_a_wrong_override_names_its_arm(tmp_path):
     file = _written(tmp_path, arms={"a": [], "b": ["model.mpt_depth=1"]})
     with pytest.raises(ConfigError, match=r"one, arm b: .*mtp_depth"):
         planned_runs(read_study(file), file)
 
 
+def test_a_base_is_looked_for_beside_the_study_and_keys_stand_once(tmp_path):
+    file = _written(tmp_path, base="../none.yaml")
+    with pytest.raises(ConfigError, match=r"base: expected a run config beside this file.*none\.yaml"):
+        planned_runs(read_study(file), file)
+    file.write_text(file.read_text() + "question: again\n")
+    with pytest.raises(ConfigError, match="question"):
+        read_study(file)
+
+
 def test_no_study_there_or_no_yaml(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_study(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         read_study(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match="expected a study"):
+    with pytest.raises(ConfigError, match="expected a study with arms, got a run config"):
         read_study(BASE)
 
 

@@ -8,12 +8,20 @@ from moe_runtime.cli.ablate.command import table_of_mark
 from moe_runtime.cli.ablate.documents import fill, filled
 from moe_runtime.cli.ablate.over_time import draw, over_time_table
 from moe_runtime.cli.ablate.results import RESULTS
-from moe_runtime.cli.ablate.study import planned_runs, read_study
+from moe_runtime.cli.ablate.study import Study, planned_runs
 from moe_runtime.cli.ablate.table import study_table
 from moe_runtime.errors import ConfigError
 from tests.arch.sources import ROOT
 
-DENSE = ROOT / "configs/run/ablations/dense.yaml"
+BASE = ROOT / "configs/run/ablations/base.yaml"
+STUDY = {
+    "name": "dense",
+    "question": "which?",
+    "base": BASE.name,
+    "arms": {"moe": [], "dense": ["model.num_dense_layers=3"]},
+    "against": "dense",
+    "columns": ["val_loss", "val_bpb", "params_active"],
+}
 
 
 def _result(loss: float, active: float = 300.0) -> dict:
@@ -22,8 +30,8 @@ def _result(loss: float, active: float = 300.0) -> dict:
 
 
 def _study_and_results(losses: dict[str, list[float]]):
-    study = read_study(DENSE)
-    runs = planned_runs(study, DENSE)
+    study = Study.model_validate(STUDY)
+    runs = planned_runs(study, BASE)
     results = {
         run.key: _result(losses[run.arm][run.seed - 1]) for run in runs if run.seed <= len(losses[run.arm])
     }
@@ -84,14 +92,16 @@ def test_the_tables_of_the_document_are_those_of_the_committed_results(monkeypat
 def test_arms_are_read_off_at_the_same_tokens_and_drawn(tmp_path):
     arms = {
         "a": [{"curves": {"loss": [[10, 3.0], [60, 2.0]]}}, {"curves": {"loss": [[10, 5.0], [60, 4.0]]}}],
-        "b": [{"curves": {"loss": [[30, 1.0], [120, 0.5]]}}],
+        "b": [{"curves": {"loss": [[10, 1.5], [30, 1.0], [60, 0.5]]}}],
         "none": [{"curves": {}}],
     }
     lines = over_time_table("loss", arms).splitlines()
-    assert "none" not in lines[0] and len(lines) == 8
-    assert lines[2].startswith("| 10 | 4.000 ±") and lines[2].endswith("| 1.000 |")
-    assert lines[-1].startswith("| 60 | 3.000 ±") and lines[-1].endswith("| 1.000 |")
+    assert "none" not in lines[0] and len(lines) == 4  # 30 is not a place that all runs have
+    assert lines[2].startswith("| 10 | 4.000 ±") and lines[2].endswith("| 1.500 |")
+    assert lines[3].startswith("| 60 | 3.000 ±") and lines[3].endswith("| 0.500 |")
     assert "has the curve" in over_time_table("violation", arms)
+    apart = arms | {"b": [{"curves": {"loss": [[20, 1.0]]}}]}
+    assert "at no number of tokens in common" in over_time_table("loss", apart)
     draw(["loss"], arms, "which?", tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").read_text().count("<path") > 3
     with pytest.raises(ConfigError, match="cannot be written"):

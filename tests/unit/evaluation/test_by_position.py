@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_runtime.evaluation.by_position import loss_by_position, short_losses, summarise, token_losses
+from moe_runtime.evaluation.by_position import loss_by_position, short_losses, summarise, window_losses
 from moe_runtime.model.transformer import Transformer
 from tests.unit.model.samples import F64, draw_tokens, small_config, small_model
 
@@ -17,7 +17,7 @@ def model() -> Transformer:
 
 def test_losses_of_tokens_have_the_mean_that_training_has(model: Transformer) -> None:
     rows = draw_tokens(model.config, 3, 41)
-    losses = token_losses(model, rows)
+    losses = window_losses(model, rows)
     assert losses.shape == (3, 40)
     assert losses.mean().item() == pytest.approx(model.losses(rows).loss.item(), rel=1e-12)
 

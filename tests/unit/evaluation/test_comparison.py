@@ -38,6 +38,16 @@ def test_a_difference_that_every_document_shares_is_resolved_though_intervals_ov
     assert [(row.part, row.count) for row in (total, *parts)] == [(None, 40), ("a", 20), ("b", 20)]
 
 
+def test_rounding_is_no_difference_and_few_documents_resolve_none() -> None:
+    nats = [100.0 + number for number in range(40)]
+    (row, *_) = likelihood_rows("set", texts_of([100] * 40), [nats, [one * (1 + 1e-8) for one in nats]])
+    assert row.differences[0].resolved and not row.resolves(row.differences[0])
+    (row, *_) = likelihood_rows("set", texts_of([100] * 40), [nats, [one * 1.01 for one in nats]])
+    assert row.resolves(row.differences[0])
+    (row, *_) = likelihood_rows("set", texts_of([100] * 9), [nats[:9], [one * 1.01 for one in nats[:9]]])
+    assert not row.resolves(row.differences[0])
+
+
 def test_items_are_paired_too() -> None:
     item = ChoiceItem("f:1", "1", "", ("a", "b"), 0)
     right, wrong = (choose(item, lls, False) for lls in ([-1.0, -2.0], [-2.0, -1.0]))

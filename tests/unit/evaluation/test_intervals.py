@@ -34,7 +34,7 @@ def test_identical_pairs_are_not_resolved():
 
 
 def _coverage(interval_of, truth: float) -> float:
-    found = [interval_of(np.random.default_rng(trial)) for trial in range(300)]
+    found = [interval_of(np.random.default_rng(trial)) for trial in range(200)]
     return float(np.mean([one.low <= truth <= one.high for one in found]))
 
 
@@ -46,7 +46,7 @@ def test_t_intervals_of_three_cover_the_truth_19_times_in_20():
 def test_bootstrap_over_documents_of_unequal_size_covers_the_truth():
     def one(random):
         sizes = random.lognormal(3.0, 1.0, 60)
-        return bootstrap_ratio(list(sizes * random.normal(2.0, 0.4, 60)), list(sizes), rounds=300)
+        return bootstrap_ratio(list(sizes * random.normal(2.0, 0.4, 60)), list(sizes), rounds=200)
 
     assert 0.88 < _coverage(one, 2.0) < 0.98
 

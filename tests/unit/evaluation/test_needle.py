@@ -7,7 +7,7 @@ from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.tokenise import Request
 from moe_runtime.errors import ConfigError
-from moe_runtime.evaluation.needle import Haystack, NeedleForm, Trial, ask, value_scores
+from moe_runtime.evaluation.needle import FORMS, Haystack, NeedleForm, Trial, ask, value_scores
 from moe_runtime.generate.decode_reference import generate
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.transformer import Transformer
@@ -44,6 +44,17 @@ def test_values_are_alike_and_only_the_true_one_is_in_the_prompt(text: TokenData
     prompt = bytes(token for token in trial.prompt if token < 256)
     assert len({tuple(value) for value in trial.values}) == FORM.choices == len(trial.values)
     assert [bytes(value) in prompt for value in trial.values] == [True] + [False] * (FORM.choices - 1)
+
+
+def test_taught_needles_have_one_key_and_values_of_one_letter_that_differ(text: TokenDataset) -> None:
+    form = FORMS["taught"]
+    for trial in Haystack(text, form).trials(120, 0.5, 20):
+        prompt = bytes(token for token in trial.prompt if token < 256).decode()
+        values = [bytes(value).decode() for value in trial.values]
+        assert f"needle = '{values[0]}\n" in prompt and prompt.endswith("\nneedle = '")
+        assert prompt.count("needle") == 2
+        assert all(value == f"{value[0] * 4}'" and value[0].isupper() for value in values)
+        assert len(set(values)) == form.choices
 
 
 def test_the_same_seed_makes_the_same_questions_and_another_one_others(text: TokenDataset) -> None:

@@ -42,6 +42,8 @@ def test_both_kinds_are_read_with_their_defaults(tmp_path: Path) -> None:
         ('{"context": "a", "target": "b", "stopp": ["c"]}', "keys out of context, id, max_tokens, stop"),
         ('{"context": "a", "target": "b", "stop": [""]}', "under stop"),
         ('{"context": "a", "target": "b", "max_tokens": 0}', "at least 1 under max_tokens, got 0"),
+        ('{"context": "a", "target": "b", "target": "c"}', "the key 'target' stands twice"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": ' + "9" * 5000 + "}", "got no JSON (Exceeds"),
         ('{"id": [], "context": "a", "target": "b"}', "a string or a number under id"),
     ],
 )
