@@ -1,7 +1,8 @@
 """What failures take: how often a job is interrupted, how often it should save, how much of its time trains.
 
-Failures of machines come independently, so a job on N nodes has one every M = 1 / (N x rate) in the mean. Each
-costs the restart R and the work since the last save, half an interval W in the mean; each save costs its pause C.
+Failures of machines come independently, so a job on N nodes has one every M = 1 / (N x rate) in the mean.
+Each costs the restart R and the work since the last save, half an interval W in the mean; each save costs its
+pause C.
 
     share that trains = 1 / (1 + C / W + (W / 2 + R) / M)       best interval W = sqrt(2 C M)
 
@@ -12,8 +13,8 @@ does not count. Beyond W = M the formula says that nearly nothing trains, which 
 import math
 from dataclasses import dataclass
 
-from moe_runtime.planner.cluster import Failures
-from moe_runtime.planner.estimate import World
+from moe_runtime.planner.hardware.cluster import Failures
+from moe_runtime.planner.hardware.estimate import World
 
 DAY_S, MINUTE_S = 86_400.0, 60.0
 

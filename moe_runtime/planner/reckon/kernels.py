@@ -134,7 +134,7 @@ def attend(model: ModelConfig, shape: Shape, recompute: RecomputeConfig, router:
         again += norms
     if recompute.mla_up:
         again += [*ups, turned]
-    backward = [
+    backward: list[Kernel] = [
         *again,
         *map(_of_input, (*route, out, *ups, *downs)),
         *_casts(shape, [_of_input(one) for one in (out, *ups, *downs)]),
@@ -143,7 +143,10 @@ def attend(model: ModelConfig, shape: Shape, recompute: RecomputeConfig, router:
         Move("norms backward", BF16 * t * (4 * 2 * hidden + 4 * latents)),
         Move("residual", BF16 * 3 * t * hidden),
     ]
-    weights = [*map(_of_weight, (*route, out, *ups, *downs)), *_column_casts(shape, [out, *ups, *downs[:1]])]
+    weights: list[Kernel] = [
+        *map(_of_weight, (*route, out, *ups, *downs)),
+        *_column_casts(shape, [out, *ups, *downs[:1]]),
+    ]
     return Phases(tuple(forward), tuple(backward), tuple(weights))
 
 

@@ -11,9 +11,9 @@ multiprocessors that it leaves; what is bound by memory is not slowed by that.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_runtime.planner.cluster import Cluster, Products
-from moe_runtime.planner.estimate import Curve, World
-from moe_runtime.planner.kernels import Attention, Kernel, Move, Product
+from moe_runtime.planner.hardware.cluster import Cluster, Products
+from moe_runtime.planner.hardware.estimate import Curve, World
+from moe_runtime.planner.reckon.kernels import Attention, Kernel, Move, Product
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 FP32, BF16 = 4, 2

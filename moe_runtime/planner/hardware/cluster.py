@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_runtime.config.section import Section
-from moe_runtime.planner.estimate import Curve, Estimate
+from moe_runtime.planner.hardware.estimate import Curve, Estimate
 
 
 class Peaks(Section):

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from math import comb
 
 from moe_runtime.config.schema import ModelConfig
-from moe_runtime.planner.cluster import Cluster
-from moe_runtime.planner.estimate import World
+from moe_runtime.planner.hardware.cluster import Cluster
+from moe_runtime.planner.hardware.estimate import World
 
 GIGA, MICRO = 1e9, 1e-6
 
