@@ -128,7 +128,7 @@ def attend(model: ModelConfig, shape: Shape, recompute: RecomputeConfig, router:
     after = [Move("residual", BF16 * 3 * t * hidden), _norm("norm after", t, hidden)]
     route = [Product("router", t, hidden, model.num_experts, fp8=False)] if router else []
     casts = _casts(shape, [*downs[:1], *ups, out])
-    forward = [norms[0], *casts, *downs, norms[1], *ups, turned, core, out, *after, *route]
+    forward: list[Kernel] = [norms[0], *casts, *downs, norms[1], *ups, turned, core, out, *after, *route]
     again: list[Kernel] = []
     if recompute.norm:
         again += norms
