@@ -1,7 +1,8 @@
 """What lies ready for messages: rows on their way to experts and back, streams between stages.
 
     alltoall   rows packed by destination, and room for those that arrive; each as many records as rows
-    two_hop    records to nodes, a chunk of the tokens at a time; records to ranks, all that arrive
+    two_hop    records to nodes and those that cross, records to ranks and those that end here, these twice,
+               for they are joined from the chunks that they came in
     local      nothing: rows are gathered straight from tokens
 
 One exchange at a time, or two where a forward and a backward are interleaved (`parallel/overlap.py` starts
@@ -9,13 +10,13 @@ the second before it waits for the first). The ways back carry what is summed, i
 """
 
 from moe_runtime.config.layout import ResolvedLayout
-from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.schema import ModelConfig, RunConfig
 from moe_runtime.planner.reckon.exchange import uniform_spread
 from moe_runtime.planner.reckon.kernels import Shape
 from moe_runtime.planner.reckon.states import ITEM
 from moe_runtime.schedule.action import Overlap, Program
 
-CHUNKS = 4  # of a two-hop exchange, as the dispatcher's default
+RANKS_PER_NODE = 8  # where the layout does not say
 WEIGHT = 4  # a gate weight beside a row
 _WIRE = {"bf16": 2.0, "fp32": 4.0, "fp8": 1 + 4 / 128, "fp8_pow2": 1 + 1 / 128}
 
@@ -39,26 +40,34 @@ def dispatcher_bytes(
     config: RunConfig, layout: ResolvedLayout, program: Program, rank: int, shape: Shape
 ) -> float:
     """Buffers of the exchanges under way at the fullest moment."""
-    if layout.dispatcher == "local" or not config.model.num_layers > config.model.num_dense_layers:
+    model = config.model
+    if layout.dispatcher == "local" or model.num_layers + model.mtp_depth == model.num_dense_layers:
         return 0.0
-    hidden = config.model.hidden_size
-    record = hidden * max(wire_bytes(config), wire_bytes(config, back=True)) + WEIGHT
-    at_once = 2 if any(isinstance(entry, Overlap) for entry in program.rows[rank]) else 1
-    return at_once * record * _records(config, layout, shape)
+    widest = model.hidden_size * max(wire_bytes(config), wire_bytes(config, back=True)) + WEIGHT
+    return _at_once(program, rank) * widest * _records(config, layout, shape)
+
+
+def _at_once(program: Program, rank: int) -> int:
+    return 2 if any(isinstance(entry, Overlap) for entry in program.rows[rank]) else 1
 
 
 def _records(config: RunConfig, layout: ResolvedLayout, shape: Shape) -> float:
-    """Records of one exchange in both of its buffers."""
-    choices = shape.tokens * config.model.top_k
-    if layout.dispatcher == "alltoall":
+    """Records of one exchange in all of its buffers."""
+    model, per_node = config.model, config.layout.ranks_per_node or RANKS_PER_NODE
+    choices = shape.tokens * model.top_k
+    if not _goes_two_hops(model, layout, per_node):
         return choices + shape.rows
-    spread = uniform_spread(config.model, layout.ep, config.layout.ranks_per_node or RANKS_PER_NODE)
-    uneven = shape.rows / choices
-    far = spread.nodes * shape.tokens * (1 + uneven) / CHUNKS
-    return far + spread.ranks * shape.tokens * (uneven + uneven / CHUNKS)
+    spread, uneven = uniform_spread(model, layout.ep, per_node), shape.rows / choices
+    far, near = spread.nodes * shape.tokens, spread.ranks * shape.tokens
+    return far * (1 + uneven) + near * (1 + 2 * uneven)
 
 
-RANKS_PER_NODE = 8
+def _goes_two_hops(model: ModelConfig, layout: ResolvedLayout, per_node: int) -> bool:
+    """What `auto` takes: two hops over several whole nodes of whole routing groups."""
+    if layout.dispatcher != "auto":
+        return layout.dispatcher == "two_hop"
+    nodes, left = divmod(layout.ep, per_node)
+    return nodes > 1 and not left and model.num_groups % nodes == 0
 
 
 def boundary_bytes(config: RunConfig, tensors: int, shape: Shape) -> float:

@@ -92,7 +92,8 @@ def rank_states(config: RunConfig, layout: ResolvedLayout, rank: int) -> States:
     padded = sum(_up(size, _ALIGNMENT * each) for size, each in groups)
     share = sum(_up(size, _ALIGNMENT * each) // each for size, each in groups)
     whole = float(max(FP32, item)) * held.weights
-    partition, bucket = float(FP32 * share), FP32 * min(_BUCKET, max(size for size, _ in groups))
+    # A bucket is filled, and copied as it is sent.
+    partition, bucket = float(FP32 * share), 2.0 * FP32 * min(_BUCKET, max(size for size, _ in groups))
     shares_gradients = config.layout.zero_stage == 2
     return States(
         weights=item * padded + FP32 * held.bias,
