@@ -17,16 +17,18 @@ Every term counts an entry's least time, so the bound holds for any costs and is
 never wait in between, such as 1F1B. Waits in between, and messages that hold up a lane, only add to it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import le, mul
 
 from moe_runtime.planner.costs import Costs
+from moe_runtime.planner.reckon.kept import Live
+from moe_runtime.planner.reckon.live import boundary_tensors
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program, actions_of, is_transfer
 
 _BACK = (Kind.BACKWARD, Kind.INPUT_GRAD)
-_FREEING = (Kind.BACKWARD, Kind.WEIGHT_GRAD)
 Counts = tuple[tuple[Entry, int], ...]
-Live = tuple[int, ...]
+Counted = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class RowDigest:
         before, during, after: how often each kind of entry runs, microbatch numbers left out.
         first: stage of the first forward; turn, last: of the first and of the last backward for inputs.
         stages: that the rank holds, in order.
-        peaks: microbatches alive in each of `stages`, at every moment that no other moment exceeds.
+        peaks: microbatches alive in each of `stages`, then those that wait for W in each, at every moment
+            that no other moment exceeds.
+        boundary: most tensors between stages at a time, as `live.py` counts them.
     """
 
     before: Counts
@@ -47,12 +51,18 @@ class RowDigest:
     turn: int
     last: int
     stages: tuple[int, ...]
-    peaks: tuple[Live, ...]
+    peaks: tuple[Counted, ...]
+    boundary: int
 
-    def peak(self, bytes_of: Iterable[float]) -> float:
-        """Most memory of live microbatches at once, given that of one microbatch in each of `stages`."""
-        sizes = tuple(bytes_of)
-        return max(sum(n * size for n, size in zip(live, sizes, strict=True)) for live in self.peaks)
+    @property
+    def overlaps(self) -> bool:
+        """Some forwards and backwards run interleaved."""
+        return any(isinstance(entry, Overlap) for entry, _ in self.during)
+
+    def fullest(self, stages: Sequence[Live]) -> float:
+        """Most bytes of activations at once, given those of one microbatch in each stage of the program."""
+        sizes = [stages[stage].whole for stage in self.stages] + [stages[stage].owed for stage in self.stages]
+        return max(sum(map(mul, counted, sizes)) for counted in self.peaks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +71,13 @@ class Digest:
 
     Args:
         sent: of each stage's output, whether another rank reads it (in any direction).
-        kinds: every kind of entry that occurs.
+        sample: the program with every kind of entry of a row once, for whoever asks what it consists of.
     """
 
     rows: tuple[RowDigest, ...]
     num_stages: int
     sent: tuple[bool, ...]
-    kinds: frozenset[Entry]
+    sample: Program
 
     def lower_bound(self, costs: Costs) -> float:
         """The least time that a simulation with these costs could give."""
@@ -100,7 +110,7 @@ class Digest:
     def _least(self, costs: Costs) -> tuple[list[float], list[float]]:
         """The least times of a forward and of a backward for inputs in each stage, alone or in a pair."""
         forward, backward = [float("inf")] * self.num_stages, [float("inf")] * self.num_stages
-        for entry in self.kinds:
+        for entry in {entry for row in self.sample.rows for entry in row}:
             time = costs.duration(entry)
             for action in actions_of(entry):
                 if action.kind is Kind.FORWARD:
@@ -114,14 +124,15 @@ def digest(program: Program) -> Digest:
     """Read a program once; transfers in it are passed over."""
     rows = [[entry for entry in row if not is_transfer(entry)] for row in program.rows]
     digests = tuple(_row(row, program, rank) for rank, row in enumerate(rows))
-    kinds = frozenset(
-        entry for row in digests for part in (row.before, row.during, row.after) for entry, _ in part
+    sample = tuple(
+        tuple(dict.fromkeys(entry for part in (row.before, row.during, row.after) for entry, _ in part))
+        for row in digests
     )
     sent = [
         all(way[stage] != way[stage + 1] for way in program.placement)
         for stage in range(program.num_stages - 1)
     ]
-    return Digest(digests, program.num_stages, (*sent, False), kinds)
+    return Digest(digests, program.num_stages, (*sent, False), replace(program, rows=sample))
 
 
 def _row(row: list[Entry], program: Program, rank: int) -> RowDigest:
@@ -138,6 +149,7 @@ def _row(row: list[Entry], program: Program, rank: int) -> RowDigest:
         last=_backward_stage(acts[last]),
         stages=stages,
         peaks=_peaks(acts, stages),
+        boundary=boundary_tensors(program, row),
     )
 
 
@@ -164,31 +176,33 @@ def _plain(entry: Entry) -> Entry:
     """The entry as that of microbatch 0: what costs ask about is its kind and stage."""
     if isinstance(entry, Overlap):
         return Overlap(entry.forward._replace(microbatch=0), entry.backward._replace(microbatch=0))
-    return entry._replace(microbatch=0, direction=0)
+    return entry._replace(microbatch=0)
 
 
-def _peaks(row: list[tuple[Action, ...]], stages: tuple[int, ...]) -> tuple[Live, ...]:
-    """Counts of live microbatches that no other moment reaches in every stage."""
+def _peaks(row: list[tuple[Action, ...]], stages: tuple[int, ...]) -> tuple[Counted, ...]:
+    """Counts of microbatches that no other moment reaches in every place."""
     place = {stage: number for number, stage in enumerate(stages)}
-    live, moments = [0] * len(stages), set()
+    size = len(stages)
+    now, moments = [0] * (2 * size), set()
     for actions in row:
-        taken = [one for one in actions if one.kind is Kind.FORWARD]
-        for one in taken:
-            live[place[one.stage]] += 1
-        if taken:
-            moments.add(tuple(live))
         for one in actions:
-            if one.kind in _FREEING:
-                live[place[one.stage]] -= 1
-    return tuple(
-        sorted(
-            one
-            for one in moments
-            if not any(
-                other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in moments
-            )
-        )
-    )
+            if one.kind is Kind.FORWARD:
+                now[place[one.stage]] += 1
+                moments.add(tuple(now))
+        for one in actions:
+            at = place[one.stage]
+            if one.kind in _BACK:
+                now[at] -= 1
+            if one.kind is Kind.INPUT_GRAD:
+                now[size + at] += 1
+                moments.add(tuple(now))
+            elif one.kind is Kind.WEIGHT_GRAD:
+                now[size + at] -= 1
+    found: list[Counted] = []
+    for moment in sorted(moments, key=sum, reverse=True):
+        if not any(all(map(le, moment, other)) for other in found):
+            found.append(moment)
+    return tuple(found)
 
 
 def _time(counts: Counts, costs: Costs) -> float:
