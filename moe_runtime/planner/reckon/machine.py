@@ -1,29 +1,38 @@
-"""Where the ranks of a layout are: which of them share a node, how rows travel between them, and how long.
+"""A run's layout on a cluster: which ranks share a node, and how long what they send is on its way.
 
     global rank = pp_rank x dp + dp_rank, node by node
 
-so the ranks of an expert group are neighbours, and the next pipeline rank is dp ranks away.
+so the ranks of an expert group are neighbours, and the next pipeline rank is dp ranks away. Bytes are those of
+`traffic`; both kinds of links carry at the same time, and the slower one tells.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moe_runtime.config.layout import ResolvedLayout
-from moe_runtime.config.schema import ModelConfig, RunConfig
-from moe_runtime.planner.hardware.cluster import Cluster, Link
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.estimate import World
-from moe_runtime.planner.reckon.exchange import Exchange, Spread, exchange, uniform_spread
+from moe_runtime.planner.reckon.exchange import Exchange, Spread
+from moe_runtime.planner.reckon.traffic import (
+    Sent,
+    StepTraffic,
+    domain_ranks,
+    layer_traffic,
+    step_traffic,
+)
+from moe_runtime.planner.reckon.wire import ITEM_BYTES, Operation
 
-TILE = 128
 GIGA, MICRO = 1e9, 1e-6
-WIDTHS = {"fp32": 4, "fp64": 8, "bf16": 2, "fp8": 2}  # of what is not cast, by precision
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A run's layout on a cluster.
+    """A run on a cluster.
 
     Args:
-        spread: places that a token reaches; None: that of a router that prefers nothing.
+        world: which end of the cluster's ranges.
+        spread: places that a token reaches, measured; None: those of a router that prefers nothing.
     """
 
     config: RunConfig
@@ -35,7 +44,13 @@ class Machine:
     @property
     def ranks_per_node(self) -> int:
         """Ranks that fast links join."""
-        return self.config.layout.ranks_per_node or self.cluster.accelerators_a_node
+        given = self.config.layout.ranks_per_node
+        return given or domain_ranks(self.cluster.accelerators_a_node, self.layout.ep)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the run needs."""
+        return -(-self.layout.world_size // self.ranks_per_node)
 
     @property
     def tokens(self) -> int:
@@ -43,70 +58,29 @@ class Machine:
         return self.config.batch.micro_batch_size * self.config.batch.seq_len
 
     @property
-    def width(self) -> int:
-        """Bytes of a value of the stream."""
-        return WIDTHS[self.config.precision]
-
-    @property
-    def two_hop(self) -> bool:
-        """Rows cross the network once for each node, as the dispatcher decides it."""
-        if self.layout.dispatcher in ("local", "alltoall"):
-            return False
-        return self.layout.dispatcher == "two_hop" or suits_two_hop(
-            self.config.model, self.layout.ep, self.ranks_per_node
-        )
-
     def transfer_s(self) -> float:
-        """A boundary tensor from one pipeline rank to the next."""
-        near = self.layout.pp * self.layout.dp <= self.ranks_per_node
-        size = self.tokens * self.config.model.hidden_size * self.width
-        return (
-            0.0
-            if self.layout.pp == 1
-            else self._over(self.cluster.fast if near else self.cluster.network, size)
-        )
+        """A boundary tensor from one pipeline rank to the next; over the network if any lane needs it."""
+        if self.layout.pp == 1:
+            return 0.0
+        size = self.tokens * self.config.model.hidden_size * ITEM_BYTES[self.config.precision]
+        near = self.layout.world_size <= self.ranks_per_node
+        latency = (self.cluster.fast if near else self.cluster.network).latency_us.burden(self.world)
+        return self.carry_s(Sent(fast=size) if near else Sent(network=size)) + latency * MICRO
 
-    def exchange_s(self, cast: bool) -> float:
-        """One exchange of a microbatch in one block.
+    def exchange_s(self, operation: Operation) -> float:
+        """One exchange of a microbatch in one block."""
+        sent = self._exchanges[operation]
+        return Exchange(sent.network, sent.fast).seconds(self.cluster, self.world)
 
-        Args:
-            cast: rows go as dispatched ones (FP8 if the wire is); else as combined ones.
-        """
-        return self.exchange(cast).seconds(self.cluster, self.world)
+    def carry_s(self, sent: Sent) -> float:
+        """Large messages, without what starts them."""
+        network = sent.network / (self.cluster.network.gbps.rate(self.world) * GIGA)
+        return max(network, sent.fast / (self.cluster.fast.gbps.rate(self.world) * GIGA))
 
-    def exchange(self, cast: bool) -> Exchange:
-        """Bytes of one exchange that a rank sends."""
-        if self.layout.ep == 1:
-            return Exchange(0.0, 0.0)
-        model = self.config.model
-        spread = self.spread or uniform_spread(
-            model, self.layout.ep, min(self.layout.ep, self.ranks_per_node)
-        )
-        return exchange(spread, self.tokens, self.row_bytes(cast), self.two_hop)
+    def step_traffic(self, rank: int) -> StepTraffic:
+        """What a pipeline rank sends in a step."""
+        return step_traffic(self.config, self.layout, rank, self.ranks_per_node, self.spread)
 
-    def row_bytes(self, cast: bool) -> float:
-        """Of a row on the wire."""
-        hidden = self.config.model.hidden_size
-        wire = self.config.layout.wire
-        if wire == "auto":
-            wire = "fp8_pow2" if self.config.precision == "fp8" else "auto"
-        tiles = -(-hidden // TILE)
-        if not cast and wire in ("fp8", "fp8_pow2"):
-            wire = "bf16"
-        sizes = {
-            "fp8": hidden + 4 * tiles,
-            "fp8_pow2": hidden + tiles,
-            "bf16": 2 * hidden,
-            "fp32": 4 * hidden,
-        }
-        return sizes.get(wire, self.width * hidden)
-
-    def _over(self, link: Link, size: float) -> float:
-        """Bytes over a link, in seconds."""
-        return size / (link.gbps.rate(self.world) * GIGA) + link.latency_us.burden(self.world) * MICRO
-
-
-def suits_two_hop(model: ModelConfig, ep: int, ranks_per_node: int) -> bool:
-    """Several whole nodes, whole routing groups on each."""
-    nodes = ep // ranks_per_node
-    return nodes > 1 and ep % ranks_per_node == 0 and model.num_groups % nodes == 0
+    @cached_property
+    def _exchanges(self) -> dict[str, Sent]:
+        return layer_traffic(self.config, self.layout.ep, self.ranks_per_node, self.tokens, self.spread)

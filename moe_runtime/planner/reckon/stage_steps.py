@@ -7,7 +7,8 @@ each phase (`spread`) or are left out of the list.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from moe_runtime.planner.reckon import end_kernels
 from moe_runtime.planner.reckon.kernel_time import KernelTimes
@@ -84,11 +85,11 @@ class StageClock:
         config, shape = self.machine.config, self.shape
         model, recompute = config.model, config.recompute
         block = [self._piece("attend", layer, lambda: attend(model, shape, recompute, router=True))]
-        block.append(self._exchange("dispatch", layer, cast=True))
+        block.append(self._exchange("dispatch", layer))
         if model.num_shared_experts:
             block.append(self._piece("shared", layer, lambda: shared(model, shape, recompute)))
         block.append(self._piece("experts", layer, lambda: experts(model, shape, recompute)))
-        return [*block, self._exchange("combine", layer, cast=False)]
+        return [*block, self._exchange("combine", layer)]
 
     def _dense(self, layer: str) -> Piece:
         config, shape = self.machine.config, self.shape
@@ -116,19 +117,17 @@ class StageClock:
                 self._both, (made.forward, made.input_grad, made.weight_grad)
             )
             self._timed[label] = Piece(label, "", forward, input_grad, weight_grad)
-        known = self._timed[label]
-        return Piece(label, layer, known.forward, known.input_grad, known.weight_grad)
+        return replace(self._timed[label], layer=layer)
 
     def _both(self, kernels: tuple[Kernel, ...]) -> tuple[float, float]:
         return self._alone.total(kernels), self._beside.total(kernels)
 
-    def _exchange(self, label: str, layer: str, cast: bool) -> Piece:
-        """Backwards a dispatch is a combine and a combine a dispatch."""
+    def _exchange(self, label: Literal["dispatch", "combine"], layer: str) -> Piece:
         if label not in self._timed:
-            there, back = self.machine.exchange_s(cast), self.machine.exchange_s(not cast)
+            there = self.machine.exchange_s(label)
+            back = self.machine.exchange_s("dispatch_backward" if label == "dispatch" else "combine_backward")
             self._timed[label] = Piece(label, "", (there, there), (back, back), is_exchange=True)
-        known = self._timed[label]
-        return Piece(label, layer, known.forward, known.input_grad, is_exchange=True)
+        return replace(self._timed[label], layer=layer)
 
 
 def forward_steps(pieces: list[Piece]) -> list[TimedStep]:

@@ -43,7 +43,7 @@ class StageTimes:
         alone |= {(Kind.INPUT_GRAD, stage): self.backward(stage, False).span for stage in stages}
         return Costs(
             stages=tuple(self.stage(stage) for stage in stages),
-            transfer=self.machine.transfer_s(),
+            transfer=self.machine.transfer_s,
             pairs={pair: one.span for pair, one in flown.items()},
             pair_compute={pair: one.computing for pair, one in flown.items()},
             alone=alone,
