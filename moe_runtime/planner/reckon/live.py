@@ -44,7 +44,7 @@ def fullest(program: Program, rank: int, stages: Sequence[Live]) -> Fullest:
             walk.begin(action)
         for action in actions:
             walk.end(action)
-    return Fullest(walk.peak, walk.at_peak, walk.waiting_at_peak, _boundary(program, row))
+    return Fullest(walk.peak, walk.at_peak, walk.waiting_at_peak, boundary_tensors(program, row))
 
 
 class _Walk:
@@ -79,7 +79,7 @@ class _Walk:
             self.at_peak, self.waiting_at_peak = dict(self.alive), dict(self.waiting)
 
 
-def _boundary(program: Program, row: Sequence[Entry]) -> int:
+def boundary_tensors(program: Program, row: Sequence[Entry]) -> int:
     """Tensors of this entry and the next that were received, and those of the last that are leaving."""
     neighbours = neighbours_of(program)
     needs = [len(neighbours.receives_for(entry)) for entry in row] + [0]
