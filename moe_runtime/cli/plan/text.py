@@ -84,7 +84,7 @@ def _run(plan: Plan) -> str:
         return line
     return (
         f"{line}, {fails.training_share:.1%} of them training; a failure every "
-        f"{fails.between_failures / HOUR_S:,.1f} h, checkpoints best every {fails.interval / MINUTE_S:.0f} min"
+        f"{fails.between_failures / HOUR_S:,.1f} h, best saved every {fails.interval / MINUTE_S:.0f} min"
     )
 
 
@@ -113,7 +113,7 @@ def _memory(plan: Plan) -> str:
 def _traffic(plan: Plan) -> str:
     """Of the pipeline rank that sends the most over the network."""
     busiest = max(range(len(plan.traffic)), key=lambda rank: plan.traffic[rank].total.network)
-    sent = {name: link for name, link in asdict(plan.traffic[busiest]).items()}
+    sent = asdict(plan.traffic[busiest])
     rows = [[f"GB that rank {busiest} sends a step", *(name.replace("_", " ") for name in sent), "total"]]
     for link in ("network", "fast"):
         whole = getattr(plan.traffic[busiest].total, link)
