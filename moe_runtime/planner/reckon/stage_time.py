@@ -28,8 +28,8 @@ class StageTimes:
         self.machine = machine
         clock = StageClock(machine, imbalance)
         parts = stage_parts(machine.config.model, machine.layout)
-        known: dict[object, list[Piece]] = {}
-        self._pieces = [known.setdefault(one, clock.pieces(one)) for one in parts]
+        made = {one: clock.pieces(one) for one in dict.fromkeys(parts)}
+        self._pieces = [made[one] for one in parts]
         self._parts = parts
         self._pairs: dict[object, Flown] = {}
 
