@@ -2,8 +2,8 @@
 
     global rank = pp_rank x dp + dp_rank, node by node
 
-so the ranks of an expert group are neighbours, and the next pipeline rank is dp ranks away. Bytes are those of
-`traffic`; both kinds of links carry at the same time, and the slower one tells.
+so the ranks of an expert group are neighbours, and the next pipeline rank is dp ranks away. Bytes are those
+of `traffic`; both kinds of links carry at the same time, and the slower one tells.
 """
 
 from dataclasses import dataclass

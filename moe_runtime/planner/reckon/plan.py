@@ -16,7 +16,7 @@ from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.estimate import WORLDS, World
-from moe_runtime.planner.reckon.exchange import Spread
+from moe_runtime.planner.reckon.exchange import Spread, uniform_spread
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import Memory, rank_memory
 from moe_runtime.planner.reckon.sensitivity import Moved, sensitivity
@@ -108,6 +108,10 @@ def plan(
         ConfigError: the layout contradicts itself, or no program keeps to layout.max_live.
     """
     layout = check_layout(config)
+    if spread is None and layout.ep > 1:  # drawn once, not for each of some fifty steps
+        spread = uniform_spread(
+            config.model, layout.ep, Machine(config, layout, cluster, world).ranks_per_node
+        )
 
     def machine(where: Cluster, at: World) -> Machine:
         return Machine(config, layout, where, at, spread)

@@ -43,7 +43,7 @@ class StageClock:
     """
 
     def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
-        self.machine = machine
+        self.machine, self.imbalance = machine, imbalance
         config, layout = machine.config, machine.layout
         fp8 = config.precision == "fp8"
         model, tokens = config.model, machine.tokens
@@ -124,8 +124,10 @@ class StageClock:
 
     def _exchange(self, label: Literal["dispatch", "combine"], layer: str) -> Piece:
         if label not in self._timed:
-            there = self.machine.exchange_s(label)
+            # What the fullest rank receives tells: every rank of its group waits for it.
+            there = self.imbalance * self.machine.exchange_s(label)
             back = self.machine.exchange_s("dispatch_backward" if label == "dispatch" else "combine_backward")
+            back *= self.imbalance
             self._timed[label] = Piece(label, "", (there, there), (back, back), is_exchange=True)
         return replace(self._timed[label], layer=layer)
 

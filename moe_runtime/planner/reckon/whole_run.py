@@ -1,7 +1,7 @@
 """A whole run in time and money: its steps, smaller while the batch ramps, and what failures take.
 
-A step of M microbatches takes a + b M: the pipeline fills and empties once. So the steps of a ramp are reckoned
-from two simulated ones, at its start and at its end.
+A step of M microbatches takes a + b M: the pipeline fills and empties once. So a ramp is reckoned from two
+simulated steps, at its start and at its end.
 """
 
 from dataclasses import dataclass
