@@ -32,9 +32,7 @@ class LayoutMemory:
         imbalance, allowance: as in `rank_memory`.
     """
 
-    def __init__(
-        self, config: RunConfig, imbalance: float = IMBALANCE, allowance: float = ALLOWANCE
-    ) -> None:
+    def __init__(self, config: RunConfig, imbalance: float = IMBALANCE, allowance: float = ALLOWANCE) -> None:
         self._config, self._imbalance, self._allowance = config, imbalance, allowance
         self._keeping = CPU if config.device == "cpu" else CUDA
         self._states: dict[Hashable, list[States]] = {}
@@ -111,7 +109,8 @@ def _sums(tensors: Iterable[Kept]) -> tuple[Sums, Sums]:
 
 
 def _sum(tensors: list[Kept]) -> Sums:
-    return sum(one.token for one in tensors), sum(one.row for one in tensors), sum(one.once for one in tensors)
+    token, row, once = (sum(getattr(one, name) for one in tensors) for name in ("token", "row", "once"))
+    return token, row, once
 
 
 def _held(states: States) -> float:

@@ -1,8 +1,8 @@
 """The best layout of a run on so many accelerators: all that are legal looked at, few of them simulated.
 
-    frames     every layout and batch, judged by the rules of `train`                       (`space.py`)
-    memory     of each of them with each recompute and format of moments; must fit          (`layout_memory.py`)
-    bound      what the step takes at least                                                 (`layout_times.py`)
+    frames     every layout and batch, judged by the rules of `train`                    (`space.py`)
+    memory     of each of them with each recompute and format of moments; must fit       (`layout_memory.py`)
+    bound      what the step takes at least                                              (`layout_times.py`)
     simulate   in the order of bounds, the lowest first
 
 A layout is simulated unless it is settled without: `top` layouts are known to be faster than its bound, and
@@ -136,7 +136,8 @@ def search_layouts(
             legal.append(frame)
         else:
             refused.append(frame)
-    fitting, too_large = [], []
+    fitting: list[Candidate] = []
+    too_large: list[Candidate] = []
     limit = cluster.accelerator.memory_gb * GIGA
     for candidate in _weighed(config, legal, choices, times, imbalance):
         (fitting if candidate.nbytes <= limit else too_large).append(candidate)

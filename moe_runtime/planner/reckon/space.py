@@ -60,6 +60,13 @@ class Frame:
         parts = {name: getattr(self.config, name) for name in RunConfig.model_fields}
         return RunConfig(**parts | {"recompute": recompute, "optim": OptimConfig(**optim)})
 
+    @property
+    def keys(self) -> str:
+        """The axes as overrides of the run."""
+        wanted = self.config.layout
+        axes = {key: getattr(wanted, key) for key in ("pp", "dp", "ep", "schedule", "chunks", "zero_stage")}
+        return f"{_said(axes)} batch.micro_batch_size={self.config.batch.micro_batch_size}"
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -159,6 +166,7 @@ def _sections(config: RunConfig, axes: dict[str, Any], size: int) -> tuple[Layou
 
 def _said(axes: dict[str, Any]) -> str:
     """The axes as overrides that a user could type."""
-    given = {key: axes[key] for key in ("pp", "dp", "ep", "schedule") if key in axes}
-    given |= {key: axes[key] for key, usual in (("chunks", None), ("zero_stage", 1)) if axes[key] != usual}
+    usual = {"chunks": None, "zero_stage": 1}
+    order = ("pp", "dp", "ep", "schedule", "chunks", "zero_stage")
+    given = {key: axes[key] for key in order if key in axes and (key not in usual or axes[key] != usual[key])}
     return " ".join(f"layout.{key}={value}" for key, value in given.items())

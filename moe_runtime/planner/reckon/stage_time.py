@@ -19,8 +19,8 @@ from moe_runtime.schedule.interleave import interleave
 class Timed:
     """What has been timed already, by what stages hold.
 
-    Layouts share it that differ in nothing but how stages are cut and placed: of one model, cluster and world,
-    ep, size of a microbatch and recompute.
+    Layouts share it that differ in nothing but how stages are cut and placed: of one model, cluster and
+    world, ep, size of a microbatch and recompute.
     """
 
     def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
