@@ -150,11 +150,12 @@ def compare(rank: int, world_size: int, case: Case) -> Compared:
     imbalance = rows / sent if rows else 1.0
     memory = rank_memory(config, layout, watch.program, mesh.pp_rank, imbalance, 0.0, _this_cpu())
     shape = run_shape(config, layout, imbalance)
+    fullest_layer = replace(shape, rows=max(watch.rows, default=0))
     received = fullest(watch.program, mesh.pp_rank, stage_live(config, layout, shape, _this_cpu())).received
     reckoned = memory.by_kind() | {
         "activations": memory.between_entries,
         "running": memory.running + memory.weight_casts,
-        "exchanges": dispatcher_bytes(config, layout, watch.program, mesh.pp_rank, shape),
+        "exchanges": dispatcher_bytes(config, layout, watch.program, mesh.pp_rank, fullest_layer),
         "received": boundary_bytes(config, received, shape),
         "at_update": memory.at_update,
     }
@@ -219,7 +220,7 @@ class _Watch:
         self.runtime = runtime
         self.peaks = dict.fromkeys(("activations", "weight_casts", "received"), 0.0)
         self.program: Any = None
-        self._rows: list[int] = []
+        self.rows: list[int] = []
         self._leaving: dict[int, tuple[weakref.ref, int]] = {}
 
     def run(self, program: Any, microbatches: Any, weights: Any, tokens: Tensor) -> None:
@@ -238,7 +239,7 @@ class _Watch:
         meter, enters, send = LiveBytes(ignored), clock.enters, executor._departures.add
         allocate = RecordLayout.allocate
         hooks = [
-            moe.experts.register_forward_pre_hook(lambda _, given: self._rows.append(given[0].shape[0]))
+            moe.experts.register_forward_pre_hook(lambda _, given: self.rows.append(given[0].shape[0]))
             for chunk in self.runtime.chunks.values()
             for _, moe in chunk.moe_layers()
         ]
@@ -281,7 +282,7 @@ class _Watch:
 
     def mean_rows(self) -> float:
         """Rows that arrived, a microbatch and MoE layer; 0 without such layers."""
-        return sum(self._rows) / max(len(self._rows), 1)
+        return sum(self.rows) / max(len(self.rows), 1)
 
     def _look(self, meter: LiveBytes, buffers: LiveBytes) -> None:
         executor = self.runtime.executor

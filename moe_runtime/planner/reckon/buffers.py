@@ -1,8 +1,8 @@
 """What lies ready for messages: rows on their way to experts and back, streams between stages.
 
     alltoall   rows packed by destination, and room for those that arrive; each as many records as rows
-    two_hop    records to nodes and those that cross, records to ranks and those that end here, these twice,
-               for they are joined from the chunks that they came in
+    two_hop    records to nodes and those that cross, records to ranks and those that end here; on the way out
+               these twice, for they are joined from the chunks that they came in
     local      nothing: rows are gathered straight from tokens
 
 One exchange at a time, or two where a forward and a backward are interleaved (`parallel/overlap.py` starts
@@ -43,23 +43,26 @@ def dispatcher_bytes(
     model = config.model
     if layout.dispatcher == "local" or model.num_layers + model.mtp_depth == model.num_dense_layers:
         return 0.0
-    widest = model.hidden_size * max(wire_bytes(config), wire_bytes(config, back=True)) + WEIGHT
-    return _at_once(program, rank) * widest * _records(config, layout, shape)
+    out, back = _records(config, layout, shape)
+    wires = (out, wire_bytes(config)), (back, wire_bytes(config, back=True))
+    widest = max(records * (model.hidden_size * wire + WEIGHT) for records, wire in wires)
+    return _at_once(program, rank) * widest
 
 
 def _at_once(program: Program, rank: int) -> int:
     return 2 if any(isinstance(entry, Overlap) for entry in program.rows[rank]) else 1
 
 
-def _records(config: RunConfig, layout: ResolvedLayout, shape: Shape) -> float:
-    """Records of one exchange in all of its buffers."""
+def _records(config: RunConfig, layout: ResolvedLayout, shape: Shape) -> tuple[float, float]:
+    """Records of one exchange in all of its buffers: to experts, and back."""
     model, per_node = config.model, config.layout.ranks_per_node or RANKS_PER_NODE
     choices = shape.tokens * model.top_k
     if not _goes_two_hops(model, layout, per_node):
-        return choices + shape.rows
+        return choices + shape.rows, choices + shape.rows
     spread, uneven = uniform_spread(model, layout.ep, per_node), shape.rows / choices
     far, near = spread.nodes * shape.tokens, spread.ranks * shape.tokens
-    return far * (1 + uneven) + near * (1 + 2 * uneven)
+    back = (far + near) * (1 + uneven)
+    return back + near * uneven, back
 
 
 def _goes_two_hops(model: ModelConfig, layout: ResolvedLayout, per_node: int) -> bool:

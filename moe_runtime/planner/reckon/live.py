@@ -46,7 +46,8 @@ def fullest(program: Program, rank: int, stages: Sequence[Live]) -> Fullest:
     row = [entry for entry in program.rows[rank] if not is_transfer(entry)]
     for entry in row:
         walk.enter(entry)
-    return Fullest(walk.peak, walk.between, walk.at_peak, walk.waiting_at_peak, *_boundary(program, rank))
+    received, leaving = boundary_tensors(program, program.rows[rank])
+    return Fullest(walk.peak, walk.between, walk.at_peak, walk.waiting_at_peak, received, leaving)
 
 
 class _Walk:
@@ -62,7 +63,7 @@ class _Walk:
         """What is there within an entry, and after it."""
         inside = self.now
         if isinstance(entry, Overlap):
-            inside += _rise(self.stages[entry.forward.stage].parts, self.stages[entry.backward.stage].parts)
+            inside += rise(self.stages[entry.forward.stage].parts, self.stages[entry.backward.stage].parts)
         elif entry.kind is Kind.FORWARD:
             inside += self.stages[entry.stage].whole
         counts = dict(self.alive), dict(self.waiting)
@@ -92,13 +93,13 @@ class _Walk:
         self.now += nbytes
 
 
-def _rise(forward: Sequence[float], backward: Sequence[float]) -> float:
+def rise(forward: Sequence[float], backward: Sequence[float]) -> float:
     """The most that an overlap adds: a forward's k-th block beside the backward's k-th from its end."""
-    rise = now = 0.0
+    most = now = 0.0
     for made, freed in zip_longest(forward, reversed(backward), fillvalue=0.0):
-        rise = max(rise, now + made)
+        most = max(most, now + made)
         now += made - freed
-    return rise
+    return most
 
 
 def _largest(before: dict[int, int], after: dict[int, int]) -> dict[int, int]:
@@ -106,19 +107,20 @@ def _largest(before: dict[int, int], after: dict[int, int]) -> dict[int, int]:
     return {stage: max(before.get(stage, 0), after[stage]) for stage in sorted(after)}
 
 
-def _boundary(program: Program, rank: int) -> tuple[int, int]:
-    """Tensors received early, and sent by one entry; without transfers as if posted one entry ahead."""
+def boundary_tensors(program: Program, row: Sequence[Entry]) -> tuple[int, int]:
+    """The most tensors that are received early, and that one entry sends.
+
+    Args:
+        row: of the program; without transfers, receives count as if posted one entry ahead.
+    """
     neighbours = neighbours_of(program)
-    row = [entry for entry in program.rows[rank] if not is_transfer(entry)]
-    leaving = max((len(neighbours.sends_of(entry)) for entry in row), default=0)
-    if not program.has_transfers:
-        needs = [len(neighbours.receives_for(entry)) for entry in row]
+    needs = [0 if is_transfer(entry) else len(neighbours.receives_for(entry)) for entry in row]
+    leaving = max((len(neighbours.sends_of(entry)) for entry in row if not is_transfer(entry)), default=0)
+    if not any(map(is_transfer, row)):
         return max((one + following for one, following in pairwise([*needs, 0])), default=0), leaving
     posted = most = 0
-    for entry in program.rows[rank]:
-        if not is_transfer(entry):
-            posted -= len(neighbours.receives_for(entry))
-        elif isinstance(entry, Action) and not entry.kind.is_send:
-            posted += 1
-            most = max(most, posted)
+    for entry, used in zip(row, needs, strict=True):
+        receives = isinstance(entry, Action) and entry.kind.is_transfer and not entry.kind.is_send
+        posted += receives - used
+        most = max(most, posted)
     return most, leaving
