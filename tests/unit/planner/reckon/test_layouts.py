@@ -31,7 +31,9 @@ def _toy() -> RunConfig:
 
 def _cluster(memory_gb: float) -> Cluster:
     values = load_cluster("h800").model_dump()
-    return Cluster.model_validate({**values, "accelerator": {**values["accelerator"], "memory_gb": memory_gb}})
+    return Cluster.model_validate(
+        {**values, "accelerator": {**values["accelerator"], "memory_gb": memory_gb}}
+    )
 
 
 def _axes(one: Ranked) -> tuple[object, ...]:
