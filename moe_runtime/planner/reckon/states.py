@@ -37,7 +37,7 @@ MOMENTS = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 1 / 128}
 # What DeepSpeed pads a flat group to, in elements an owner.
 _ALIGNMENT = 2
 # Elements that are reduced together, as `ZeroOptimizer` has it.
-_BUCKET = 2**24
+BUCKET = 2**24
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def rank_states(config: RunConfig, layout: ResolvedLayout, rank: int) -> States:
 
 def _reduction(groups: list[tuple[int, int]]) -> float:
     """Buffers while groups (size, owners) are reduced in turn: shares so far, a bucket, what it sends."""
-    bucket = min(_BUCKET, max(size for size, _ in groups))
+    bucket = min(BUCKET, max(size for size, _ in groups))
     shares = most = 0.0
     for size, owners in groups:
         shares += size / owners

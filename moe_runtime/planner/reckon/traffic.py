@@ -90,21 +90,40 @@ def step_traffic(
     passes = layout.num_microbatches / len(layout.placement)  # of each stage in each direction
     layers = sum(parts[stage].moe + parts[stage].mtp for stage in _held(layout, rank))
     one = layer_traffic(config, layout.ep, ranks_a_node, tokens, spread)
-    dense, experts = held_weights(model, layout, rank)
-    replicas = layout.dp * len(layout.placement)
-    groups = (
-        (dense, replicas, min(ranks_a_node, layout.dp)),
-        (experts, replicas // layout.ep, max(1, min(ranks_a_node, layout.dp) // layout.ep)),
-    )
+    groups = replica_groups(model, layout, rank, ranks_a_node)
     boundary = tokens * model.hidden_size * ITEM_BYTES[config.precision]
     return StepTraffic(
         **{name: sent.times(layers * passes) for name, sent in one.items()},
         pipeline=_pipeline(layout, rank, ranks_a_node).times(passes * boundary),
-        gradients=_sum([ring(FP32 * weights, size, near) for weights, size, near in groups]),
+        gradients=_sum([ring(FP32 * one.weights, one.ranks, one.near) for one in groups]),
         parameters=_sum(
-            [ring(ITEM_BYTES[config.precision] * weights, size, near) for weights, size, near in groups]
+            [ring(ITEM_BYTES[config.precision] * one.weights, one.ranks, one.near) for one in groups]
         ),
     )
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Ranks that hold the same weights.
+
+    Args:
+        weights: that each holds; ranks: how many; near: of those that share a node.
+    """
+
+    weights: int
+    ranks: int
+    near: int
+
+
+def replica_groups(
+    model: ModelConfig, layout: ResolvedLayout, rank: int, ranks_a_node: int
+) -> tuple[Replicas, Replicas]:
+    """Who shares a rank's dense weights, and who its experts."""
+    dense, experts = held_weights(model, layout, rank)
+    ranks = layout.dp * len(layout.placement)
+    # The mirrored row is on other nodes, unless one node holds the whole pipeline.
+    near = ranks if layout.world_size <= ranks_a_node else min(ranks_a_node, layout.dp)
+    return Replicas(dense, ranks, near), Replicas(experts, ranks // layout.ep, max(1, near // layout.ep))
 
 
 def layer_traffic(
