@@ -74,6 +74,11 @@ class Case:
     def world_size(self) -> int:
         return self.layout.get("pp", 1) * self.layout.get("dp", 1)
 
+    @property
+    def exchanges_may_meet(self) -> bool:
+        """Two at a time, or two hops of one."""
+        return self.layout.get("schedule") == "dualpipe" or self.layout.get("dispatcher") == "two_hop"
+
     def config(self) -> RunConfig:
         sequences = self.microbatches * self.layout.get("dp", 1)
         return RunConfig.model_validate(
