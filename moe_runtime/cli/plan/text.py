@@ -87,7 +87,33 @@ def _phases(plan: Plan) -> str:
     for rank in range(step.program.num_ranks):
         own = [f"{scale * seconds:.3f}" for seconds in step.phases_of(rank).values()]
         rows.append([f"pipeline rank {rank}", *own, f"{scale * step.timeline.exposed(rank):.3f}"])
-    return table(rows)
+    return "\n\n".join((table(rows), *_pair(plan), *_block(plan)))
+
+
+def _pair(plan: Plan) -> list[str]:
+    """The overlapped pair that runs most often, if there is one."""
+    step = plan.here.step
+    stages = step.usual_pair
+    if stages is None:
+        return []
+    flown = step.times.pair(*stages)
+    hidden = 1 - (flown.span - flown.computing) / flown.flying if flown.flying else 1.0
+    return [
+        f"overlapped pair of stages {stages[0]} and {stages[1]}: {1e3 * flown.span:.4g} ms, "
+        f"exchanges {1e3 * flown.flying:.4g} ms, {hidden:.1%} of them hidden"
+    ]
+
+
+def _block(plan: Plan) -> list[str]:
+    """The phases of a MoE block, as they are beside exchanges."""
+    block = plan.here.step.times.block()
+    if not block:
+        return []
+    rows = [["ms of one MoE block beside exchanges", *block]]
+    for place, name in enumerate(("forward", "backward for inputs", "backward for weights")):
+        passes = ((one.forward, one.input_grad, one.weight_grad)[place][1] for one in block.values())
+        rows.append([name, *(f"{1e3 * seconds:.3g}" for seconds in passes)])
+    return [table(rows)]
 
 
 def _run(plan: Plan) -> str:
