@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:comm python benchmarks/scaling.py size            GPUs, at one batch: the best layout of each
     PYTHONPATH=.:comm python benchmarks/scaling.py batch           65,536 GPUs, over batches
+    PYTHONPATH=.:comm python benchmarks/scaling.py domains         the same in domains of 72
     PYTHONPATH=.:comm python benchmarks/scaling.py links           expert groups of 8 to 256
     PYTHONPATH=.:comm python benchmarks/scaling.py imbalance       ranks that get more rows than others
     PYTHONPATH=.:comm python benchmarks/scaling.py failures        share of the time that trains
@@ -14,6 +15,7 @@ A table is printed as Markdown. "Best" is of the layouts listed in `_PIPELINES`,
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -158,11 +160,11 @@ def size_table() -> Iterator[list[str]]:
         yield [f"{gpus:,}", *_cells(point), f"{share:.1%}", f"{point.rate * share * gpus / 1e6:.2f}"]
 
 
-def batch_table() -> Iterator[list[str]]:
+def batch_table(cluster: str = "h800") -> Iterator[list[str]]:
     """Best layouts of 65,536 GPUs over batches."""
     yield ["sequences", "M tokens", *_HEAD]
     for batch in (16384, 65536, 131072, 262144, 524288):
-        point = best(65536, cluster_of("h800"), batch)
+        point = best(65536, cluster_of(cluster), batch)
         cells = ["none fits", *[""] * (len(_HEAD) - 1)] if point is None else _cells(point)
         yield [f"{batch:,}", f"{batch * 4096 / 1e6:,.0f}", *cells]
 
@@ -235,6 +237,7 @@ def machines_table() -> Iterator[list[str]]:
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "size": size_table,
     "batch": batch_table,
+    "domains": partial(batch_table, "gb200_nvl72"),
     "links": links_table,
     "imbalance": imbalance_table,
     "failures": failures_table,
