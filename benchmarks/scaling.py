@@ -30,6 +30,7 @@ from moe_runtime.planner.reckon.imbalance import rank_imbalance
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import rank_memory
 from moe_runtime.planner.reckon.step import Step, reckon_step, run_program
+from moe_runtime.planner.reckon.traffic import layer_traffic
 
 ROOT = Path(__file__).parents[1]
 # The published run without its ramp, in FP8 as it was.
@@ -182,14 +183,11 @@ def _links_cells(layout: Layout, cluster: Cluster) -> list[str]:
     try:
         point = reckon(layout, cluster)
     except ConfigError as error:
-        return [str(error).split(": ")[-1], *[""] * (len(_HEAD) + 0)]
+        return [str(error).split(": ")[-1], *[""] * len(_HEAD)]
     machine = point.machine
-    parts = point.step.program.num_microbatches
-    layers = sum(len(layers) for layers in machine.layout.layers) / machine.layout.pp
-    sent = machine.step_traffic(1).dispatch
-    calls = parts * layers
+    sent = layer_traffic(machine.config, layout.ep, machine.ranks_per_node, machine.tokens)["dispatch"]
     times = [f"{machine.exchange_s('dispatch') * 1e3:.2f}"]
-    return [f"{sent.network / calls / 1e6:.1f}", f"{sent.fast / calls / 1e6:.1f}", *times, *_cells(point)[2:]]
+    return [f"{sent.network / 1e6:.1f}", f"{sent.fast / 1e6:.1f}", *times, *_cells(point)[2:]]
 
 
 def imbalance_table() -> Iterator[list[str]]:
