@@ -37,7 +37,7 @@ MOMENTS = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 1 / 128}
 # What DeepSpeed pads a flat group to, in elements an owner.
 _ALIGNMENT = 2
 # Elements that are reduced together, as `ZeroOptimizer` has it.
-_BUCKET = 2**24
+BUCKET = 2**24
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def rank_states(config: RunConfig, layout: ResolvedLayout, rank: int) -> States:
     padded = sum(_up(size, _ALIGNMENT * each) for size, each in groups)
     share = sum(_up(size, _ALIGNMENT * each) // each for size, each in groups)
     whole = float(max(FP32, item)) * held.weights
-    partition, bucket = float(FP32 * share), FP32 * min(_BUCKET, max(size for size, _ in groups))
+    partition, bucket = float(FP32 * share), FP32 * min(BUCKET, max(size for size, _ in groups))
     shares_gradients = config.layout.zero_stage == 2
     return States(
         weights=item * padded + FP32 * held.bias,

@@ -20,7 +20,7 @@ Evaluation, sampling, the few bytes of norms and verdicts, and exchanges in roun
 from dataclasses import asdict, dataclass, fields
 
 from moe_runtime.config.layout import ResolvedLayout
-from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.schema import ModelConfig, RunConfig
 from moe_runtime.planner.reckon.exchange import Spread, exchange, uniform_spread
 from moe_runtime.planner.reckon.parts import stage_parts
 from moe_runtime.planner.reckon.states import held_by
@@ -90,23 +90,41 @@ def step_traffic(
     passes = layout.num_microbatches / len(layout.placement)  # of each stage in each direction
     layers = sum(parts[stage].moe + parts[stage].mtp for stage in _held(layout, rank))
     one = layer_traffic(config, layout.ep, ranks_a_node, tokens, spread)
-    held = held_by(model, layout, rank)
-    replicas = layout.dp * len(layout.placement)
-    # The mirrored row is on other nodes, unless one node holds the whole pipeline.
-    near = replicas if layout.world_size <= ranks_a_node else min(ranks_a_node, layout.dp)
-    groups = (
-        (held.weights - held.experts, replicas, near),
-        (held.experts, replicas // layout.ep, max(1, near // layout.ep)),
-    )
+    groups = replica_groups(model, layout, rank, ranks_a_node)
     boundary = tokens * model.hidden_size * ITEM_BYTES[config.precision]
     return StepTraffic(
         **{name: sent.times(layers * passes) for name, sent in one.items()},
         pipeline=_pipeline(layout, rank, ranks_a_node).times(passes * boundary),
-        gradients=_sum([ring(FP32 * weights, size, near) for weights, size, near in groups]),
+        gradients=_sum([ring(FP32 * one.weights, one.ranks, one.near) for one in groups]),
         parameters=_sum(
-            [ring(ITEM_BYTES[config.precision] * weights, size, near) for weights, size, near in groups]
+            [ring(ITEM_BYTES[config.precision] * one.weights, one.ranks, one.near) for one in groups]
         ),
     )
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Ranks that hold the same weights.
+
+    Args:
+        weights: that each holds; ranks: how many; near: of those that share a node.
+    """
+
+    weights: int
+    ranks: int
+    near: int
+
+
+def replica_groups(
+    model: ModelConfig, layout: ResolvedLayout, rank: int, ranks_a_node: int
+) -> tuple[Replicas, Replicas]:
+    """Who shares a rank's dense weights, and who its experts."""
+    held = held_by(model, layout, rank)
+    ranks = layout.dp * len(layout.placement)
+    # The mirrored row is on other nodes, unless one node holds the whole pipeline.
+    near = ranks if layout.world_size <= ranks_a_node else min(ranks_a_node, layout.dp)
+    dense, experts = held.weights - held.experts, held.experts
+    return Replicas(dense, ranks, near), Replicas(experts, ranks // layout.ep, max(1, near // layout.ep))
 
 
 def layer_traffic(
