@@ -127,7 +127,10 @@ def _even_choices(trial: _Trial) -> str:
 def _expert_findings(trial: _Trial) -> list[Finding]:
     layout, experts, found = trial.layout, trial.model.num_experts, []
     valid = [ep for ep in divisors(layout.dp) if experts % ep == 0]
-    near = f"nearest ep that divides both dp {layout.dp} and num_experts {experts}: {trial.near('ep', valid)}"
+    near = ""
+    if layout.dp % layout.ep or experts % layout.ep:
+        both = f"dp {layout.dp} and num_experts {experts}"
+        near = f"nearest ep that divides both {both}: {trial.near('ep', valid)}"
     if layout.dp % layout.ep:
         found.append(Finding("layout.ep", f"ep {layout.ep} does not divide dp {layout.dp}; {near}"))
     if experts % layout.ep:

@@ -9,6 +9,7 @@ head and the MTP module of DeepSeek-V3 weigh more than four layers, at 2 stages 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from moe_runtime.config.counts import stage_loads
 from moe_runtime.config.schema import ModelConfig
@@ -28,6 +29,7 @@ class _Split:
         return _Split(cost, (*self.counts, -num_layers))
 
 
+@cache
 def split_layers(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Spreads the layers evenly by load, at least one to every stage; the same answer everywhere.
 

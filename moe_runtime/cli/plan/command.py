@@ -1,14 +1,19 @@
 """`moe-runtime plan`: what a run would cost, fit and take, without a GPU."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moe_runtime.cli.plan.searching import describe_search, search_fields, write_winner
 from moe_runtime.cli.plan.text import describe
 from moe_runtime.config.load import find_config, load_config, sections_of
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError
+from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.load import load_cluster
+from moe_runtime.planner.reckon.layouts import search_layouts
 from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
 
@@ -25,6 +30,16 @@ def plan(
     imbalance: Annotated[
         float, typer.Option(min=1.0, help="rows of the fullest rank's experts, over the mean")
     ] = 1.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="look at every layout, rank them, write the best one's config")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="of --search: accelerators [default: pp x dp of the run]")
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
@@ -32,12 +47,34 @@ def plan(
     Three worlds: every figure of the cluster file at the end of its range that makes the run slower, at its
     central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
     """
-    found = reckon(open_run(config, overrides or []), load_cluster(cluster), imbalance=imbalance)
+    run, machine = open_run(config, overrides or []), load_cluster(cluster)
+    if search:
+        _search(run, machine, gpus, write, imbalance, as_json)
+        return 0
+    for option, value in (("--gpus", gpus), ("--write", write)):
+        if value is not None:
+            raise ConfigError(f"plan {option}: expected --search beside it, got none; add it")
+    found = reckon(run, machine, imbalance=imbalance)
     typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
     if found.misfit is None:
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _search(
+    run: RunConfig, cluster: Cluster, gpus: int | None, write: Path | None, imbalance: float, as_json: bool
+) -> None:
+    """Rank all layouts; the winner's config is written, and refused ones are told also if nothing fits."""
+    count = gpus or run.layout.pp * run.layout.dp
+    found = search_layouts(run, cluster, count, imbalance=imbalance)
+    if not found.ranked:
+        typer.echo(json.dumps(search_fields(found)) if as_json else describe_search(found))
+    path = write_winner(found, write)
+    if as_json:
+        typer.echo(json.dumps({**search_fields(found), "written": str(path)}))
+    elif found.ranked:
+        typer.echo(f"{describe_search(found)}\n\nthe fastest is in {path}: moe-runtime train {path}")
 
 
 def open_run(config: str, overrides: list[str]) -> RunConfig:

@@ -5,15 +5,46 @@ pair are the merged lists of `schedule.interleave`, as the executor runs them. S
 sight is not assumed but follows, block by block, from who waits for what (`two_lanes`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 from moe_runtime.planner.costs import Costs, StageCosts
 from moe_runtime.planner.reckon.machine import Machine
-from moe_runtime.planner.reckon.parts import stage_parts
+from moe_runtime.planner.reckon.parts import StageParts, stage_parts
 from moe_runtime.planner.reckon.stage_steps import Piece, StageClock, backward_steps, forward_steps
 from moe_runtime.planner.reckon.two_lanes import Flown, TimedStep, fly
 from moe_runtime.schedule.action import Kind, Overlap, Program
 from moe_runtime.schedule.interleave import interleave
+
+
+class Timed:
+    """What has been timed already, by what stages hold.
+
+    Layouts share it that differ in nothing but how stages are cut and placed: of one model, cluster and
+    world, ep, size of a microbatch and recompute.
+    """
+
+    def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
+        self._clock = StageClock(machine, imbalance)
+        self._pieces: dict[StageParts, list[Piece]] = {}
+        self._flown: dict[Hashable, Flown] = {}
+
+    def pieces(self, parts: StageParts) -> list[Piece]:
+        """The phases of a stage."""
+        if parts not in self._pieces:
+            self._pieces[parts] = self._clock.pieces(parts)
+        return self._pieces[parts]
+
+    def flown(self, key: Hashable, steps: Callable[[], list[TimedStep]], pair: bool = False) -> Flown:
+        """What a list of steps comes to; `key` says which.
+
+        Args:
+            pair: exchanges hold their multiprocessors all along, if there are any.
+        """
+        if key not in self._flown:
+            made = steps()
+            held = pair and any(step.is_exchange and step.alone for step in made)
+            self._flown[key] = fly(made, held=held)
+        return self._flown[key]
 
 
 class StageTimes:
@@ -22,16 +53,14 @@ class StageTimes:
     Args:
         machine: the run on its cluster.
         imbalance: rows that the fullest rank's experts get, over the mean.
+        timed: of a layout that shares its times with this one; None: nothing has been timed.
     """
 
-    def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
+    def __init__(self, machine: Machine, imbalance: float = 1.0, timed: Timed | None = None) -> None:
         self.machine = machine
-        clock = StageClock(machine, imbalance)
-        parts = stage_parts(machine.config.model, machine.layout)
-        made = {one: clock.pieces(one) for one in dict.fromkeys(parts)}
-        self._pieces = [made[one] for one in parts]
-        self._parts = parts
-        self._pairs: dict[object, Flown] = {}
+        self._timed = timed or Timed(machine, imbalance)
+        self._parts = stage_parts(machine.config.model, machine.layout)
+        self._pieces = [self._timed.pieces(one) for one in self._parts]
 
     def costs(self, program: Program) -> Costs:
         """Costs of a program of this layout."""
@@ -72,21 +101,22 @@ class StageTimes:
 
     def forward(self, stage: int) -> Flown:
         """A forward alone."""
-        return fly(forward_steps(self._pieces[stage]), held=False)
+        return self._timed.flown(("F", self._parts[stage]), lambda: forward_steps(self._pieces[stage]))
 
     def backward(self, stage: int, weight_grads: bool = True) -> Flown:
         """A backward alone, with its weight gradients or without."""
-        steps = backward_steps(self._pieces[stage], weight_grads)
         overlaps = self.machine.config.layout.overlap and weight_grads
-        return fly(interleave((), steps) if overlaps else steps, held=False)
+
+        def steps() -> list[TimedStep]:
+            found = backward_steps(self._pieces[stage], weight_grads)
+            return interleave((), found) if overlaps else found
+
+        return self._timed.flown(("B" if weight_grads else "I", self._parts[stage]), steps)
 
     def pair(self, ahead: int, back: int) -> Flown:
         """An overlapped pair: the forward of one stage, the backward of another."""
-        key = (self._parts[ahead], self._parts[back])
-        if key not in self._pairs:
-            merged = merge(self._pieces[ahead], self._pieces[back])
-            self._pairs[key] = fly(merged, held=any(step.is_exchange and step.alone for step in merged))
-        return self._pairs[key]
+        key = ("F&B", self._parts[ahead], self._parts[back])
+        return self._timed.flown(key, lambda: merge(self._pieces[ahead], self._pieces[back]), pair=True)
 
 
 def merge(ahead: list[Piece], back: list[Piece]) -> list[TimedStep]:
