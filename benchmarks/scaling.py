@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:comm python benchmarks/scaling.py size            GPUs, at one batch: the best layout of each
     PYTHONPATH=.:comm python benchmarks/scaling.py batch           65,536 GPUs, over batches
-    PYTHONPATH=.:comm python benchmarks/scaling.py links           expert groups of 8 to 256, nodes of 8 and of 72
+    PYTHONPATH=.:comm python benchmarks/scaling.py domains         the same in domains of 72
+    PYTHONPATH=.:comm python benchmarks/scaling.py links           expert groups of 8 to 256
     PYTHONPATH=.:comm python benchmarks/scaling.py imbalance       ranks that get more rows than others
     PYTHONPATH=.:comm python benchmarks/scaling.py failures        share of the time that trains
     PYTHONPATH=.:comm python benchmarks/scaling.py machines        one layout, all machines
@@ -14,6 +15,7 @@ A table is printed as Markdown. "Best" is of the layouts listed in `_PIPELINES`,
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -28,12 +30,13 @@ from moe_runtime.planner.reckon.imbalance import rank_imbalance
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import rank_memory
 from moe_runtime.planner.reckon.step import Step, reckon_step, run_program
+from moe_runtime.planner.reckon.traffic import layer_traffic
 
 ROOT = Path(__file__).parents[1]
 # The published run without its ramp, in FP8 as it was.
 _RUN = ("precision=fp8", "batch.ramp_start_size=null", "batch.ramp_tokens=0")
 _SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-_PIPELINES, _EXPERT_GROUPS = (4, 8, 16), (16, 32, 64, 256)
+_PIPELINES, _EXPERT_GROUPS = (2, 4, 8, 16), (16, 32, 64, 256)
 _SCHEDULES = ("dualpipe", "dualpipev", "zbv", "1f1b")
 _BATCH = 16384  # sequences of 4,096 tokens; published 15,360, which 32,768 GPUs cannot share evenly
 _MACHINES = ("h800", "h100", "h200", "b200", "gb200_nvl72", "mi300x")
@@ -99,12 +102,19 @@ def reckon(layout: Layout, cluster: Cluster, imbalance: float = 1.0) -> Point:
     """
     config = config_of(layout)
     machine = Machine(config, check_layout(config), cluster, "central")
-    program = run_program(machine, machine.layout.num_microbatches)
-    ranks = range(layout.pp)
-    memory = max(rank_memory(config, machine.layout, program, rank, imbalance).total for rank in ranks)
+    count = machine.layout.num_microbatches
+    memory = _fullest(machine, min(count, 4 * layout.pp), imbalance)
     if memory > cluster.accelerator.memory_gb * GIGA:
         raise ConfigError(f"{layout}: {memory / GIGA:.0f} GB do not fit")
+    program = run_program(machine, count)
     return Point(layout, machine, reckon_step(machine, program, imbalance), memory / GIGA)
+
+
+def _fullest(machine: Machine, num_microbatches: int, imbalance: float) -> float:
+    """Bytes of the fullest pipeline rank; no more are live with more microbatches than fill the pipeline."""
+    program = run_program(machine, num_microbatches)
+    ranks = range(machine.layout.pp)
+    return max(rank_memory(machine.config, machine.layout, program, r, imbalance).total for r in ranks)
 
 
 def best(gpus: int, cluster: Cluster, batch: int = _BATCH) -> Point | None:
@@ -151,11 +161,11 @@ def size_table() -> Iterator[list[str]]:
         yield [f"{gpus:,}", *_cells(point), f"{share:.1%}", f"{point.rate * share * gpus / 1e6:.2f}"]
 
 
-def batch_table() -> Iterator[list[str]]:
+def batch_table(cluster: str = "h800") -> Iterator[list[str]]:
     """Best layouts of 65,536 GPUs over batches."""
     yield ["sequences", "M tokens", *_HEAD]
     for batch in (16384, 65536, 131072, 262144, 524288):
-        point = best(65536, cluster_of("h800"), batch)
+        point = best(65536, cluster_of(cluster), batch)
         cells = ["none fits", *[""] * (len(_HEAD) - 1)] if point is None else _cells(point)
         yield [f"{batch:,}", f"{batch * 4096 / 1e6:,.0f}", *cells]
 
@@ -173,20 +183,17 @@ def _links_cells(layout: Layout, cluster: Cluster) -> list[str]:
     try:
         point = reckon(layout, cluster)
     except ConfigError as error:
-        return [str(error).split(": ")[-1], *[""] * (len(_HEAD) + 0)]
+        return [str(error).split(": ")[-1], *[""] * len(_HEAD)]
     machine = point.machine
-    parts = point.step.program.num_microbatches
-    layers = sum(len(layers) for layers in machine.layout.layers) / machine.layout.pp
-    sent = machine.step_traffic(1).dispatch
-    calls = parts * layers
+    sent = layer_traffic(machine.config, layout.ep, machine.ranks_per_node, machine.tokens)["dispatch"]
     times = [f"{machine.exchange_s('dispatch') * 1e3:.2f}"]
-    return [f"{sent.network / calls / 1e6:.1f}", f"{sent.fast / calls / 1e6:.1f}", *times, *_cells(point)[2:]]
+    return [f"{sent.network / 1e6:.1f}", f"{sent.fast / 1e6:.1f}", *times, *_cells(point)[2:]]
 
 
 def imbalance_table() -> Iterator[list[str]]:
-    """The published layout when the fullest rank gets more rows."""
+    """The published layout on H200, whose memory allows for it, when the fullest rank gets more rows."""
     yield ["violation of experts", "fullest rank / mean", *_HEAD[2:]]
-    layout, cluster = Layout(2048, 16, 64, "dualpipe", 15360), cluster_of("h800")
+    layout, cluster = Layout(2048, 16, 64, "dualpipe", 15360), cluster_of("h200")
     model = config_of(layout).model
     for violation in (0.0, 0.1, 0.25, 0.5, 1.0, 2.0):
         imbalance = rank_imbalance(model, layout.ep, violation)
@@ -228,6 +235,7 @@ def machines_table() -> Iterator[list[str]]:
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "size": size_table,
     "batch": batch_table,
+    "domains": partial(batch_table, "gb200_nvl72"),
     "links": links_table,
     "imbalance": imbalance_table,
     "failures": failures_table,

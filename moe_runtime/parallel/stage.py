@@ -265,6 +265,8 @@ class StageRunner:
                 torch.autograd.backward(edges, grads)
         for slot, grad in taped.grads.items():
             flight.add_grad(slot, grad)
+        # What is kept for W has a history that ends at this dictionary, and would keep the gradients too.
+        taped.grads.clear()
 
     def _grad_of(self, flight: Flight, slot: str, exit: Exit, weights: ObjectiveWeights) -> Tensor | None:
         if slot in SCALARS:

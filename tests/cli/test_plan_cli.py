@@ -59,4 +59,6 @@ def test_nonsense_is_refused_with_its_reason(tmp_path: Path) -> None:
     assert "did you mean h800?" in refusal("v3_671b", "--cluster", "h8000")
     assert "ep 256" in refusal("v3_671b", "layout.ep=256")
     assert "batch: required key is missing" in refusal(MODEL, "train.total_tokens=1e6")
+    told = refusal("quickstart", "precision=fp64")
+    assert "expected one that h800 has a peak for" in told and "fp64" in told
     assert "imbalance" in refusal("v3_671b", "--imbalance", "0.5")

@@ -9,7 +9,7 @@ import typer
 from moe_runtime.cli.plan.page import page as draw_page
 from moe_runtime.cli.plan.searching import describe_search, search_fields, write_winner
 from moe_runtime.cli.plan.text import describe
-from moe_runtime.config.load import load_config, sections_of
+from moe_runtime.config.load import find_config, load_config, sections_of
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.cluster import Cluster
@@ -101,4 +101,4 @@ def open_run(config: str, overrides: list[str]) -> RunConfig:
     """
     if "data" in sections_of(config) or any(one.startswith("data.") for one in overrides):
         return load_config(config, overrides)
-    return load_config(config, ["data.path=none", *overrides])
+    return load_config(config, [f"name={find_config(config).stem}", "data.path=none", *overrides])

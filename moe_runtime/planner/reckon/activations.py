@@ -89,6 +89,8 @@ class Activations:
         yield self._rstd(1)
         if not again.norm:
             yield from self._inputs("attn_norm output", model.hidden_size, [f"{name}.{one}" for one in first])
+        elif again.mla_up and model.q_lora_rank is None:
+            yield self._made_again("attn_norm output", model.hidden_size, f"{name}.attn.q")
         if model.attention == "mha":
             yield from self._mha_heads(name)
             return
@@ -112,9 +114,7 @@ class Activations:
         if not self._again.norm:
             yield from self._inputs(f"normed {which} latent", width, [f"{name}.{reader}"])
         elif self._again.mla_up:
-            # Made again for attention's backward, and held for the weight gradient.
-            once = width * self._item + (tiles(width) if self._is_fp8(f"{name}.{reader}") else 0)
-            yield Kept(f"normed {which} latent", once, life="between")
+            yield self._made_again(f"normed {which} latent", width, f"{name}.{reader}")
 
     def _heads(self) -> Iterator[Kept]:
         model = self._model
@@ -206,7 +206,7 @@ class Activations:
         if self._is_fp8(name):
             yield Kept("rows", row=tiles(hidden), life="to_weight_grad")
             yield Kept("experts' gate and up", row=tiles(2 * width), life="to_weight_grad")
-            yield Kept("experts' gradients", row=columns(2 * width + hidden), life="between")
+            yield Kept("experts' gradients", padded=columns(2 * width + hidden), life="between")
             return
         yield Kept("rows", row=hidden * self._item, life="to_weight_grad")
         grouped = keeping.grouped and self._item == BF16
@@ -239,6 +239,11 @@ class Activations:
             yield Kept(f"{what}, tiles", tiles(width), life="to_weight_grad")
         if not all(fp8):
             yield Kept(what, width * self._item, life="to_weight_grad")
+
+    def _made_again(self, what: str, width: int, reader: str) -> Kept:
+        """A norm's output, made again for attention's backward and held for a weight gradient."""
+        carried = tiles(width) + -(-width // TILE) if self._is_fp8(reader) else 0
+        return Kept(what, width * self._item + carried, life="between")
 
     def _owed(self, name: str, width: int) -> Kept:
         """The gradient of a product's output, which its weight gradient waits for."""

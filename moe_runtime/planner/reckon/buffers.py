@@ -1,7 +1,8 @@
 """What lies ready for messages: rows on their way to experts and back, streams between stages.
 
     alltoall   rows packed by destination, and room for those that arrive; each as many records as rows
-    two_hop    records to nodes, a chunk of the tokens at a time; records to ranks, all that arrive
+    two_hop    records to nodes and those that cross, records to ranks and those that end here; on the way out
+               these twice, for they are joined from the chunks that they came in
     local      nothing: rows are gathered straight from tokens
 
 One exchange at a time, or two where a forward and a backward are interleaved (`parallel/overlap.py` starts
@@ -13,52 +14,39 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.planner.reckon.exchange import uniform_spread
 from moe_runtime.planner.reckon.kernels import Shape
 from moe_runtime.planner.reckon.states import ITEM
+from moe_runtime.planner.reckon.wire import Kind, dispatcher_kind, row_format
 from moe_runtime.schedule.action import Overlap, Program
 
-CHUNKS = 4  # of a two-hop exchange, as the dispatcher's default
-WEIGHT = 4  # a gate weight beside a row
-_WIRE = {"bf16": 2.0, "fp32": 4.0, "fp8": 1 + 4 / 128, "fp8_pow2": 1 + 1 / 128}
-
-
-def wire_bytes(config: RunConfig, back: bool = False) -> float:
-    """Bytes a value that rows travel with.
-
-    Args:
-        back: of combine and of the backward of dispatch.
-    """
-    wire = config.layout.wire
-    if wire == "auto":
-        tiles = config.precision == "fp8" and config.fp8.multiplies("moe.experts")
-        wire = "fp8_pow2" if tiles and config.fp8.fprop == "fp8" else "auto"
-    if back and wire in ("fp8", "fp8_pow2"):
-        return _WIRE["bf16"]
-    return _WIRE.get(wire, float(ITEM[config.precision]))
+RANKS_PER_NODE = 8  # where the layout does not say
 
 
 def dispatcher_bytes(
     config: RunConfig, layout: ResolvedLayout, program: Program, rank: int, shape: Shape
 ) -> float:
     """Buffers of the exchanges under way at the fullest moment."""
-    if layout.dispatcher == "local" or not config.model.num_layers > config.model.num_dense_layers:
+    model, per_node = config.model, config.layout.ranks_per_node or RANKS_PER_NODE
+    kind = dispatcher_kind(model, layout.dispatcher, layout.ep, per_node)
+    if kind is None or model.num_layers + model.mtp_depth == model.num_dense_layers:
         return 0.0
-    hidden = config.model.hidden_size
-    record = hidden * max(wire_bytes(config), wire_bytes(config, back=True)) + WEIGHT
-    at_once = 2 if any(isinstance(entry, Overlap) for entry in program.rows[rank]) else 1
-    return at_once * record * _records(config, layout, shape)
+    rows = row_format(config, kind)
+    out, back = _records(config, layout.ep, per_node, kind, shape)
+    widest = max(out * rows.record("dispatch").size, back * rows.record("dispatch_backward").size)
+    return _at_once(program, rank) * widest
 
 
-def _records(config: RunConfig, layout: ResolvedLayout, shape: Shape) -> float:
-    """Records of one exchange in both of its buffers."""
+def _at_once(program: Program, rank: int) -> int:
+    return 2 if any(isinstance(entry, Overlap) for entry in program.rows[rank]) else 1
+
+
+def _records(config: RunConfig, ep: int, per_node: int, kind: Kind, shape: Shape) -> tuple[float, float]:
+    """Records of one exchange in all of its buffers: to experts, and back."""
     choices = shape.tokens * config.model.top_k
-    if layout.dispatcher == "alltoall":
-        return choices + shape.rows
-    spread = uniform_spread(config.model, layout.ep, config.layout.ranks_per_node or RANKS_PER_NODE)
-    uneven = shape.rows / choices
-    far = spread.nodes * shape.tokens * (1 + uneven) / CHUNKS
-    return far + spread.ranks * shape.tokens * (uneven + uneven / CHUNKS)
-
-
-RANKS_PER_NODE = 8
+    if kind == "alltoall":
+        return choices + shape.rows, choices + shape.rows
+    spread, uneven = uniform_spread(config.model, ep, per_node), shape.rows / choices
+    far, near = spread.nodes * shape.tokens, spread.ranks * shape.tokens
+    back = (far + near) * (1 + uneven)
+    return back + near * uneven, back
 
 
 def boundary_bytes(config: RunConfig, tensors: int, shape: Shape) -> float:

@@ -23,12 +23,14 @@ from operator import le, mul
 
 from moe_runtime.planner.costs import Costs
 from moe_runtime.planner.reckon.kept import Live
-from moe_runtime.planner.reckon.live import boundary_tensors
+from moe_runtime.planner.reckon.live import boundary_tensors, rise
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program, actions_of, is_transfer
 
 _BACK = (Kind.BACKWARD, Kind.INPUT_GRAD)
 Counts = tuple[tuple[Entry, int], ...]
 Counted = tuple[int, ...]
+Pair = tuple[int, int]
+Moment = tuple[Counted, Pair | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class RowDigest:
         before, during, after: how often each kind of entry runs, microbatch numbers left out.
         first: stage of the first forward; turn, last: of the first and of the last backward for inputs.
         stages: that the rank holds, in order.
-        peaks: microbatches alive in each of `stages`, then those that wait for W in each, at every moment
-            that no other moment exceeds.
+        peaks: microbatches alive in each of `stages`, then those that wait for W in each, and the stages of
+            the forward and the backward of an overlap that runs then; at every moment that no other exceeds.
         boundary: most tensors between stages at a time, as `live.py` counts them.
     """
 
@@ -51,7 +53,7 @@ class RowDigest:
     turn: int
     last: int
     stages: tuple[int, ...]
-    peaks: tuple[Counted, ...]
+    peaks: tuple[Moment, ...]
     boundary: int
 
     @property
@@ -62,7 +64,11 @@ class RowDigest:
     def fullest(self, stages: Sequence[Live]) -> float:
         """Most bytes of activations at once, given those of one microbatch in each stage of the program."""
         sizes = [stages[stage].whole for stage in self.stages] + [stages[stage].owed for stage in self.stages]
-        return max(sum(map(mul, counted, sizes)) for counted in self.peaks)
+        pairs = {pair for _, pair in self.peaks if pair is not None}
+        rises = {(one, other): rise(stages[one].parts, stages[other].parts) for one, other in pairs}
+        return max(
+            sum(map(mul, counted, sizes)) + (rises[pair] if pair else 0.0) for counted, pair in self.peaks
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +154,8 @@ def _row(row: list[Entry], program: Program, rank: int) -> RowDigest:
         turn=_backward_stage(acts[first]),
         last=_backward_stage(acts[last]),
         stages=stages,
-        peaks=_peaks(acts, stages),
-        boundary=boundary_tensors(program, row),
+        peaks=_peaks(row, stages),
+        boundary=sum(boundary_tensors(program, row)),
     )
 
 
@@ -179,28 +185,22 @@ def _plain(entry: Entry) -> Entry:
     return entry._replace(microbatch=0)
 
 
-def _peaks(row: list[tuple[Action, ...]], stages: tuple[int, ...]) -> tuple[Counted, ...]:
-    """Counts of microbatches that no other moment reaches in every place."""
+def _peaks(row: list[Entry], stages: tuple[int, ...]) -> tuple[Moment, ...]:
+    """Counts of microbatches that no other moment of the same kind reaches in every place."""
     place = {stage: number for number, stage in enumerate(stages)}
     size = len(stages)
-    now, moments = [0] * (2 * size), set()
-    for actions in row:
-        for one in actions:
-            if one.kind is Kind.FORWARD:
-                now[place[one.stage]] += 1
-                moments.add(tuple(now))
-        for one in actions:
+    now, moments = [0] * (2 * size), set[Moment]()
+    for entry in row:
+        if isinstance(entry, Overlap):
+            moments.add((tuple(now), (entry.forward.stage, entry.backward.stage)))
+        for one in actions_of(entry):
             at = place[one.stage]
-            if one.kind in _BACK:
-                now[at] -= 1
-            if one.kind is Kind.INPUT_GRAD:
-                now[size + at] += 1
-                moments.add(tuple(now))
-            elif one.kind is Kind.WEIGHT_GRAD:
-                now[size + at] -= 1
-    found: list[Counted] = []
-    for moment in sorted(moments, key=sum, reverse=True):
-        if not any(all(map(le, moment, other)) for other in found):
+            now[at] += (one.kind is Kind.FORWARD) - (one.kind in _BACK)
+            now[size + at] += (one.kind is Kind.INPUT_GRAD) - (one.kind is Kind.WEIGHT_GRAD)
+        moments.add((tuple(now), None))
+    found: list[Moment] = []
+    for moment in sorted(moments, key=lambda each: sum(each[0]), reverse=True):
+        if not any(moment[1] == other[1] and all(map(le, moment[0], other[0])) for other in found):
             found.append(moment)
     return tuple(found)
 

@@ -7,10 +7,11 @@ A tensor has so many bytes for each token of a microbatch, or for each row, a (t
 arrives here, or for the microbatch as a whole.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_runtime.planner.reckon.casts import TILE
 from moe_runtime.planner.reckon.kernels import Shape
 
 # Alive from the forward to the input gradient, on to the weight gradient, or only between those two.
@@ -22,18 +23,26 @@ class Kept:
     """One tensor.
 
     Args:
-        token, row, once: bytes.
+        token, row, once: bytes; `padded` of a row where the rows of each expert are filled up to whole tiles.
     """
 
     name: str
     token: float = 0.0
     row: float = 0.0
+    padded: float = 0.0
     once: float = 0.0
     life: Life = "to_input_grad"
 
     def nbytes(self, shape: Shape) -> float:
         """Bytes of a microbatch."""
-        return self.token * shape.tokens + self.row * shape.rows + self.once
+        rows = self.row * shape.rows + self.padded * padded_rows(shape)
+        return self.token * shape.tokens + rows + self.once
+
+
+def padded_rows(shape: Shape) -> float:
+    """Rows if each expert's begin at a multiple of 128: half a tile more in the mean, at least one tile."""
+    each = shape.rows / shape.local_experts
+    return shape.local_experts * max(each + TILE / 2, TILE)
 
 
 @dataclass(frozen=True)
@@ -41,20 +50,25 @@ class Live:
     """Bytes of one microbatch in one stage.
 
     Args:
-        whole: from its F to the end of its I, or of its B.
+        parts: from its F to the end of its I, or of its B, block by block in forward order.
         owed: from there to the end of its W.
     """
 
-    whole: float
+    parts: tuple[float, ...]
     owed: float
 
+    @property
+    def whole(self) -> float:
+        """All parts."""
+        return sum(self.parts)
 
-def live(tensors: Iterable[Kept], shape: Shape) -> Live:
-    """Both sums."""
-    kept = [(one.life, one.nbytes(shape)) for one in tensors]
+
+def live(parts: Sequence[Iterable[Kept]], shape: Shape) -> Live:
+    """Both sums, of what each block keeps."""
+    kept = [[(one.life, one.nbytes(shape)) for one in part] for part in parts]
     return Live(
-        whole=sum(size for life, size in kept if life != "between"),
-        owed=sum(size for life, size in kept if life != "to_input_grad"),
+        parts=tuple(sum(size for life, size in part if life != "between") for part in kept),
+        owed=sum(size for part in kept for life, size in part if life != "to_input_grad"),
     )
 
 

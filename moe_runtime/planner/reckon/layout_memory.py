@@ -10,18 +10,21 @@ A test holds the sums to `rank_memory`.
 """
 
 from collections.abc import Hashable, Iterable
+from operator import mul
 from typing import Any
 
 from moe_runtime.config.schema import OptimConfig, RecomputeConfig, RunConfig
 from moe_runtime.planner.reckon.buffers import boundary_bytes, dispatcher_bytes
 from moe_runtime.planner.reckon.digest import Digest
-from moe_runtime.planner.reckon.kept import CPU, CUDA, Kept, Live
+from moe_runtime.planner.reckon.kept import CPU, CUDA, Kept, Live, padded_rows
 from moe_runtime.planner.reckon.memory import ALLOWANCE, IMBALANCE, run_shape, stage_tensors
 from moe_runtime.planner.reckon.parts import StageParts, stage_parts
 from moe_runtime.planner.reckon.space import Frame
 from moe_runtime.planner.reckon.states import States, rank_states
+from moe_runtime.planner.reckon.workspace import phase_bytes
 
-Sums = tuple[float, float, float]  # bytes for each token, for each row, and once
+Sums = tuple[float, float, float, float]  # bytes for each token, row and row of whole tiles, and once
+Stage = tuple[tuple[Sums, ...], Sums]  # what each block keeps, and what waits for W
 
 
 class LayoutMemory:
@@ -36,7 +39,7 @@ class LayoutMemory:
         self._config, self._imbalance, self._allowance = config, imbalance, allowance
         self._keeping = CPU if config.device == "cpu" else CUDA
         self._states: dict[Hashable, list[States]] = {}
-        self._sums: dict[Hashable, tuple[Sums, Sums]] = {}
+        self._sums: dict[Hashable, Stage] = {}
         self._active: dict[Hashable, list[float]] = {}
         self._buffers: dict[Hashable, float] = {}
 
@@ -64,8 +67,12 @@ class LayoutMemory:
         if key not in self._active:
             stages = self._of_stages(frame, recompute)
             shape = run_shape(frame.config, layout, self._imbalance)
+            config = RunConfig(**_parts(frame.config) | {"recompute": recompute})
+            parts = stage_parts(config.model, layout)
+            widest = [phase_bytes(config, shape, self._keeping, one) for one in parts]
             self._active[key] = [
                 row.fullest(stages)
+                + max(widest[stage] for stage in row.stages)
                 + self._of_exchanges(frame, digest, rank)
                 + boundary_bytes(frame.config, row.boundary, shape)
                 for rank, row in enumerate(digest.rows)
@@ -84,15 +91,15 @@ class LayoutMemory:
         """Bytes of one microbatch in each stage."""
         layout = frame.layout
         shape = run_shape(frame.config, layout, self._imbalance)
+        sizes = (shape.tokens, shape.rows, padded_rows(shape), 1.0)
         found = []
         for layers, parts in zip(layout.layers, stage_parts(self._config.model, layout), strict=True):
-            whole, owed = self._of_stage(frame, layers, parts, recompute)
-            found.append(Live(*(a * shape.tokens + b * shape.rows + c for a, b, c in (whole, owed))))
+            blocks, owed = self._of_stage(frame, layers, parts, recompute)
+            kept = tuple(sum(map(mul, block, sizes)) for block in blocks)
+            found.append(Live(kept, sum(map(mul, owed, sizes))))
         return found
 
-    def _of_stage(
-        self, frame: Frame, layers: range, parts: StageParts, recompute: RecomputeConfig
-    ) -> tuple[Sums, Sums]:
+    def _of_stage(self, frame: Frame, layers: range, parts: StageParts, recompute: RecomputeConfig) -> Stage:
         key = (layers, parts, recompute, frame.layout.ep > 1)
         if key not in self._sums:
             config = RunConfig(**_parts(frame.config) | {"recompute": recompute})
@@ -100,17 +107,17 @@ class LayoutMemory:
         return self._sums[key]
 
 
-def _sums(tensors: Iterable[Kept]) -> tuple[Sums, Sums]:
+def _sums(blocks: Iterable[Iterable[Kept]]) -> Stage:
     """Of what is there until the backward for inputs, and of what waits for weight gradients."""
-    kept = list(tensors)
-    whole = [one for one in kept if one.life != "between"]
-    owed = [one for one in kept if one.life != "to_input_grad"]
-    return _sum(whole), _sum(owed)
+    kept = [list(block) for block in blocks]
+    whole = tuple(_sum(one for one in block if one.life != "between") for block in kept)
+    return whole, _sum(one for block in kept for one in block if one.life != "to_input_grad")
 
 
-def _sum(tensors: list[Kept]) -> Sums:
-    token, row, once = (sum(getattr(one, name) for one in tensors) for name in ("token", "row", "once"))
-    return token, row, once
+def _sum(tensors: Iterable[Kept]) -> Sums:
+    sizes = [(one.token, one.row, one.padded, one.once) for one in tensors]
+    token, row, padded, once = (sum(column) for column in zip((0.0, 0.0, 0.0, 0.0), *sizes, strict=True))
+    return token, row, padded, once
 
 
 def _held(states: States) -> float:

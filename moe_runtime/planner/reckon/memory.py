@@ -2,6 +2,7 @@
 
     states       weights, gradients, masters, moments, weight_casts          (`states.py`)
     activations  at the row's fullest moment, stage by stage                 (`activations.py`, `live.py`)
+    workspace    what the widest phase makes and drops                       (`workspace.py`)
     buffers      exchanges and streams under way                             (`buffers.py`)
     allowance    for what nobody counts: fragments, the driver, libraries
 
@@ -21,8 +22,9 @@ from moe_runtime.planner.reckon.buffers import boundary_bytes, dispatcher_bytes
 from moe_runtime.planner.reckon.kept import CPU, CUDA, Keeping, Kept, Live, live
 from moe_runtime.planner.reckon.kernels import Shape
 from moe_runtime.planner.reckon.live import fullest
-from moe_runtime.planner.reckon.parts import StageParts, stage_parts
+from moe_runtime.planner.reckon.parts import StageParts, stage_parts, stages_of
 from moe_runtime.planner.reckon.states import rank_states
+from moe_runtime.planner.reckon.workspace import phase_bytes
 from moe_runtime.schedule.action import Program
 
 # Rows of the fullest rank over their mean, unless a caller says otherwise: a balanced router.
@@ -37,9 +39,11 @@ class Memory:
 
     Args:
         activations: of all microbatches then alive.
+        workspace: of the phase that runs.
         comm_buffers: exchanges with experts, and streams between stages.
-        at_update: instead of the two above, between the last backward and the update.
+        at_update: instead of the three above, between the last backward and the update.
         allowance: the margin.
+        between_entries: activations at the fullest moment between two entries of the row.
         microbatches: alive at that moment, by stage.
     """
 
@@ -48,10 +52,12 @@ class Memory:
     masters: float
     moments: float
     activations: float
+    workspace: float
     weight_casts: float
     comm_buffers: float
     allowance: float
     at_update: float
+    between_entries: float
     microbatches: dict[int, int]
 
     @property
@@ -62,11 +68,16 @@ class Memory:
     @property
     def total(self) -> float:
         """The larger of the two moments, with the margin."""
-        return self.states + max(self.activations + self.comm_buffers, self.at_update) + self.allowance
+        return self.states + max(self.running, self.at_update) + self.allowance
+
+    @property
+    def running(self) -> float:
+        """Besides the states, when the program is at its fullest."""
+        return self.activations + self.workspace + self.comm_buffers
 
     def by_kind(self) -> dict[str, float]:
         """Bytes by name of those kinds that are there when the program is at its fullest."""
-        others = ("at_update", "microbatches")
+        others = ("at_update", "between_entries", "microbatches")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
 
@@ -90,7 +101,7 @@ def rank_memory(
     """
     keeping = keeping or (CPU if config.device == "cpu" else CUDA)
     shape = run_shape(config, layout, imbalance)
-    states = rank_states(config, layout, rank)
+    states, parts = rank_states(config, layout, rank), stage_parts(config.model, layout)
     peak = fullest(program, rank, stage_live(config, layout, shape, keeping))
     found = Memory(
         weights=states.weights,
@@ -98,11 +109,13 @@ def rank_memory(
         masters=states.masters,
         moments=states.moments,
         activations=peak.nbytes,
+        workspace=max(phase_bytes(config, shape, keeping, parts[at]) for at in stages_of(layout, rank)),
         weight_casts=states.weight_casts,
         comm_buffers=dispatcher_bytes(config, layout, program, rank, shape)
-        + boundary_bytes(config, peak.boundary, shape),
+        + boundary_bytes(config, peak.received + peak.leaving, shape),
         allowance=0.0,
         at_update=states.at_update,
+        between_entries=peak.between,
         microbatches=peak.microbatches,
     )
     return replace(found, allowance=allowance * found.total)
@@ -126,17 +139,13 @@ def stage_live(config: RunConfig, layout: ResolvedLayout, shape: Shape, keeping:
     return [live(stage_tensors(config, layers, parts, keeping), shape) for layers, parts in stages]
 
 
-def stage_tensors(config: RunConfig, layers: range, parts: StageParts, keeping: Keeping) -> list[Kept]:
-    """What one microbatch keeps in a stage."""
+def stage_tensors(config: RunConfig, layers: range, parts: StageParts, keeping: Keeping) -> list[list[Kept]]:
+    """What one microbatch keeps in a stage, block by block; the loss and each MTP module count as one."""
     kept = Activations(config, keeping)
-    found: list[Kept] = []
-    for number in layers:
-        found += kept.block(f"layers.{number}", number >= config.model.num_dense_layers)
+    found = [kept.block(f"layers.{number}", number >= config.model.num_dense_layers) for number in layers]
     if parts.head:
-        found += kept.loss(hidden_is_read=parts.mtp > 0)
-    for depth in range(parts.mtp):
-        found += kept.mtp(depth)
-    return found
+        found.append(kept.loss(hidden_is_read=parts.mtp > 0))
+    return found + [kept.mtp(depth) for depth in range(parts.mtp)]
 
 
 def model_memory(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_runtime.planner.reckon import end_kernels
+from moe_runtime.planner.reckon.arithmetic import as_configured
 from moe_runtime.planner.reckon.kernel_time import KernelTimes
 from moe_runtime.planner.reckon.kernels import Kernel, Phases, Shape, attend, dense, experts, shared
 from moe_runtime.planner.reckon.machine import Machine
@@ -45,17 +46,16 @@ class StageClock:
     def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
         self.machine, self.imbalance = machine, imbalance
         config, layout = machine.config, machine.layout
-        fp8 = config.precision == "fp8"
         model, tokens = config.model, machine.tokens
         self.shape = Shape(
             tokens=tokens,
             seq_len=config.batch.seq_len,
             rows=tokens * model.top_k * imbalance,
             local_experts=model.num_experts // layout.ep,
-            fp8=fp8,
+            fp8=config.precision == "fp8",
         )
-        self._alone = KernelTimes(machine.cluster, machine.world, fp8)
-        self._beside = KernelTimes(machine.cluster, machine.world, fp8, beside_exchange=True)
+        self._alone = KernelTimes(machine.cluster, machine.world, config.precision)
+        self._beside = KernelTimes(machine.cluster, machine.world, config.precision, beside_exchange=True)
         self._timed: dict[str, Piece] = {}
 
     def pieces(self, parts: StageParts) -> list[Piece]:
@@ -112,7 +112,7 @@ class StageClock:
 
     def _piece(self, label: str, layer: str, kernels: Callable[[], Phases]) -> Piece:
         if label not in self._timed:
-            made = kernels()
+            made = as_configured(kernels(), self.machine.config.fp8)
             forward, input_grad, weight_grad = map(
                 self._both, (made.forward, made.input_grad, made.weight_grad)
             )

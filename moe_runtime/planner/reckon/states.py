@@ -37,7 +37,7 @@ MOMENTS = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 1 / 128}
 # What DeepSpeed pads a flat group to, in elements an owner.
 _ALIGNMENT = 2
 # Elements that are reduced together, as `ZeroOptimizer` has it.
-_BUCKET = 2**24
+BUCKET = 2**24
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def rank_states(config: RunConfig, layout: ResolvedLayout, rank: int) -> States:
     """
     held, item = held_by(config.model, layout, rank), ITEM[config.precision]
     owners = layout.dp * len(layout.placement)
-    groups = [(held.matrices, owners), (held.gains, owners), (held.tied, owners)]
-    groups += [(held.experts, owners // layout.ep)]
+    groups = [(held.matrices, owners), (held.gains, owners)]
+    groups += [(held.experts, owners // layout.ep), (held.tied, owners)]
     padded = sum(_up(size, _ALIGNMENT * each) for size, each in groups)
     share = sum(_up(size, _ALIGNMENT * each) // each for size, each in groups)
     whole = float(max(FP32, item)) * held.weights
-    partition, bucket = float(FP32 * share), FP32 * min(_BUCKET, max(size for size, _ in groups))
+    partition = float(FP32 * share)
     shares_gradients = config.layout.zero_stage == 2
     return States(
         weights=item * padded + FP32 * held.bias,
@@ -100,8 +100,18 @@ def rank_states(config: RunConfig, layout: ResolvedLayout, rank: int) -> States:
         masters=FP32 * share,
         moments=MOMENTS[config.optim.moments] * share,
         weight_casts=cast_bytes(config, layout, rank),
-        at_update=bucket + (whole if shares_gradients else partition),
+        at_update=_reduction(groups) + (whole if shares_gradients else 0.0),
     )
+
+
+def _reduction(groups: list[tuple[int, int]]) -> float:
+    """Buffers while groups (size, owners) are reduced in turn: shares so far, a bucket, what it sends."""
+    bucket = min(BUCKET, max(size for size, _ in groups))
+    shares = most = 0.0
+    for size, owners in groups:
+        shares += size / owners
+        most = max(most, shares + bucket + min(bucket, size) / owners)
+    return FP32 * most
 
 
 def held_by(model: ModelConfig, layout: ResolvedLayout, rank: int) -> Held:

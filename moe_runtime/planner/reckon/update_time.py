@@ -5,14 +5,19 @@
                  the norm reads the share, after it accumulators are zeroed and, under FP8, weights cast
     parameters   weights, from their owners to all
 
+A sum or a gathering over n ranks goes round rings: what they send at the bandwidth of the links, and n - 1
+hops of latency for every message. Gradients go in messages of a bucket, so over thousands of ranks hops are
+most of it; weights go in one message a flat group.
+
 All ranks wait for the slowest, since the norm of all gradients comes before any update. Nothing of it flies
 under the last backwards here, as in `parallel.zero`.
 """
 
 from dataclasses import dataclass
 
-from moe_runtime.planner.reckon.machine import GIGA, Machine
-from moe_runtime.planner.reckon.states import MOMENTS, held_by
+from moe_runtime.planner.reckon.machine import GIGA, MICRO, Machine
+from moe_runtime.planner.reckon.states import BUCKET, MOMENTS, held_by
+from moe_runtime.planner.reckon.traffic import replica_groups
 from moe_runtime.planner.reckon.wire import ITEM_BYTES
 
 FP32 = 4
@@ -39,11 +44,25 @@ def update_time(machine: Machine) -> UpdateTime:
     bandwidth = machine.cluster.accelerator.memory_gbps.rate(machine.world) * GIGA
     moved = max(_bytes(machine, rank) for rank in ranks)
     share = machine.cluster.kernels.memory_bound.rate(machine.world)
-    return UpdateTime(
-        gradients=max(machine.carry_s(one.gradients) for one in traffic),
-        update=moved / (bandwidth * share),
-        parameters=max(machine.carry_s(one.parameters) for one in traffic),
-    )
+    summed = [machine.carry_s(traffic[rank].gradients) + _hops(machine, rank, BUCKET) for rank in ranks]
+    gathered = [machine.carry_s(traffic[rank].parameters) + _hops(machine, rank) for rank in ranks]
+    return UpdateTime(max(summed), moved / (bandwidth * share), max(gathered))
+
+
+def _hops(machine: Machine, rank: int, message: int | None = None) -> float:
+    """Latency of all rings of a pipeline rank, one after the other.
+
+    Args:
+        message: weights in one; None: all of a group.
+    """
+    links = (machine.cluster.fast, machine.cluster.network)
+    fast, network = (link.latency_us.burden(machine.world) * MICRO for link in links)
+    seconds = 0.0
+    for group in replica_groups(machine.config.model, machine.layout, rank, machine.ranks_per_node):
+        nodes = group.ranks // group.near
+        messages = -(-group.weights // message) if message else min(group.weights, 1)
+        seconds += messages * ((group.ranks - nodes) * fast + (nodes - 1) * network)
+    return seconds
 
 
 def _bytes(machine: Machine, rank: int) -> float:

@@ -50,8 +50,11 @@ def test_the_fullest_moment_is_the_programs_own(program: Program) -> None:
     draw = random.Random(program.num_microbatches)
     found = digest(add_transfers(program))
     for _ in range(3):
-        stages = [Live(draw.uniform(1, 9), draw.uniform(1, 9)) for _ in range(program.num_stages)]
+        stages = [
+            Live(tuple(draw.uniform(1, 9) for _ in range(draw.randint(1, 3))), draw.uniform(1, 9))
+            for _ in range(program.num_stages)
+        ]
         for rank, row in enumerate(found.rows):
             walked = fullest(program, rank, stages)
             assert row.fullest(stages) == pytest.approx(walked.nbytes, rel=1e-12)
-            assert row.boundary == walked.boundary
+            assert row.boundary == walked.received + walked.leaving

@@ -101,6 +101,9 @@ def test_a_plan_says_itself_in_plain_values(published: Plan) -> None:
         "cost_usd", "bubble_s", "bubble_fraction", "exposed_comm_s", "phases_s", "memory", "traffic",
         "sensitivity",
     ]  # fmt: skip
+    assert fields["run"]["usual_pair"]["span_s"] == pytest.approx(0.129, rel=0.15)
+    block = fields["run"]["moe_block_s"]
+    assert set(block) == {"attend", "dispatch", "shared", "experts", "combine"}
     tokens = fields["run"]["tokens"]
     assert fields["gpu_hours"] == pytest.approx(tokens / fields["tokens_per_s_per_gpu"] / 3600)
     assert fields["cost_usd"] == pytest.approx(2.0 * fields["gpu_hours"])
