@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:comm python benchmarks/scaling.py size            GPUs, at one batch: the best layout of each
     PYTHONPATH=.:comm python benchmarks/scaling.py batch           65,536 GPUs, over batches
+    PYTHONPATH=.:comm python benchmarks/scaling.py domains         the same in domains of 72
     PYTHONPATH=.:comm python benchmarks/scaling.py links           expert groups of 8 to 256
     PYTHONPATH=.:comm python benchmarks/scaling.py imbalance       ranks that get more rows than others
     PYTHONPATH=.:comm python benchmarks/scaling.py failures        share of the time that trains
@@ -14,6 +15,7 @@ A table is printed as Markdown. "Best" is of the layouts listed in `_PIPELINES`,
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -28,6 +30,7 @@ from moe_runtime.planner.reckon.imbalance import rank_imbalance
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import rank_memory
 from moe_runtime.planner.reckon.step import Step, reckon_step, run_program
+from moe_runtime.planner.reckon.traffic import layer_traffic
 
 ROOT = Path(__file__).parents[1]
 # The published run without its ramp, in FP8 as it was.
@@ -158,11 +161,11 @@ def size_table() -> Iterator[list[str]]:
         yield [f"{gpus:,}", *_cells(point), f"{share:.1%}", f"{point.rate * share * gpus / 1e6:.2f}"]
 
 
-def batch_table() -> Iterator[list[str]]:
+def batch_table(cluster: str = "h800") -> Iterator[list[str]]:
     """Best layouts of 65,536 GPUs over batches."""
     yield ["sequences", "M tokens", *_HEAD]
     for batch in (16384, 65536, 131072, 262144, 524288):
-        point = best(65536, cluster_of("h800"), batch)
+        point = best(65536, cluster_of(cluster), batch)
         cells = ["none fits", *[""] * (len(_HEAD) - 1)] if point is None else _cells(point)
         yield [f"{batch:,}", f"{batch * 4096 / 1e6:,.0f}", *cells]
 
@@ -180,14 +183,11 @@ def _links_cells(layout: Layout, cluster: Cluster) -> list[str]:
     try:
         point = reckon(layout, cluster)
     except ConfigError as error:
-        return [str(error).split(": ")[-1], *[""] * (len(_HEAD) + 0)]
+        return [str(error).split(": ")[-1], *[""] * len(_HEAD)]
     machine = point.machine
-    parts = point.step.program.num_microbatches
-    layers = sum(len(layers) for layers in machine.layout.layers) / machine.layout.pp
-    sent = machine.step_traffic(1).dispatch
-    calls = parts * layers
+    sent = layer_traffic(machine.config, layout.ep, machine.ranks_per_node, machine.tokens)["dispatch"]
     times = [f"{machine.exchange_s('dispatch') * 1e3:.2f}"]
-    return [f"{sent.network / calls / 1e6:.1f}", f"{sent.fast / calls / 1e6:.1f}", *times, *_cells(point)[2:]]
+    return [f"{sent.network / 1e6:.1f}", f"{sent.fast / 1e6:.1f}", *times, *_cells(point)[2:]]
 
 
 def imbalance_table() -> Iterator[list[str]]:
@@ -235,6 +235,7 @@ def machines_table() -> Iterator[list[str]]:
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "size": size_table,
     "batch": batch_table,
+    "domains": partial(batch_table, "gb200_nvl72"),
     "links": links_table,
     "imbalance": imbalance_table,
     "failures": failures_table,

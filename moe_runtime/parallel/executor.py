@@ -110,7 +110,7 @@ class Executor:
             program: with transfers; without backwards when `weights` is None.
             tokens: `tokens[direction][microbatch]`, int64 [sequences, seq_len + 1 + mtp_depth].
             weights: derivatives of the objective; None evaluates without a tape.
-            after_backward: called after every full backward (ZeRO 2 reduces there).
+            after_backward: called after every B and every W (ZeRO 2 reduces there).
             keep: slot of the last stage to give back, such as `hidden`.
 
         Raises:
@@ -175,6 +175,7 @@ class Executor:
         begun = time.perf_counter()
         run_weight_grads(self._flights.pop(_key(action)).weight_grads)
         self._clock.ran("action", str(action), begun)
+        self._tell_gradients()
 
     def _overlap(self, pair: Overlap) -> None:
         ahead, forward_steps = self._begin_forward(pair.forward)
@@ -233,6 +234,10 @@ class Executor:
         if keep:
             return
         del self._flights[key]
+        self._tell_gradients()
+
+    def _tell_gradients(self) -> None:
+        """A backward is whole: its weight gradients are there, in it or by the W that followed."""
         if self._after_backward is not None:
             self._after_backward()
 

@@ -35,7 +35,12 @@ WORLDS = {
     },
     8: {"pp4 ep2 dualpipe": PP4_EP2, "pp2 ep2 dp4 dualpipe": PP2_EP2_DP4},
 }
-ZERO_2 = {4: {"dp4 ep2 ZeRO 2": ({"dp": 4, "ep": 2, "zero_stage": 2}, 3)}}
+ZERO_2 = {
+    4: {
+        "dp4 ep2 ZeRO 2": ({"dp": 4, "ep": 2, "zero_stage": 2}, 3),
+        "dp4 ep2 ZeRO 2, W apart": ({"dp": 4, "ep": 2, "zero_stage": 2, "schedule": "zb1p"}, 3),
+    }
+}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 
 

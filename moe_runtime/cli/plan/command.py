@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.cli.plan.page import page as draw_page
 from moe_runtime.cli.plan.searching import describe_search, search_fields, write_winner
 from moe_runtime.cli.plan.text import describe
 from moe_runtime.config.load import find_config, load_config, sections_of
@@ -16,6 +17,7 @@ from moe_runtime.planner.hardware.load import load_cluster
 from moe_runtime.planner.reckon.layouts import search_layouts
 from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
+from moe_runtime.planner.reckon.scale import at_scales
 
 
 def plan(
@@ -40,6 +42,7 @@ def plan(
         Path | None,
         typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
     ] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML file to draw the plan into")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
@@ -48,6 +51,10 @@ def plan(
     central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
     """
     run, machine = open_run(config, overrides or []), load_cluster(cluster)
+    if search and page is not None:
+        raise ConfigError(
+            "plan --page: shows one plan, got --search too; give it the config that this writes"
+        )
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
@@ -55,11 +62,20 @@ def plan(
         if value is not None:
             raise ConfigError(f"plan {option}: expected --search beside it, got none; add it")
     found = reckon(run, machine, imbalance=imbalance)
+    if page is not None:
+        _save(page, draw_page(found, at_scales(run, machine, imbalance=imbalance)))
     typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
     if found.misfit is None:
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--page {path}: cannot be written: {error.strerror}; give another file") from None
 
 
 def _search(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_runtime.planner.reckon import end_kernels
+from moe_runtime.planner.reckon.arithmetic import as_configured
 from moe_runtime.planner.reckon.kernel_time import KernelTimes
 from moe_runtime.planner.reckon.kernels import Kernel, Phases, Shape, attend, dense, experts, shared
 from moe_runtime.planner.reckon.machine import Machine
@@ -111,7 +112,7 @@ class StageClock:
 
     def _piece(self, label: str, layer: str, kernels: Callable[[], Phases]) -> Piece:
         if label not in self._timed:
-            made = kernels()
+            made = as_configured(kernels(), self.machine.config.fp8)
             forward, input_grad, weight_grad = map(
                 self._both, (made.forward, made.input_grad, made.weight_grad)
             )

@@ -19,11 +19,11 @@ Evaluation, sampling, the few bytes of norms and verdicts, and exchanges in roun
 
 from dataclasses import asdict, dataclass, fields
 
-from moe_runtime.config.counts import attention_weights, expert_weights, mtp_glue
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import ModelConfig, RunConfig
 from moe_runtime.planner.reckon.exchange import Spread, exchange, uniform_spread
-from moe_runtime.planner.reckon.parts import StageParts, stage_parts, stages_of
+from moe_runtime.planner.reckon.parts import stage_parts
+from moe_runtime.planner.reckon.states import held_by
 from moe_runtime.planner.reckon.wire import (
     ITEM_BYTES,
     OPERATIONS,
@@ -119,10 +119,11 @@ def replica_groups(
     model: ModelConfig, layout: ResolvedLayout, rank: int, ranks_a_node: int
 ) -> tuple[Replicas, Replicas]:
     """Who shares a rank's dense weights, and who its experts."""
-    dense, experts = held_weights(model, layout, rank)
+    held = held_by(model, layout, rank)
     ranks = layout.dp * len(layout.placement)
     # The mirrored row is on other nodes, unless one node holds the whole pipeline.
     near = ranks if layout.world_size <= ranks_a_node else min(ranks_a_node, layout.dp)
+    dense, experts = held.weights - held.experts, held.experts
     return Replicas(dense, ranks, near), Replicas(experts, ranks // layout.ep, max(1, near // layout.ep))
 
 
@@ -170,33 +171,6 @@ def domain_ranks(accelerators_a_node: int, ep: int) -> int:
     Of a domain of 72 a group of 64 uses 64, and groups of 24 all.
     """
     return next(n for n in range(accelerators_a_node, 0, -1) if n % ep == 0 or ep % n == 0)
-
-
-def held_weights(model: ModelConfig, layout: ResolvedLayout, rank: int) -> tuple[int, int]:
-    """Weights of a rank that all of its replicas hold, and those of its experts."""
-    parts = stage_parts(model, layout)
-    held = [parts[stage] for stage in stages_of(layout, rank)]
-    shared = any(part.embedding for part in held)
-    dense = sum(_dense_weights(model, part) for part in held)
-    if any(part.mtp for part in held) and not shared:
-        dense += model.vocab_size * model.hidden_size  # a copy of the embedding of its own
-    blocks = sum(part.moe + part.mtp for part in held)
-    return dense, blocks * model.num_experts // layout.ep * expert_weights(model)
-
-
-def _dense_weights(model: ModelConfig, part: StageParts) -> int:
-    """Weights of a stage outside its routed experts."""
-    hidden = model.hidden_size
-    block = attention_weights(model) + 2 * hidden
-    moe = block + model.num_shared_experts * expert_weights(model) + model.num_experts * hidden
-    table = model.vocab_size * hidden
-    return (
-        part.dense * (block + 3 * hidden * model.ffn_size)
-        + part.moe * moe
-        + part.mtp * (moe + mtp_glue(model))
-        + part.embedding * table
-        + part.head * (table + hidden)
-    )
 
 
 def _held(layout: ResolvedLayout, rank: int) -> list[int]:

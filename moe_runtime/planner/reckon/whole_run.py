@@ -1,7 +1,8 @@
 """A whole run in time and money: its steps, smaller while the batch ramps, and what failures take.
 
 A step of M microbatches takes a + b M: the pipeline fills and empties once. So a ramp is reckoned from two
-simulated steps, at its start and at its end.
+simulated steps, at its start and at its end. Where programs are searched, b is what a microbatch adds to the
+rank that has the most to do.
 """
 
 from dataclasses import dataclass
@@ -71,8 +72,12 @@ def _training_s(machine: Machine, step: Step, steps: int, imbalance: float) -> f
     first, last = layout.num_microbatches_start, layout.num_microbatches
     if first == last:
         return steps * step.seconds
-    small = reckon_step(machine, run_program(machine, first), imbalance).seconds
-    each = (step.seconds - small) / (last - first)
+    if machine.config.layout.schedule in ("auto", "searched"):  # a second search would take as long again
+        each = max(map(step.timeline.busy, range(layout.pp))) / last
+        small = step.seconds - each * (last - first)
+    else:
+        small = reckon_step(machine, run_program(machine, first), imbalance).seconds
+        each = (step.seconds - small) / (last - first)
     lane = layout.dp * machine.config.batch.micro_batch_size
     levels = batch_levels(machine.config, layout, steps)
     return sum(count * (small + each * (size // lane - first)) for count, size in levels)
