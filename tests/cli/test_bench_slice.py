@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_runtime.cli.bench import slice_precisions
 from moe_runtime.cli.bench_slice.kernels import SHOWN, kind_of, summarise
 from moe_runtime.cli.bench_slice.measure import _each
+from moe_runtime.cli.bench_slice.peer import compare, describe_peer
 from moe_runtime.cli.bench_slice.report import describe
 from moe_runtime.cli.bench_slice.shapes import (
     GIB,
@@ -18,6 +20,7 @@ from moe_runtime.cli.bench_slice.shapes import (
     operations,
     slice_config,
 )
+from moe_runtime.cli.bench_train import MODEL
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError
 from moe_runtime.model.transformer import Transformer
@@ -91,7 +94,6 @@ def test_the_table_names_the_ratio_and_both_shares() -> None:
         "kernels": {"fp8": summarise(events) | {"elapsed_ms": 12.0}},
         "fp8_products": {"dense": {"deepgemm": 7}},
         "failed": {"bf16": "Traceback: it broke"},
-        "peer": None,
     }
     text = describe(result)
     assert "FP8 products, dense: deepgemm 7" in text
@@ -145,3 +147,19 @@ def test_what_fails_in_one_precision_leaves_the_other() -> None:
     assert ran == ["bf16", "bf16"] and "no such kernel" in failed["fp8"]
     with pytest.raises(RuntimeError):
         _each(["fp8"], run, {}, (RuntimeError,))
+
+
+def test_both_sides_start_from_one_loss_and_a_peer_that_fails_compiled_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(torch, "compile", lambda _: refuse)
+    config = MODEL.model_validate(MODEL.model_dump() | {"num_layers": 2, "num_experts": 8, "vocab_size": 64})
+    found = compare(config, torch.device("cpu"), 16, 1, compiled=True)
+    assert found["loss"]["ours"] == pytest.approx(found["loss"]["peer"], rel=2e-3)
+    assert set(found["ratio"]) == {"peer"} and "planted" in found["failed"]["compiled"]
+    beside = {"device": "a GPU", "torch": "2", "experts": 16, "mfu_causal": {"ours": 0.5, "peer": 0.25}}
+    text = describe_peer(found | beside)
+    assert "50.0%" in text and "ours over peer: " in text and "compiled failed and is left out" in text
