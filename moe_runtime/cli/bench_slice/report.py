@@ -52,6 +52,7 @@ def _describe_kernels(precision: str, found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{ms:9.2f} ms {ms / busy:6.1%}  {kind}" for kind, ms in found["kinds"].items()]
     lines += [f"{k['ms']:9.2f} ms {k['launches']:6}  {k['kind']:17}{k['kernel']}" for k in found["kernels"]]
+    lines += [f"{i['ms']:9.2f} ms {i['times']:6}  idle: {i['after']} -> {i['before']}" for i in found["idle"]]
     return lines
 
 
