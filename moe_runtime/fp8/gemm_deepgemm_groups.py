@@ -14,7 +14,8 @@ of 1,000, and each group is cut up by its own size, so that changing counts have
 
 Tokens (`weight_grad_groups`). The library wants each group's columns as a matrix of their own: one copy of
 the codes, in words of 8 bytes, which is cheap beside the products (1 byte read and written for each, against
-4 read and written for each element of the result). Columns that the casts wrote so at once would save it.
+4 read and written for each element of the result), if one launch does it for all groups
+(`group_major_triton.py`). Columns that the casts wrote so at once would save it.
 
 Kernels are compiled for a way of cutting, not for a number of rows: counts may change at every step.
 """
@@ -41,12 +42,15 @@ class Cut:
         head_rows: int64 [heads x 128] on the device: rows to do again; a short head repeats its last row.
         head_groups: int32 [heads x 128] on the device: the group of each.
         tokens: int32 [groups] on the device: tokens of each group, rounded up to 128.
+        spans: int32 [tiles, 2] on the device: for each 128 tokens where their group begins and how wide it
+            is, in words of 8 tokens.
     """
 
     tile_groups: Tensor
     head_rows: Tensor
     head_groups: Tensor
     tokens: Tensor
+    spans: Tensor
 
 
 _cuts: WeakKeyDictionary[Groups, Cut] = WeakKeyDictionary()
@@ -68,9 +72,16 @@ def cut_of(groups: Groups) -> Cut:
             (first[:, None] + within).flatten(),
             group.repeat_interleave(TILE).to(torch.int32),
             groups.padded_counts.to(torch.int32),
+            spans_of(groups.padded_counts).to(torch.int32),
         )
         _cuts[groups] = Cut(*(numbers.to(groups.device, non_blocking=True) for numbers in made))
     return _cuts[groups]
+
+
+def spans_of(padded_counts: Tensor) -> Tensor:
+    """int64 [tiles, 2]: begin and width of the group of each 128 tokens, in words of 8."""
+    spans = torch.stack((padded_counts.cumsum(0) - padded_counts, padded_counts), dim=1)
+    return spans.repeat_interleave(padded_counts // TILE, 0) // _WORD.itemsize
 
 
 def multiply_rows(library: Any, out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
@@ -103,16 +114,25 @@ def add_tokens(library: Any, out: Tensor, left: Tiles, right: Tiles, groups: Gro
         out: float32, contiguous.
         left, right: [n, t] and [k, t], float8, scales with strides (1, rows rounded up to 4).
     """
-    counts = groups.padded_counts.tolist()
+    cut = cut_of(groups)
     library.k_grouped_fp8_gemm_nt_contiguous(
-        (group_major(left.codes, counts), left.scales),
-        (group_major(right.codes, counts), right.scales),
+        (_group_major(left.codes, groups), left.scales),
+        (_group_major(right.codes, groups), right.scales),
         out,
-        counts,
-        cut_of(groups).tokens,
+        groups.padded_counts.tolist(),
+        cut.tokens,
         c=out,
         recipe=_TILES_RECIPE,
     )
+
+
+def _group_major(codes: Tensor, groups: Groups) -> Tensor:
+    """As `group_major`, on a GPU by one kernel."""
+    if not codes.is_cuda or codes.shape[1] in groups.padded_counts:
+        return group_major(codes, groups.padded_counts.tolist())
+    from moe_runtime.fp8.group_major_triton import group_major_on_device  # brings triton
+
+    return group_major_on_device(codes.contiguous(), cut_of(groups).spans)
 
 
 def group_major(codes: Tensor, counts: list[int]) -> Tensor:
