@@ -135,15 +135,14 @@ class LatentAttention:
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, reach: Reach) -> Tensor:
         """Queries meet latents: [tokens, heads, v]."""
         q_latent = torch.bmm(q_nope.transpose(0, 1), self._up_key).transpose(0, 1)
+        q_latent, q_rope = reach.spread(q_latent), reach.spread(q_rope)
         kernels = _kernels(latents, self._rank)
         if kernels is None:
-            queries = (reach.spread(part) for part in (q_latent, q_rope))
             known = latents[:, reach.first : reach.stop]
-            gathered = gather(*queries, known, self._scale, reach.barrier).to(q_nope.dtype)
+            gathered = gather(q_latent, q_rope, known, self._scale, reach.barrier).to(q_nope.dtype)
         else:
-            queries = (reach.spread(part).flatten(0, 1) for part in (q_latent, q_rope))
-            ends = reach.first, reach.stop, reach.begins
-            gathered = kernels.attend(*queries, latents, reach.slots, self._scale, *ends)
+            queries, ends = (q_latent.flatten(0, 1), q_rope.flatten(0, 1)), (reach.first, reach.stop)
+            gathered = kernels.attend(*queries, latents, reach.slots, self._scale, *ends, reach.begins)
         gathered = reach.pack(gathered.view(*reach.slots.shape, self._heads, -1)).transpose(0, 1)
         return torch.bmm(gathered, self._up_value).transpose(0, 1)
 

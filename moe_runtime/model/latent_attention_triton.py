@@ -28,7 +28,7 @@ latent. Ref: DSV3 §2.1.1 (1)-(11)
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,6 +50,21 @@ class Tile(NamedTuple):
 
 ROWS = 64  # heads x queries of a program, fewer where a text has fewer
 MANY, FEW = Tile(64, 8, 2), Tile(32, 4, 3)  # for 64 rows, and for fewer
+
+
+@triton.jit
+def soften(scores: tl.tensor, top: tl.tensor) -> Any:
+    """Powers of scores [ROWS, SLOTS] below each row's new top, what the old sums shrink by, and that top."""
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    peak = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+    return tl.exp2(scores - peak[:, None]), tl.exp2(top - peak), higher
+
+
+@triton.jit
+def hide(scores: tl.tensor, slot: tl.tensor, begin: tl.tensor, end: tl.tensor) -> Any:
+    """-inf where a row does not look."""
+    seen = (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])
+    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["first", "stop", "stretch", "num_queries"])
@@ -81,49 +96,38 @@ def attend_kernel(
 ) -> None:
     """A tile of a text's rows (head by head, query by query) against a stretch of its slots."""
     tile, text, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row, rank, rope = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK), tl.arange(0, ROPE)
     is_row = row < num_queries * HEADS
     token, head = text * num_queries + row // HEADS, (row % HEADS).to(tl.int64)
     end = tl.minimum(tl.load(slots + token, mask=is_row, other=-1) + 1, stop).to(tl.int32)
+    begin = tl.load(begins + token, mask=is_row, other=0) if BEGINS else tl.zeros_like(end)
     low = first + part * stretch
     high = tl.minimum(low + stretch, tl.max(end))
-    least = low if BEGINS else tl.min(end)
-    rank, rope = tl.arange(0, RANK), tl.arange(0, ROPE)
+    unhidden = low if BEGINS else tl.min(tl.where(is_row, end, stop))  # all rows see the slots below
     at_latent = q_latent + token * latent_token + head * latent_head
     at_rope = q_rope + token * rope_token + head * rope_head
     wanted = tl.load(at_latent[:, None] + rank[None, :], mask=is_row[:, None], other=0.0)
     turned = tl.load(at_rope[:, None] + rope[None, :], mask=is_row[:, None], other=0.0)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     gathered = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(low, high, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        place = latents + text * cache_row + slot * (RANK + ROPE)
-        is_slot = (slot < high)[:, None]
-        latent = tl.load(place[:, None] + rank[None, :], mask=is_slot, other=0.0)
-        key = tl.load(place[:, None] + (RANK + rope)[None, :], mask=is_slot, other=0.0)
+        place = (latents + text * cache_row + slot * (RANK + ROPE))[:, None]
+        latent = tl.load(place + rank[None, :], mask=(slot < high)[:, None], other=0.0)
+        key = tl.load(place + RANK + rope[None, :], mask=(slot < high)[:, None], other=0.0)
         scores = tl.dot(wanted, tl.trans(latent), input_precision="ieee") * scale
         scores += tl.dot(turned, tl.trans(key), input_precision="ieee") * scale
-        if start + SLOTS > least:
-            seen = slot[None, :] < end[:, None]
-            if BEGINS:
-                begin = tl.load(begins + token, mask=is_row, other=0)
-                seen = seen & (slot[None, :] >= begin[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        peak = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-        weights, kept = tl.exp2(scores - peak[:, None]), tl.exp2(top - peak)
+        if start + SLOTS > unhidden:
+            scores = hide(scores, slot, begin, end)
+        weights, kept, top = soften(scores, top)
         total = total * kept + tl.sum(weights, axis=1)
         gathered = tl.dot(weights.to(latent.dtype), latent, gathered * kept[:, None], input_precision="ieee")
-        top = higher
-    gathered = gathered / tl.where(total == 0.0, 1.0, total)[:, None]
     line = (part * tl.num_programs(1) + text) * num_queries * HEADS + row
     if SHARED:
         tl.store(log_sums + line, tl.where(total == 0.0, float("-inf"), top + tl.log2(total)), mask=is_row)
         is_row = is_row & (low < high)
-    tl.store(
-        out + line[:, None] * RANK + rank[None, :], gathered.to(out.dtype.element_ty), mask=is_row[:, None]
-    )
+    share = (gathered / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + line[:, None] * RANK + rank[None, :], share, mask=is_row[:, None])
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -192,49 +196,31 @@ def attend(
     rows = min(ROWS, max(16, triton.next_power_of_2(lines)))
     tile = tile or (MANY if rows == ROWS else FEW)
     tiles, blocks = triton.cdiv(lines, rows), max(triton.cdiv(stop - first, tile.slots), 1)
-    if parts is None:
-        parts = best_parts(texts * tiles, blocks, _processors(q_latent.device))
+    parts = parts or best_parts(texts * tiles, blocks, _processors(out.device))
     stretch = triton.cdiv(blocks, parts) * tile.slots
     parts = triton.cdiv(blocks * tile.slots, stretch)
-    held, log_sums = out, out
+    shares = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
+    log_sums = shares if parts == 1 else shares.new_empty(parts, texts * lines)
+    strides = *q_latent.stride()[:2], *q_rope.stride()[:2]
+    sizes = {"HEADS": heads, "RANK": rank, "ROPE": q_rope.shape[2], "ROWS": rows, "SLOTS": tile.slots}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    tensors = q_latent, q_rope, latents, slots, slots if begins is None else begins, shares, log_sums
+    numbers = first, stop, stretch, new, *strides, latents.stride(0), scale * LOG2_E
+    flags = {"BEGINS": begins is not None, "SHARED": parts > 1}
+    attend_kernel[(tiles, texts, parts)](*tensors, *numbers, **sizes, **flags, **options)
     if parts > 1:
-        held = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-        log_sums = held.new_empty(parts, texts * lines)
-    attend_kernel[(tiles, texts, parts)](
-        q_latent,
-        q_rope,
-        latents,
-        slots,
-        slots if begins is None else begins,
-        held,
-        log_sums,
-        first,
-        stop,
-        stretch,
-        new,
-        q_latent.stride(0),
-        q_latent.stride(1),
-        q_rope.stride(0),
-        q_rope.stride(1),
-        latents.stride(0),
-        scale * LOG2_E,
-        HEADS=heads,
-        RANK=rank,
-        ROPE=q_rope.shape[2],
-        BEGINS=begins is not None,
-        SHARED=parts > 1,
-        ROWS=rows,
-        SLOTS=tile.slots,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if parts > 1:
-        room = triton.next_power_of_2(parts)
-        columns = min(rank, max(JOINED // room, 16))
-        join_kernel[(texts * lines, rank // columns)](
-            held, log_sums, out, parts, RANK=rank, PARTS=room, COLUMNS=columns, num_warps=4
-        )
+        _join(shares, log_sums, out)
     return out
+
+
+def _join(shares: Tensor, log_sums: Tensor, out: Tensor) -> None:
+    """Weigh parts [parts, ..., rank] by the logarithms of their sums into out [..., rank]."""
+    (parts, lines), rank = log_sums.shape, out.shape[-1]
+    room = triton.next_power_of_2(parts)
+    columns = min(rank, max(JOINED // room, 16))
+    join_kernel[(lines, rank // columns)](
+        shares, log_sums, out, parts, RANK=rank, PARTS=room, COLUMNS=columns, num_warps=4
+    )
 
 
 def best_parts(tiles: int, blocks: int, processors: int) -> int:
