@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
@@ -39,7 +40,7 @@ from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
-from moe_runtime.parallel.p2p import TorchTransport, Transport
+from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
@@ -105,7 +106,7 @@ def build_runtime(
     open_executor = partial(
         Executor,
         mesh.pp_rank,
-        transport=transport or _torch_transport(mesh, groups),
+        transport=transport or _torch_transport(mesh, groups, device),
         boundary_dtype=DTYPES[config.precision],
         hidden_size=config.model.hidden_size,
         device=device,
@@ -279,12 +280,14 @@ def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
     return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
 
 
-def _torch_transport(mesh: Mesh, groups: Groups) -> TorchTransport | None:
+def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
     if mesh.pp == 1:
         return None
     assert groups.pipe_up is not None and groups.pipe_down is not None
     lane = [mesh.rank_at(row) for row in range(mesh.pp)]
-    return TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
+    transport = TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
+    over_host = device.type == "cuda" and dist.get_backend(groups.pipe_up) == "gloo"
+    return ThroughHost(transport) if over_host else transport
 
 
 def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:

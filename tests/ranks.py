@@ -36,17 +36,22 @@ def _run_rank(fn: Callable, rank: int, world_size: int, store: str, results: Any
         raise
 
 
-def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0, context: Any = _context
+) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on every rank of a fresh gloo world; results in rank order.
+
+    Args:
+        context: of multiprocessing.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message), died or took too long.
     """
-    results = _context.Queue()
+    results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
-            _context.Process(target=_run_rank, args=(fn, rank, world_size, store, results, args), daemon=True)
+            context.Process(target=_run_rank, args=(fn, rank, world_size, store, results, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -58,6 +63,20 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.
                 process.join(timeout=5)
                 if process.is_alive():
                     process.kill()
+
+
+def run_ranks_on_gpu(fn: Callable, world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
+    """As `run_ranks`, all ranks on the one GPU; gloo joins them still.
+
+    Each is a new interpreter: a forked process cannot use CUDA if its parent has.
+    """
+    before = os.environ["DS_ACCELERATOR"]
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    try:
+        spawn = multiprocessing.get_context("spawn")
+        return run_ranks(fn, world_size, *args, timeout_s=timeout_s, context=spawn)
+    finally:
+        os.environ["DS_ACCELERATOR"] = before
 
 
 def run_ranks_once(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:

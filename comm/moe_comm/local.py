@@ -10,7 +10,7 @@ from moe_comm.dispatcher import Received, SharedByCopies
 from moe_comm.errors import PlacementError
 from moe_comm.pending import Started, at_once
 from moe_comm.placement import Placement
-from moe_comm.routing import SendPlan, check_inputs, check_rows, check_tokens, plan_send
+from moe_comm.routing import SendPlan, check_kinds, check_rows, check_tokens, plan_unchecked
 from moe_comm.traffic import TrafficMeter
 from moe_comm.wire.codec import wire_pair
 
@@ -88,14 +88,14 @@ class LocalDispatcher(SharedByCopies):
 
     @torch.no_grad()
     def _dispatch(self, tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> Received:
-        check_inputs(tokens, weights, expert_ids, self.placement.num_experts)
-        plan = plan_send(expert_ids, self.placement.num_experts)
+        check_kinds(tokens, weights, expert_ids)
+        plan, counts = plan_unchecked(expert_ids, self.placement.num_experts)
         check_bound(torch.tensor([[plan.row_slots.numel()]]), self.max_rows)
         rows = self._gather(tokens, plan)
         row_weights = weights.reshape(-1).index_select(0, plan.row_slots)
         self._count(rows.shape[0])
         handle = LocalHandle(plan, tokens.shape[1], self)
-        return Received(rows, row_weights, plan.expert_counts.cpu(), handle)
+        return Received(rows, row_weights, counts, handle)
 
     @torch.no_grad()
     def _combine(self, rows: Tensor, handle: LocalHandle) -> Tensor:

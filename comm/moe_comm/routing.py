@@ -129,6 +129,14 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
     Raises:
         InputError: says which tensor, what was expected and what was got.
     """
+    check_kinds(tokens, weights, expert_ids)
+    if expert_ids.numel():
+        low, high = torch.stack(torch.aminmax(expert_ids)).tolist()
+        _check_range(low, high, num_experts)
+
+
+def check_kinds(tokens: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
+    """`check_inputs` without a look at the numbers of experts, which on a GPU would have to be waited for."""
     named = {"tokens": tokens, "weights": weights, "expert_ids": expert_ids}
     _check_tensors("dispatch", named)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
@@ -145,13 +153,14 @@ def check_inputs(tokens: Tensor, weights: Tensor, expert_ids: Tensor, num_expert
         raise InputError(f"dispatch: expected expert_ids of torch.int64, got {expert_ids.dtype}")
     _check_floating("dispatch", "tokens", tokens)
     _check_floating("dispatch", "weights", weights)
-    if expert_ids.numel():
-        low, high = torch.stack(torch.aminmax(expert_ids)).tolist()
-        if low < -1 or high >= num_experts:
-            raise InputError(
-                f"dispatch: expected expert ids in 0..{num_experts - 1} (or -1 for no choice), "
-                f"got {low if low < -1 else high}"
-            )
+
+
+def _check_range(low: int, high: int, num_experts: int) -> None:
+    if low < -1 or high >= num_experts:
+        raise InputError(
+            f"dispatch: expected expert ids in 0..{num_experts - 1} (or -1 for no choice), "
+            f"got {low if low < -1 else high}"
+        )
 
 
 def check_rows(
@@ -225,9 +234,34 @@ def plan_send(expert_ids: Tensor, num_experts: int) -> SendPlan:
     Returns:
         Index tensors on the device of expert_ids.
     """
+    counts = _count(expert_ids, num_experts)
+    return _plan(expert_ids, counts[1:], int(counts[0]))
+
+
+def plan_unchecked(expert_ids: Tensor, num_experts: int) -> tuple[SendPlan, Tensor]:
+    """As `check_inputs` and `plan_send` of ids that nobody has looked at; a GPU is waited for once.
+
+    Returns:
+        The plan, and its counts int64 [experts] on the CPU.
+
+    Raises:
+        InputError: an expert that there is not.
+    """
+    ids = expert_ids if expert_ids.numel() else expert_ids.new_zeros(1)
+    counts = _count(expert_ids.clamp(-1, num_experts - 1), num_experts)
+    low, high, not_chosen, *each = torch.cat((*map(torch.atleast_1d, torch.aminmax(ids)), counts)).tolist()
+    _check_range(low, high, num_experts)
+    return _plan(expert_ids, counts[1:], not_chosen), torch.tensor(each, dtype=torch.int64)
+
+
+def _count(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """int64 [1 + experts]: how often there is no choice, and how often each expert."""
     flat = expert_ids.reshape(-1)
-    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))
-    not_chosen = int(counts[0])
+    return flat.new_zeros(num_experts + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))
+
+
+def _plan(expert_ids: Tensor, expert_counts: Tensor, not_chosen: int) -> SendPlan:
+    flat, num_experts = expert_ids.reshape(-1), expert_counts.numel()
     # No choice sorts before all experts.
     row_slots = _stable_order(flat, num_experts)[not_chosen:]
     slot_rows = torch.full_like(flat, -1)
@@ -237,7 +271,7 @@ def plan_send(expert_ids: Tensor, num_experts: int) -> SendPlan:
         row_slots=row_slots,
         row_tokens=torch.div(row_slots, expert_ids.shape[1], rounding_mode="floor"),
         slot_rows=slot_rows,
-        expert_counts=counts[1:],
+        expert_counts=expert_counts,
         bags=Bags.of(slot_rows, are_full=not_chosen == 0),
     )
 

@@ -1,5 +1,7 @@
 """The transport over torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
 
+In a group of gloo alone CUDA tensors go through the host's memory (`through_host.py`).
+
 gloo moves bytes on threads of its own, NCCL on a stream of its own, so either works while the caller
 computes. On CUDA, waiting makes the current stream wait, not the host.
 
@@ -40,6 +42,7 @@ from torch import Tensor
 from moe_comm.dispatcher import Pending
 from moe_comm.errors import CommError, PlacementError, TransportError
 from moe_comm.lane import end_of_leave
+from moe_comm.through_host import all_to_all_through_host
 
 _TAGS = 1 << 20  # exchanges after which tags repeat; far more than can be under way
 _Transfer = tuple[Any, Tensor, Tensor]  # of a backend, and the buffers that it reads and writes
@@ -133,6 +136,10 @@ class TorchTransport:
             TransportError: here or in the wait, when the backend fails or has none for this device.
         """
         backend = self._backends.get(send.device.type)
+        if backend is None and send.is_cuda and "cpu" in self._backends:
+            return all_to_all_through_host(
+                self.all_to_all, self._rank, send, send_splits, recv_splits, received
+            )
         if backend is None:
             kinds = ", ".join(self._backends) or "no device, the transport being closed"
             raise TransportError(f"expected tensors on {kinds}, got {send.device.type}")

@@ -32,12 +32,23 @@ def train(
     vocab: Annotated[int, typer.Option(min=1, help="cuda: vocabulary")] = 16384,
     precision: Annotated[list[str] | None, typer.Option(help="cuda: bf16, fp8; may be repeated")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="cuda: list the longest kernels")] = False,
-    peer: Annotated[bool, typer.Option("--peer", help="cuda: BF16 against transformers too")] = False,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="cuda: BF16 against transformers, in place of FP8 against BF16")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="cuda, with --peer: the peer under torch.compile too")
+    ] = False,
 ) -> None:
     """Training tokens/s: of the plain model against transformers', on the CPU; on a GPU, FP8 against BF16.
 
     On a GPU a slice of DeepSeek-V3 of true widths, one dense and two MoE layers, takes whole steps.
     """
+    if device == "cuda" and peer:
+        from moe_runtime.cli.bench_slice.peer import describe_peer, measure_peer  # needs transformers
+
+        compared = measure_peer(rounds or 7, compiled)
+        typer.echo(json_text.dumps(compared) if json else describe_peer(compared))
+        return
     if device == "cuda":
         from moe_runtime.cli.bench_slice.measure import Settings  # brings torch
         from moe_runtime.cli.bench_slice.measure import measure as measure_slice
@@ -52,7 +63,6 @@ def train(
             rounds=rounds or 3,
             precisions=chosen,
             kernels=kernels,
-            peer=peer,
         )
         found = measure_slice(settings)
         typer.echo(json_text.dumps(found) if json else describe_slice(found))

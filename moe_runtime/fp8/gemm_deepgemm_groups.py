@@ -14,12 +14,14 @@ of 1,000, and each group is cut up by its own size, so that changing counts have
 
 Tokens (`weight_grad_groups`). The library wants each group's columns as a matrix of their own: one copy of
 the codes, in words of 8 bytes, which is cheap beside the products (1 byte read and written for each, against
-4 read and written for each element of the result). Columns that the casts wrote so at once would save it.
+4 read and written for each element of the result), if one launch does it for all groups
+(`group_major_triton.py`). Columns that the casts wrote so at once would save it.
 
 Kernels are compiled for a way of cutting, not for a number of rows: counts may change at every step.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,12 +43,15 @@ class Cut:
         head_rows: int64 [heads x 128] on the device: rows to do again; a short head repeats its last row.
         head_groups: int32 [heads x 128] on the device: the group of each.
         tokens: int32 [groups] on the device: tokens of each group, rounded up to 128.
+        spans: int32 [tiles, 2] on the device: for each 128 tokens where their group begins and how wide it
+            is, in words of 8 tokens.
     """
 
     tile_groups: Tensor
     head_rows: Tensor
     head_groups: Tensor
     tokens: Tensor
+    spans: Tensor
 
 
 _cuts: WeakKeyDictionary[Groups, Cut] = WeakKeyDictionary()
@@ -68,9 +73,16 @@ def cut_of(groups: Groups) -> Cut:
             (first[:, None] + within).flatten(),
             group.repeat_interleave(TILE).to(torch.int32),
             groups.padded_counts.to(torch.int32),
+            spans_of(groups.padded_counts).to(torch.int32),
         )
         _cuts[groups] = Cut(*(numbers.to(groups.device, non_blocking=True) for numbers in made))
     return _cuts[groups]
+
+
+def spans_of(padded_counts: Tensor) -> Tensor:
+    """int64 [tiles, 2]: begin and width of the group of each 128 tokens, in words of 8."""
+    spans = torch.stack((padded_counts.cumsum(0) - padded_counts, padded_counts), dim=1)
+    return spans.repeat_interleave(padded_counts // TILE, 0) // _WORD.itemsize
 
 
 def multiply_rows(library: Any, out: Tensor, left: Tiles, right: Blocks, groups: Groups) -> None:
@@ -103,16 +115,45 @@ def add_tokens(library: Any, out: Tensor, left: Tiles, right: Tiles, groups: Gro
         out: float32, contiguous.
         left, right: [n, t] and [k, t], float8, scales with strides (1, rows rounded up to 4).
     """
-    counts = groups.padded_counts.tolist()
-    library.k_grouped_fp8_gemm_nt_contiguous(
-        (group_major(left.codes, counts), left.scales),
-        (group_major(right.codes, counts), right.scales),
-        out,
-        counts,
-        cut_of(groups).tokens,
-        c=out,
-        recipe=_TILES_RECIPE,
-    )
+    cut, counts = cut_of(groups), groups.padded_counts.tolist()
+    left_codes, right_codes = _group_major(left.codes, groups), _group_major(right.codes, groups)
+    whole = [(0, len(counts))]
+    for first, last in whole if _takes_empty_groups(out) else runs_of_filled(counts):
+        begin, end = sum(counts[:first]), sum(counts[:last])
+        tiles = slice(begin // TILE, end // TILE)
+        sums = out[first:last]
+        library.k_grouped_fp8_gemm_nt_contiguous(
+            (left_codes[len(left.codes) * begin : len(left.codes) * end], left.scales[:, tiles]),
+            (right_codes[len(right.codes) * begin : len(right.codes) * end], right.scales[:, tiles]),
+            sums,
+            counts[first:last],
+            cut.tokens[first:last],
+            c=sums,
+            recipe=_TILES_RECIPE,
+        )
+
+
+def _takes_empty_groups(out: Tensor) -> bool:
+    """Whether the kernel for sums [g, n, k] passes over groups without tokens.
+
+    Seen with 0.1.5 on an H200: with 520 x 264 it fails at launch, with multiples of the tile it does not.
+    """
+    return all(size % TILE == 0 for size in out.shape[1:])
+
+
+def runs_of_filled(counts: list[int]) -> list[tuple[int, int]]:
+    """First and end of each run of groups that all have tokens."""
+    borders = [-1, *(group for group, count in enumerate(counts) if count == 0), len(counts)]
+    return [(before + 1, after) for before, after in pairwise(borders) if after - before > 1]
+
+
+def _group_major(codes: Tensor, groups: Groups) -> Tensor:
+    """As `group_major`, on a GPU by one kernel."""
+    if not codes.is_cuda or codes.shape[1] in groups.padded_counts:
+        return group_major(codes, groups.padded_counts.tolist())
+    from moe_runtime.fp8.group_major_triton import group_major_on_device  # brings triton
+
+    return group_major_on_device(codes.contiguous(), cut_of(groups).spans)
 
 
 def group_major(codes: Tensor, counts: list[int]) -> Tensor:

@@ -208,7 +208,7 @@ class Decoding:
         """Read all prompts; outputs of the last piece, packed, and its length in each row."""
         lengths = torch.tensor([len(request.tokens) for request in self._requests], dtype=torch.int64)
         for row, request in enumerate(self._requests):
-            self._begin(row, list(request.tokens))
+            self.begin(row, list(request.tokens))
         piece = self._engine.prefill
         rest = lengths - self.cache.lengths
         pieces = self._engine.highest(-(-int(rest.max()) // piece) if self.alive else 0)
@@ -224,7 +224,7 @@ class Decoding:
                 self._drafter.propose(hidden, counts, 0, self.draw_draft)
         return hidden, counts
 
-    def _begin(self, row: int, tokens: list[int]) -> None:
+    def begin(self, row: int, tokens: list[int]) -> None:
         """Put a prompt's tokens into the cache, and latents that the store has."""
         result, store = self.results[row], self._engine.store
         found = store.find(tokens) if store is not None else None

@@ -22,7 +22,7 @@ from moe_runtime.model.local_experts import LocalExperts, serves
 from moe_runtime.model.mha import MHA
 from moe_runtime.model.moe import MoE
 from moe_runtime.model.mtp import MTP
-from moe_runtime.model.product import product
+from moe_runtime.model.product import product, unrounded_product
 from moe_runtime.model.reach import Reach
 from moe_runtime.model.transformer import Transformer
 
@@ -135,7 +135,7 @@ class InferenceModel:
         return resid if layer.moe is None else resid + self._routed(layer, layer.moe, x)
 
     def _routed(self, layer: "_Layer", moe: MoE, x: Tensor) -> Tensor:
-        logits = torch.mm(x.to(self._high), layer.router.to(self._high))
+        logits = unrounded_product(x, layer.router, self._high)
         weights, expert_ids, _ = moe.router.choose(logits)
         if layer.experts is not None:
             return layer.experts(x, weights, expert_ids)
@@ -156,36 +156,30 @@ class InferenceModel:
         valid = None if even else (steps < counts.unsqueeze(1)).to(device)
         there = slots.flatten() if valid is None else slots[valid]
         turns = self._turns(stop).index_select(0, there)
-        barrier = None
-        together = even and new == 1 and bool((starts == starts[:1]).all())
-        if not together or self._separator is not None:
-            barrier = self._barrier(cache, slots, shift, stop)
-        causal = self._separator is None and bool((starts == shift).all())
-        return Reach(slots, valid, turns, shift, stop, barrier, causal)
+        alike = even and new == 1 and bool((starts == starts[:1]).all())
+        plain = self._separator is None
+        causal = plain and bool((starts == shift).all())
+        begins = self._begins(cache, slots, shift)
+        return Reach(slots, valid, turns, shift, stop, begins, not (alike and plain), causal)
 
     def _reach_of_one(self, cache: LatentCache, start: int, count: int, shift: int) -> Reach:
         """The same for one row, with less ado."""
         stop = start + count
         slots = torch.arange(start, stop, device=cache.tokens.device).unsqueeze(0)
         plain = self._separator is None
-        barrier = None if plain and count == 1 else self._barrier(cache, slots, shift, stop)
-        return Reach(
-            slots, None, self._turns(stop)[start:stop], shift, stop, barrier, plain and start == shift
-        )
+        turns, begins = self._turns(stop)[start:stop], self._begins(cache, slots, shift)
+        limited = not (plain and count == 1)
+        return Reach(slots, None, turns, shift, stop, begins, limited, plain and start == shift)
 
     def _turns(self, stop: int) -> Tensor:
         """Rotary turns of all slots below `stop`, and perhaps of more."""
         return self._rotary.table(max(stop, 1), self._high, self.device)
 
-    def _barrier(self, cache: LatentCache, slots: Tensor, shift: int, stop: int) -> Tensor:
-        """-inf where a token at `slots` [rows, new] may not look: [rows, new, 1, slots shift..stop]."""
-        reached = torch.arange(shift, max(stop, shift), device=slots.device)
-        hidden = reached > slots.unsqueeze(2)
-        separator = self._separator
-        if separator is not None:
-            hidden |= reached < _document_starts(cache.tokens, separator, slots - shift).unsqueeze(2) + shift
-        nothing = torch.zeros(hidden.shape, dtype=self._high, device=slots.device)
-        return nothing.masked_fill_(hidden, float("-inf")).unsqueeze(2)
+    def _begins(self, cache: LatentCache, slots: Tensor, shift: int) -> Tensor | None:
+        """First slot of the document of each token at `slots` [rows, new], where documents are apart."""
+        if self._separator is None:
+            return None
+        return _document_starts(cache.tokens, self._separator, slots - shift) + shift
 
 
 class _Layer:

@@ -48,7 +48,7 @@ class KeyValueAttention:
         reach.remember(torch.cat((product(x, self._v), key.flatten(1)), dim=1), cached)
         keys, values = self._parts(wide(cached[:, reach.first : reach.stop]))
         mask = None
-        if reach.barrier is not None and not reach.causal:
+        if not reach.causal and reach.barrier is not None:
             mask = reach.barrier.transpose(1, 2).to(keys.dtype)
         heads = attend(wide(reach.spread(query)), keys, values, self._scale, mask, reach.causal)
         return product(reach.pack(heads[..., : self._v_dim]).flatten(1).to(x.dtype), self._o)

@@ -8,8 +8,12 @@ The absorbed form reads each latent once for all heads and lifts nothing, so it 
 a pair of query and key costs 2 kv_lora + rope products a head instead of nope + rope + v, so many new tokens
 are cheaper lifted. `_lifts` reckons which. Neither keeps anything but latents.
 
-Scores and sums are in FP32 at least, as in the kernels of training.
+Scores and sums are in FP32 at least, as in the kernels of training. On a GPU the absorbed form's middle is
+one kernel (`latent_attention_triton.py`), which reads the latents as they lie; elsewhere, and as its oracle,
+torch's products in FP32.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,38 @@ from moe_runtime.model.norm import RMSNorm, normalise
 from moe_runtime.model.product import product, wide
 from moe_runtime.model.reach import Reach
 from moe_runtime.model.rope import rotate
+
+
+def _kernels(latents: Tensor, rank: int) -> ModuleType | None:
+    """Queries meet latents in one kernel, where this device has it."""
+    if not latents.is_cuda:
+        return None
+    from moe_runtime.model import latent_attention_triton  # brings triton
+
+    return latent_attention_triton if latent_attention_triton.serves(latents, rank) else None
+
+
+def gather(q_latent: Tensor, q_rope: Tensor, known: Tensor, scale: float, barrier: Tensor | None) -> Tensor:
+    """Softmax-weighted sums of latents, for each head of each query, in at least FP32.
+
+    Args:
+        q_latent: queries through the key's up-projection, [rows, new, heads, kv_lora].
+        q_rope: their rotary parts, [rows, new, heads, rope].
+        known: latents [rows, slots, kv_lora + rope].
+        scale: of the scores.
+        barrier: [rows, new, 1, slots], added to them; None: nothing.
+
+    Returns:
+        [rows, new, heads, kv_lora].
+    """
+    new, heads, rank = q_latent.shape[1:]
+    query = torch.cat((q_latent, q_rope), dim=3).flatten(1, 2)
+    high = torch.promote_types(query.dtype, torch.float32)
+    keys = known.to(high)
+    scores = torch.bmm(query.to(high), keys.transpose(1, 2)).mul_(scale)
+    if barrier is not None:
+        scores.unflatten(1, (new, heads)).add_(barrier)
+    return torch.bmm(scores.softmax(dim=2), keys[..., :rank]).unflatten(1, (new, heads))
 
 
 class Norm:
@@ -78,8 +114,7 @@ class LatentAttention:
         turned = rotate(unturned.to(reach.turns.dtype.to_real()), reach.turns).to(x.dtype)
         reach.remember(torch.cat((self._kv_a_norm(latent), turned[:, -1]), dim=1), latents)
         attend = self._lifted if self._lifts(reach) else self._absorbed
-        known = latents[:, reach.first : reach.stop]
-        heads = attend(q_nope, turned[:, :-1], known, reach)
+        heads = attend(q_nope, turned[:, :-1], latents, reach)
         return product(heads.flatten(1).to(x.dtype), self._o)
 
     def _query(self, x: Tensor) -> Tensor:
@@ -97,23 +132,23 @@ class LatentAttention:
         known = reach.stop - reach.first
         return new > 1 and lift * known < saved * known * new + carried
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, reach: Reach) -> Tensor:
         """Queries meet latents: [tokens, heads, v]."""
-        rows, new = reach.slots.shape
         q_latent = torch.bmm(q_nope.transpose(0, 1), self._up_key).transpose(0, 1)
-        query = reach.spread(torch.cat((q_latent, q_rope), dim=2)).view(rows, new * self._heads, -1)
-        high = torch.promote_types(query.dtype, torch.float32)
-        keys = known.to(high)
-        scores = torch.bmm(query.to(high), keys.transpose(1, 2)).mul_(self._scale)
-        if reach.barrier is not None:
-            scores.view(rows, new, self._heads, -1).add_(reach.barrier)
-        weights = scores.softmax(dim=2)
-        gathered = torch.bmm(weights, keys[..., : self._rank]).view(rows, new, self._heads, -1)
-        gathered = reach.pack(gathered).to(q_nope.dtype).transpose(0, 1)
+        q_latent, q_rope = reach.spread(q_latent), reach.spread(q_rope)
+        kernels = _kernels(latents, self._rank)
+        if kernels is None:
+            known = latents[:, reach.first : reach.stop]
+            gathered = gather(q_latent, q_rope, known, self._scale, reach.barrier).to(q_nope.dtype)
+        else:
+            queries, ends = (q_latent.flatten(0, 1), q_rope.flatten(0, 1)), (reach.first, reach.stop)
+            gathered = kernels.attend(*queries, latents, reach.slots, self._scale, *ends, reach.begins)
+        gathered = reach.pack(gathered.view(*reach.slots.shape, self._heads, -1)).transpose(0, 1)
         return torch.bmm(gathered, self._up_value).transpose(0, 1)
 
-    def _lifted(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, reach: Reach) -> Tensor:
+    def _lifted(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, reach: Reach) -> Tensor:
         """Heads of training, grown out of the latents in reach: [tokens, heads, v]."""
+        known = latents[:, reach.first : reach.stop]
         rows, count = known.shape[:2]
         query = wide(reach.spread(torch.cat((q_nope, q_rope), dim=2)).transpose(1, 2))
         latent, k_rope = known.split([self._rank, self._rope], dim=2)
@@ -126,7 +161,7 @@ class LatentAttention:
         if not value.is_cuda and width > self._v:  # the CPU's flash kernel wants equal widths
             value = nn.functional.pad(value, (0, width - self._v))
         mask = None
-        if reach.barrier is not None and not reach.causal:
+        if not reach.causal and reach.barrier is not None:
             mask = reach.barrier.transpose(1, 2).to(query.dtype)
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=reach.causal, scale=self._scale

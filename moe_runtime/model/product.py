@@ -57,13 +57,16 @@ def write_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = F
     elif left.dtype == torch.bfloat16 and out.dtype == torch.float32 and _adds_in_fp32(out.device):
         torch.addmm(out, left, right, out_dtype=torch.float32, beta=beta, out=out)  # type: ignore[call-overload]
     elif accumulate:
-        out.add_(_unrounded(left, right, out.dtype))
+        out.add_(unrounded_product(left, right, out.dtype))
     else:
-        out.copy_(_unrounded(left, right, out.dtype))
+        out.copy_(unrounded_product(left, right, out.dtype))
 
 
-def _unrounded(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """left [m, k] times right [k, n] in the wider of the two dtypes; BF16 units of a CPU round theirs."""
+def unrounded_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """left [m, k] times right [k, n] in the wider of the two dtypes, from operands as they are.
+
+    BF16 units of a CPU round their products, so there operands are widened first.
+    """
     dtype = torch.promote_types(left.dtype, out_dtype)
     if left.is_cuda and left.dtype == torch.bfloat16 and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)

@@ -1,8 +1,9 @@
 """Rotary positions in interleaved pairs, with YaRN for contexts beyond the original one.
 
-A pair (x0, x1) of the rotary part is the complex number x0 + i x1; position p turns it by p times the
-pair's frequency. Frequencies and angles are computed in FP64 and rounded once, so that every dtype and
-every layout sees the same table. Tables are made at the first use of a length and kept by the object.
+A pair (x0, x1) of the rotary part is the complex number x0 + i x1; position p turns it by p times the pair's
+frequency. Frequencies and angles are computed in FP64 and rounded once, so that every dtype and every layout
+sees the same table. Tables are made at the first use of a length and kept by the object; one that proves too
+short is made twice as long, since decoding asks for one position more at every pass.
 
 YaRN (Ref: DSV3 §4.3) leaves fast pairs as they are, divides slow ones by the factor s and blends
 between; the softmax scale grows by (0.1 mscale ln s + 1)^2. Both hold for the model as a whole, whenever
@@ -67,7 +68,8 @@ class Rotary:
         key = (dtype, device)
         table = self._tables.get(key)
         if table is None or table.shape[0] < seq_len:
-            angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), self._frequencies)
+            length = seq_len if table is None else max(seq_len, 2 * table.shape[0])
+            angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), self._frequencies)
             turns = torch.polar(torch.ones_like(angles), angles)
             table = turns.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
             self._tables[key] = table

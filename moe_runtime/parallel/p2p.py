@@ -10,8 +10,10 @@ beside the rank's own waits for the sends in their order and lets each tensor go
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from moe_comm.lane import Job, Lane
 from torch import Tensor
@@ -66,6 +68,43 @@ class TorchTransport:
         work = dist.irecv(buffer, self._global_ranks[peer], group=group)
         assert work is not None, "irecv gives None only to a rank outside its group"
         return work
+
+
+class ThroughHost:
+    """Boundary tensors of a GPU over a transport of the host, by way of pinned memory.
+
+    For several processes on one GPU, which NCCL refuses; to be right there, not fast: a send waits until
+    the tensor is in host memory. Its transfers hold their buffers.
+
+    Args:
+        transport: moves host tensors.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def send(self, tensor: Tensor, peer: int) -> Transfer:
+        below = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        below.copy_(tensor)
+        return _Staged(self._transport.send(below, peer), below, None)
+
+    def receive(self, buffer: Tensor, peer: int) -> Transfer:
+        below = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+        return _Staged(self._transport.receive(below, peer), below, buffer)
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A transfer of `below`, which goes up into `above` when it has arrived."""
+
+    transfer: Transfer
+    below: Tensor
+    above: Tensor | None
+
+    def wait(self) -> None:
+        self.transfer.wait()
+        if self.above is not None:
+            self.above.copy_(self.below, non_blocking=True)
 
 
 class Departures:

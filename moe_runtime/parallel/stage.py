@@ -270,7 +270,8 @@ class StageRunner:
 
     def _grad_of(self, flight: Flight, slot: str, exit: Exit, weights: ObjectiveWeights) -> Tensor | None:
         if slot in SCALARS:
-            return torch.tensor(weights.of(slot), dtype=exit.dtype, device=exit.device)
+            # Filled there: a number copied to a GPU would have the host wait for it.
+            return torch.full((), weights.of(slot), dtype=exit.dtype, device=exit.device)
         grad = self._take_grad(flight, slot)
         return None if grad is None else carry_over(grad, grad.reshape(exit.shape))
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_runtime.cli.bench import slice_precisions
-from moe_runtime.cli.bench_slice.kernels import SHOWN, kind_of, summarise
+from moe_runtime.cli.bench_slice.kernels import SHOWN, idle_between, kind_of, summarise
 from moe_runtime.cli.bench_slice.measure import _each
+from moe_runtime.cli.bench_slice.peer import compare, describe_peer
 from moe_runtime.cli.bench_slice.report import describe
 from moe_runtime.cli.bench_slice.shapes import (
     GIB,
@@ -18,6 +20,7 @@ from moe_runtime.cli.bench_slice.shapes import (
     operations,
     slice_config,
 )
+from moe_runtime.cli.bench_train import MODEL
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError
 from moe_runtime.model.transformer import Transformer
@@ -78,6 +81,8 @@ def test_the_table_names_the_ratio_and_both_shares() -> None:
         "mfu_of_bf16_peak": {"causal": 0.25, "full": 0.5},
         "peak_gib": 70.0,
     }
+    idle = idle_between([(5.0, 6.0, "c"), (0.0, 3.0, "a"), (1.0, 2.0, "b"), (7.5, 8.0, "c"), (8.5, 9.0, "c")])
+    assert [(gap["ms"], gap["times"], gap["after"]) for gap in idle] == [(2.0, 1, "a"), (2.0, 2, "c")]
     both = {"mfu_of_both_peaks": {"causal": 0.2, "full": 0.4}, "tokens_per_s": 130.0}
     result = {
         "device": "a GPU",
@@ -88,13 +93,12 @@ def test_the_table_names_the_ratio_and_both_shares() -> None:
         "peaks": {"bf16": 7e14, "fp8": 1.2e15, "copy": 3e12},
         "loss_at_the_same_weights": {"bf16": 9.0, "fp8": 9.01},
         "results": {"bf16": one, "fp8": one | both},
-        "kernels": {"fp8": summarise(events) | {"elapsed_ms": 12.0}},
+        "kernels": {"fp8": summarise(events) | {"elapsed_ms": 12.0, "idle": idle}},
         "fp8_products": {"dense": {"deepgemm": 7}},
         "failed": {"bf16": "Traceback: it broke"},
-        "peer": None,
     }
     text = describe(result)
-    assert "FP8 products, dense: deepgemm 7" in text
+    assert "FP8 products, dense: deepgemm 7" in text and "idle: a -> c" in text
     assert "one microbatch in fp8: 12.0 ms, of which kernels 10.0 ms in 7 launches" in text
     assert (
         "60.0%  products" in text and "30.0%  casts" in text and "bf16 failed" in text and "it broke" in text
@@ -145,3 +149,19 @@ def test_what_fails_in_one_precision_leaves_the_other() -> None:
     assert ran == ["bf16", "bf16"] and "no such kernel" in failed["fp8"]
     with pytest.raises(RuntimeError):
         _each(["fp8"], run, {}, (RuntimeError,))
+
+
+def test_both_sides_start_from_one_loss_and_a_peer_that_fails_compiled_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(torch, "compile", lambda _: refuse)
+    config = MODEL.model_validate(MODEL.model_dump() | {"num_layers": 2, "num_experts": 8, "vocab_size": 64})
+    found = compare(config, torch.device("cpu"), 16, 1, compiled=True)
+    assert found["loss"]["ours"] == pytest.approx(found["loss"]["peer"], rel=2e-3)
+    assert set(found["ratio"]) == {"peer"} and "planted" in found["failed"]["compiled"]
+    beside = {"device": "a GPU", "torch": "2", "experts": 16, "mfu_causal": {"ours": 0.5, "peer": 0.25}}
+    text = describe_peer(found | beside)
+    assert "50.0%" in text and "ours over peer: " in text and "compiled failed and is left out" in text

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
@@ -53,6 +55,7 @@ class Case:
         layout: the layout section.
         microbatches: per lane.
         biases: routing bias of single experts, set before the step.
+        device: of all ranks.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Case:
     model: dict = field(default_factory=dict)
     moments: str = "fp32"
     document_separator: int | None = None
+    device: str = "cpu"
 
     def config(self) -> RunConfig:
         dp = self.layout.get("dp", 1)
@@ -89,13 +93,12 @@ def build(case: Case, rank: int) -> Runtime:
     config = case.config()
     layout = check_layout(config, dist.get_world_size())
     mesh = build_mesh(layout, rank)
-    cpu = torch.device("cpu")
     runtime = build_runtime(
         config,
         layout,
         mesh,
         open_groups(mesh),
-        cpu,
+        torch.device(case.device),
         ranks_per_node=mesh.world_size,
         document_separator=case.document_separator,
     )
@@ -111,6 +114,16 @@ def batch(config: RunConfig, step: int = 0) -> Tensor:
     return torch.randint(0, config.model.vocab_size, shape, generator=generator)
 
 
+def held_gradients(case: Case, rank: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Gradient norm of a step, and the averaged gradient of every parameter held here."""
+    runtime = build(case, rank)
+    optimizer = build_optimizer(runtime)
+    run_lane(runtime, batch(runtime.config))
+    _sum_tied(runtime)
+    grads = {name: _averaged(runtime, param).cpu().numpy() for name, param in runtime.named_params}
+    return optimizer.reduce(), grads
+
+
 def run_lane(
     runtime: Runtime, tokens: Tensor, after_backward: Callable[[], None] | None = None
 ) -> StepScalars:
@@ -118,7 +131,7 @@ def run_lane(
     mesh = runtime.mesh
     count = tokens.shape[0] // mesh.dp
     own = tokens[mesh.dp_rank * count : (mesh.dp_rank + 1) * count]
-    microbatches = split_microbatches(own, 1, 2 if mesh.is_mirrored else 1)
+    microbatches = split_microbatches(own.to(runtime.device), 1, 2 if mesh.is_mirrored else 1)
     weights = objective_weights(runtime, count, MTP_LAMBDA)
     return runtime.executor.run(runtime.program(count), microbatches, weights, after_backward)
 
@@ -129,8 +142,8 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     optimizer = build_optimizer(runtime)
     tokens = batch(runtime.config)
     scalars = run_lane(runtime, tokens)
-    oracle = PlainModel(runtime.config, case.biases, case.document_separator)
-    plain = oracle.forward_backward(tokens, MTP_LAMBDA)
+    oracle = PlainModel(runtime.config, case.biases, case.document_separator, case.device)
+    plain = oracle.forward_backward(tokens.to(case.device), MTP_LAMBDA)
     worst = _compare_losses(scalars, plain.losses, tokens.shape[0])
     _sum_tied(runtime)
     worst |= _compare_parameters(runtime, plain)
@@ -152,11 +165,16 @@ def _compare_parameters(runtime: Runtime, plain: PlainStep) -> dict[str, float]:
     worst = {}
     for name, param in runtime.named_params:
         expected = local_part(runtime, name, plain.grads[name])
-        is_expert = getattr(param, "is_expert", False)
-        grad = param.grad_accum.clone()
-        dist.all_reduce(grad, group=runtime.groups.expert_data if is_expert else runtime.groups.data)
-        worst[name] = relative(grad / runtime.mesh.replicas, expected)
+        worst[name] = relative(_averaged(runtime, param), expected)
     return worst
+
+
+def _averaged(runtime: Runtime, param: Parameter) -> Tensor:
+    """A parameter's gradient over all ranks that hold it, as a mean over tokens of the batch."""
+    is_expert = getattr(param, "is_expert", False)
+    grad = param.grad_accum.clone()
+    dist.all_reduce(grad, group=runtime.groups.expert_data if is_expert else runtime.groups.data)
+    return grad / runtime.mesh.replicas
 
 
 def _sum_tied(runtime: Runtime) -> None:

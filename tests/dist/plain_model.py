@@ -31,7 +31,11 @@ class PlainModel:
     """The whole model on one process."""
 
     def __init__(
-        self, config: RunConfig, biases: dict[int, float], document_separator: int | None = None
+        self,
+        config: RunConfig,
+        biases: dict[int, float],
+        document_separator: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self.config = config
         is_fp8 = config.precision == "fp8"
@@ -39,6 +43,7 @@ class PlainModel:
             config.model,
             recompute=config.recompute,
             dtype=DTYPES[config.precision],
+            device=device,
             document_separator=document_separator,
             dispatcher=LocalDispatcher(config.model.num_experts, keep_tiles=is_fp8),
         )

@@ -27,9 +27,9 @@ from moe_runtime.checkpoint.load import config_of, model_from
 from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
 from moe_runtime.config.counts import cache_elements, count_parameters
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.shards import TokenDataset
+from moe_runtime.evaluation.loss import evaluate
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import METRICS_FILE
 from moe_runtime.model.inference import InferenceModel
@@ -102,19 +102,13 @@ def _step_violation(record: dict[str, Any]) -> float | None:
     return max((layer["violation"] for layer in layers.values()), default=None)
 
 
-@torch.no_grad()
 def _on_text(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
-    """Loss and routing over the whole validation split, whose last window goes on at its beginning."""
-    seen = [RouterWatch(moe.router) for _, moe in model.moe_layers()]
-    counter = ByteCounter(dataset.load_tokenizer())
+    """Loss of every token of the validation split, and where the routers of the main model send them."""
+    watches = [RouterWatch(moe.router) for _, moe in model.moe_layers()]
     loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, VALIDATION_SEED)
-    nats, tokens, num_bytes = 0.0, 0, 0
-    for rows in loader.validation_batches(loader.samples_per_epoch, BATCH_ROWS):
-        targets = rows[:, 1 : rows.shape[1] - config.model.mtp_depth]
-        nats += float(model.losses(rows).loss.double()) * targets.numel()
-        tokens += targets.numel()
-        num_bytes += counter.bytes_of(targets)
-    found = {"val_loss": nats / tokens, "val_bpb": bits_per_byte(nats, num_bytes)}
+    result = evaluate(model, loader, loader.samples_per_epoch, BATCH_ROWS).result()
+    seen = [watch for watch in watches if watch.tokens]  # MTP modules are not run
+    found = {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
     return found | (routing_figures(seen, config.model.num_experts) if seen else {})
 
 

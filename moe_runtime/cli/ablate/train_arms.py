@@ -31,6 +31,11 @@ class RunFailed(MoeRuntimeError):
     exit_code = 1
 
 
+def overrides_of(run: PlannedRun, out: Path) -> list[str]:
+    """What makes a run of its base config: the arm's overrides, and the folder OUT/KEY."""
+    return [*run.overrides, f'name="{run.key}"', f"out_dir={out}"]  # quoted: a key may be digits alone
+
+
 class Trainer:
     """Runs of a study, at most `jobs` at a time.
 
@@ -72,8 +77,7 @@ class Trainer:
         folder = self._out / run.key
         result = folder / MEASURED
         if not result.exists():
-            train = ["-m", "moe_runtime.cli.launch", "train", str(run.base), *run.overrides]
-            train += [f"name={run.key}", f"out_dir={self._out}"]
+            train = ["-m", "moe_runtime.cli.launch", "train", str(run.base), *overrides_of(run, self._out)]
             for command in (train, ["-c", _MEASURE, str(folder), str(result)]):
                 if self._stopped or not self._call(run, command, folder):
                     return None

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_runtime.cli.bench_slice.subject import Subject
 
-SHOWN = 30
+SHOWN, IDLE_SHOWN, SHORT = 30, 12, 60
 # The first kind whose pattern is found in a kernel's name; what none finds is `other`.
 KINDS = (
     ("attention", r"sdpa|flash|fmha|attention|_mha"),
@@ -44,7 +45,34 @@ def time_by_kernel(subject: Subject, precision: str, tokens: Tensor) -> dict[str
         torch.cuda.synchronize()
     subject.update()
     events = [(e.key, e.self_device_time_total / 1e3, e.count) for e in found.key_averages()]
-    return summarise([event for event in events if event[1] > 0]) | {"elapsed_ms": begin.elapsed_time(end)}
+    spans = [
+        (e.time_range.start / 1e3, e.time_range.end / 1e3, e.name)
+        for e in found.events() or ()
+        if e.device_type == DeviceType.CUDA
+    ]
+    idle = {"elapsed_ms": begin.elapsed_time(end), "idle": idle_between(spans)}
+    return summarise([event for event in events if event[1] > 0]) | idle
+
+
+def idle_between(spans: list[tuple[float, float, str]]) -> list[dict[str, Any]]:
+    """Where nothing ran: milliseconds between two kernels, summed over their names, the longest first.
+
+    Args:
+        spans: (start, end, name) of kernels, in milliseconds, in any order.
+    """
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    before, until = "", min((start for start, _, _ in spans), default=0.0)
+    for start, end, name in sorted(spans):
+        if start > until:
+            ms, count = sums.get((before, name), (0.0, 0))
+            sums[before, name] = (ms + start - until, count + 1)
+        if end >= until:
+            before, until = name, end
+    longest = sorted(sums.items(), key=lambda item: -item[1][0])[:IDLE_SHOWN]
+    return [
+        {"ms": ms, "times": count, "after": after[:SHORT], "before": then[:SHORT]}
+        for (after, then), (ms, count) in longest
+    ]
 
 
 def summarise(events: list[tuple[str, float, int]]) -> dict[str, Any]:

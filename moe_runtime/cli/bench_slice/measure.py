@@ -43,7 +43,6 @@ class Settings:
         steps: timed steps of a turn; one before them is not timed.
         precisions: which, in turn.
         kernels: also list where the time of a microbatch goes.
-        peer: also measure BF16 against transformers' model.
     """
 
     experts: int | None = None
@@ -55,7 +54,6 @@ class Settings:
     steps: int = 1
     precisions: tuple[str, ...] = PRECISIONS
     kernels: bool = False
-    peer: bool = False
 
 
 @dataclass
@@ -122,7 +120,6 @@ def measure(settings: Settings) -> dict[str, Any]:
         "kernels": kernels,
         "failed": failed,
         "fp8_products": used(),
-        "peer": _peer(settings) if settings.peer else None,
     }
 
 
@@ -153,12 +150,6 @@ def _tell(what: str) -> None:
     """Say at once how far it is: a run that is cut short shall not have been in vain."""
     sys.stderr.write(f"{what}\n")
     sys.stderr.flush()
-
-
-def _peer(settings: Settings) -> dict[str, Any]:
-    from moe_runtime.cli.bench_slice.peer import measure_peer  # needs transformers
-
-    return measure_peer(settings.rounds)
 
 
 def _open_subject(settings: Settings, failed: dict[str, str]) -> tuple[Subject, int]:

@@ -41,8 +41,6 @@ def describe(result: dict[str, Any]) -> str:
         lines += ["", *_describe_kernels(name, found_kernels)]
     for name, error in result["failed"].items():
         lines.append(f"\n{name} failed and is left out:\n{error}")
-    if result["peer"] is not None:
-        lines.append("\n" + _describe_peer(result["peer"]))
     return "\n".join(lines)
 
 
@@ -54,16 +52,8 @@ def _describe_kernels(precision: str, found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{ms:9.2f} ms {ms / busy:6.1%}  {kind}" for kind, ms in found["kinds"].items()]
     lines += [f"{k['ms']:9.2f} ms {k['launches']:6}  {k['kind']:17}{k['kernel']}" for k in found["kernels"]]
+    lines += [f"{i['ms']:9.2f} ms {i['times']:6}  idle: {i['after']} -> {i['before']}" for i in found["idle"]]
     return lines
-
-
-def _describe_peer(peer: dict[str, Any]) -> str:
-    speed, loss, (low, high) = peer["tokens_per_s"], peer["loss"], peer["ratio_range"]
-    return (
-        f"BF16 against transformers, {peer['experts']} experts, one sequence a step: ours "
-        f"{speed['ours']:.0f} tokens/s, peer {speed['peer']:.0f}: {peer['ratio']:.2f}x "
-        f"({low:.2f}-{high:.2f}); losses of the first step {loss['ours']:.4f} / {loss['peer']:.4f}"
-    )
 
 
 def _pair(share: dict[str, float]) -> str:

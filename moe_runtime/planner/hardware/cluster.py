@@ -33,7 +33,7 @@ class Accelerator(Section):
     """One GPU, or one process of a CPU."""
 
     name: str
-    memory_gb: PositiveFloat = Field(description="10^9 bytes")
+    memory_gb: PositiveFloat = Field(description="10^9 bytes that a program can have")
     memory_gbps: Estimate = Field(description="10^9 bytes/s that a copy reaches, read and written together")
     peak_tflops: Peaks
     multiprocessors: PositiveInt

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_runtime.fp8 import cast, cast_triton
+from moe_runtime.fp8.gemm_deepgemm_groups import group_major, spans_of
+from moe_runtime.fp8.group_major_triton import group_major_on_device
 from moe_runtime.fp8.tiled import Blocks, Groups, Tiles
 from tests.unit.comm.wire_values import heavy_tailed, on_ties, random_bits, same_bits, special_tiles
 
@@ -167,6 +169,15 @@ def case_decoding_gives_the_values_of_the_cpu_form() -> None:
             assert same_bits(cast_triton.decode_on_device(tiles, dtype), cast.decode(tiles, dtype))
     blocks = cast.cast_weight(heavy_tailed(2 * 130, 31, seed=14).view(2, 130, 31))
     assert same_bits(cast_triton.decode_on_device(blocks), cast.decode(blocks))
+
+
+def case_columns_of_groups_are_put_together_as_by_one_copy_for_each() -> None:
+    for counts in ([0, 128, 0, 384, 128], [256], [0, 0]):
+        padded = torch.tensor(counts)
+        codes = torch.randint(256, (70, sum(counts)), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        spans = spans_of(padded).to(torch.int32)
+        ours, plain = group_major_on_device(codes, spans), group_major(codes, counts)
+        assert torch.equal(ours.view(torch.uint8), plain.view(torch.uint8)), counts
 
 
 def case_the_comparison_sees_the_interpreters_own_cast() -> None:

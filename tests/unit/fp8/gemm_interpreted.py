@@ -7,15 +7,14 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so this runs in a proces
 import json
 import sys
 import traceback
-from typing import Any
 
 import torch
-from triton.runtime import interpreter
 
 from moe_runtime.cli.bench_fp8.cases import Shape, groups_of, make_operands
 from moe_runtime.fp8 import gemm_reference, gemm_triton
 from moe_runtime.fp8.gemm_triton import Plan
 from moe_runtime.fp8.tiled import Groups, Tiles
+from tests.unit.interpreted import let_sizes_be_loop_bounds
 
 CPU = torch.device("cpu")
 SMALL = Plan(64, 64, 4, 3, band=2)
@@ -23,17 +22,6 @@ LARGE = Plan(128, 128, 4, 4)
 # The interpreter's time goes by programs: written with one plan, added to with the other.
 ACCUMULATING = ((SMALL, False), (LARGE, True))
 COUNTS = [(70, 0, 5, 129), (0, 0, 0), (0, 200, 0), (128, 256), (1,)]
-
-
-def _let_sizes_be_loop_bounds() -> None:
-    """The interpreter takes int() of an array of one element, which NumPy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
 
 
 def _poisoned(like: torch.Tensor, seed: int = 3) -> torch.Tensor:
@@ -142,7 +130,7 @@ def case_a_wrong_scale_is_seen() -> None:
 
 
 def main() -> None:
-    _let_sizes_be_loop_bounds()
+    let_sizes_be_loop_bounds()
     results = {}
     for name, case in sorted(globals().items()):
         if name.startswith("case_"):

@@ -84,6 +84,17 @@ def test_without_the_cast_instruction_it_compiles_too(name: str, launches: list[
     assert binary.count(SPILLS) == 0 and binary.count(CAST) == 0
 
 
+def test_putting_groups_together_compiles_with_wide_accesses(launches: list[Launch], cache: Path) -> None:
+    from moe_runtime.fp8.gemm_deepgemm_groups import spans_of
+    from moe_runtime.fp8.group_major_triton import group_major_on_device
+
+    codes = torch.zeros(WIDTH, ROWS, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    group_major_on_device(codes, spans_of(GROUPS.padded_counts).to(torch.int32))
+    binary = compile_sm90(launches[0], cache)
+    assert binary.count(SPILLS) == 0
+    assert binary.count(r"LDG\.E\.128") and binary.count(r"STG\.E\.128")
+
+
 def test_the_checks_see_a_spill(launches: list[Launch], cache: Path) -> None:
     calls()["columns"](hardware_cast=True)
     assert compile_sm90(launches[0], cache, maxnreg=24).count(SPILLS) > 0

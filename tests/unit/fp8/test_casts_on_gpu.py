@@ -37,3 +37,13 @@ def test_a_gpu_gives_the_bits_of_the_cpu_form(hardware_cast: bool) -> None:
             ours = make(values.cuda(), hardware_cast=hardware_cast)
             assert torch.equal(ours.codes.cpu(), wanted.codes)
             assert same_bits(ours.scales.contiguous().cpu(), wanted.scales.contiguous())
+
+
+def test_a_gpu_puts_the_columns_of_groups_together_as_one_copy_for_each_does() -> None:
+    from moe_runtime.fp8.gemm_deepgemm_groups import group_major, spans_of
+    from moe_runtime.fp8.group_major_triton import group_major_on_device
+
+    padded = torch.tensor([0, 1024, 128, 0, 896])
+    codes = torch.randint(256, (4100, int(padded.sum())), dtype=torch.uint8, device="cuda")
+    ours = group_major_on_device(codes, spans_of(padded).to(torch.int32).cuda())
+    assert torch.equal(ours, group_major(codes, padded.tolist()))
