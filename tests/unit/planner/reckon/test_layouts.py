@@ -2,7 +2,6 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -143,10 +142,11 @@ def test_the_winner_costs_what_its_plan_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_published_layout_is_the_best_that_fits_the_published_machine(tmp_path: Path) -> None:
+def test_the_published_layout_is_the_best_that_fits_the_published_machine() -> None:
     # pp 16, ep 64, dualpipe, one sequence a microbatch: DSV3 §3.1, §3.2. DualPipeV, which folds the same two
-    # directions into half the ranks, came after it and is as fast; so first or second of its kind.
-    found = search_layouts(load_config("v3_671b"), load_cluster("h800"), 2048)
+    # directions into half the ranks, came after it and is as fast; so first or second of its kind. Memory is
+    # what the device says of itself in DeepSeek's trace: 84,943,110,144 bytes.
+    found = search_layouts(load_config("v3_671b"), _cluster(84.943), 2048)
     assert found.num_legal > 50_000
     first = found.ranked[0].seconds
     ours = [one for one in found.ranked if one.candidate.frame.config.layout.schedule == "dualpipe"]
