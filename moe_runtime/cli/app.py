@@ -24,6 +24,7 @@ from moe_runtime.cli import (
     train,
 )
 from moe_runtime.cli.ablate import command as ablate
+from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.errors import MoeRuntimeError
@@ -40,6 +41,7 @@ app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
+app.command("plan")(plan.plan)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
 convert.app.command("tasks")(convert_tasks.tasks)

@@ -16,6 +16,7 @@ from moe_runtime.config.schema import RunConfig
 
 __all__ = [
     "ParameterCounts",
+    "batch_levels",
     "batch_size_at",
     "count_parameters",
     "sequences_before",
@@ -69,6 +70,14 @@ def total_steps(config: RunConfig, layout: ResolvedLayout) -> int:
     if config.train.total_tokens is not None:
         limits.append(_steps_for(config, layout, config.train.total_tokens))
     return min(limits)
+
+
+def batch_levels(config: RunConfig, layout: ResolvedLayout, steps: int) -> list[tuple[int, int]]:
+    """How many of the first `steps` steps have which size: (steps, sequences), in order."""
+    levels = list(_levels(config, layout))
+    ends = [level.first_step for level in levels[1:]] + [steps]
+    counts = [min(end, steps) - level.first_step for level, end in zip(levels, ends, strict=True)]
+    return [(count, level.size) for count, level in zip(counts, levels, strict=True) if count > 0]
 
 
 def _steps_for(config: RunConfig, layout: ResolvedLayout, tokens: int) -> int:

@@ -27,6 +27,7 @@ FP8_MODULES = (
 # What is high in any case, which a user may name without harm.
 HIGH_MODULES = ("embed", "head", "moe.router", "eh_proj", "norm")
 _LAYER = re.compile(r"^(layers|mtp)\.(\d+)(?:\.|$)")
+_IN_LAYER = re.compile(r"^(?:layers\.\d+|mtp\.\d+(?:\.block)?)\.")
 
 Arithmetic = Literal["fp8", "bf16"]
 
@@ -59,6 +60,12 @@ class Fp8Config(Section):
             if not _is_known(name)
         ]
 
+    def multiplies(self, name: str) -> bool:
+        """Whether `precision: fp8` has a module in FP8, by its canonical name such as layers.3.attn.o."""
+        module = _IN_LAYER.sub("", name)
+        is_used = "fp8" in (self.fprop, self.dgrad, self.wgrad)
+        return is_used and module in FP8_MODULES and not any(_names(e, name, module) for e in self.keep_high)
+
     def unknown_layers(self, num_layers: int, mtp_depth: int) -> list[Finding]:
         """Layers named in `keep_high` that a model does not have."""
         found = []
@@ -72,6 +79,12 @@ class Fp8Config(Section):
                 wanted = f"a layer of the model ({has})"
                 found.append(Finding.expected(f"fp8.keep_high.{number}", wanted, repr(name)))
         return found
+
+
+def _names(entry: str, name: str, module: str) -> bool:
+    """Whether an entry of `keep_high` names the module: it, what it is in, or both with the layer."""
+    without_block = name.replace(".block.", ".")
+    return any(full == entry or full.startswith(f"{entry}.") for full in (module, name, without_block))
 
 
 def _first(count: int) -> str:

@@ -45,6 +45,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def sections_of(path: str | Path) -> set[str]:
+    """The top-level keys of a config file and its bases; those of a model config are `model` alone.
+
+    Raises:
+        ConfigError: no such file, or it cannot be read.
+    """
+    return set(read_file(find_config(path), _find_base).values)
+
+
 def dump_config(config: RunConfig) -> str:
     """The run as YAML without bases; `load_config` of it gives an equal run."""
     return dump_text(config.model_dump(mode="json"))

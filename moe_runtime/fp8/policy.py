@@ -31,12 +31,9 @@ With `wgrad: bf16` the input is still kept in E4M3 and decoded: this is the exac
 computed; only dy is spared its rounding.
 """
 
-import re
 from dataclasses import dataclass
 
 from moe_runtime.config.fp8 import FP8_MODULES, Fp8Config
-
-_LAYER = re.compile(r"^(?:layers\.\d+|mtp\.\d+(?:\.block)?)\.")
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,9 @@ class Policy:
 
     def of(self, name: str) -> Choice | None:
         """The choice for a module by its canonical name, such as `layers.3.attn.o`; None: it stays high."""
-        module = _LAYER.sub("", name)
         config = self._config
-        if module not in FP8_MODULES or any(_names(entry, name, module) for entry in config.keep_high):
+        if not config.multiplies(name):
             return None
         fprop, dgrad, wgrad = (kind == "fp8" for kind in (config.fprop, config.dgrad, config.wgrad))
-        if not (fprop or dgrad or wgrad):
-            return None
-        keeps_e5m6 = module == "attn.o" and config.attention_output == "e5m6"
+        keeps_e5m6 = name.endswith("attn.o") and config.attention_output == "e5m6"
         return Choice(fprop, dgrad, wgrad, keeps_e5m6, config.backend)
-
-
-def _names(entry: str, name: str, module: str) -> bool:
-    """Whether an entry of `keep_high` names the module: it, what it is in, or both with the layer."""
-    without_block = name.replace(".block.", ".")
-    return any(full == entry or full.startswith(f"{entry}.") for full in (module, name, without_block))

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.flight import Flight
-from moe_runtime.parallel.overlap import interleave
 from moe_runtime.parallel.p2p import Departures, Transfer, Transport
 from moe_runtime.parallel.stage import BOUNDARY, ObjectiveWeights, StageRunner, Step
 from moe_runtime.parallel.weight_grad import run_weight_grads
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
+from moe_runtime.schedule.interleave import interleave
 
 Key = tuple[int, int, int]  # direction, stage, microbatch
 

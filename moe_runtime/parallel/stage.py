@@ -12,7 +12,7 @@ Rejected: one coroutine or thread per half of an overlapped pair (needs a barrie
 an exception in a thread is lost); hooks inside one autograd graph (the engine's order is not ours).
 
 A forward or backward is handed out as a list of `Step`s, which the caller runs in order, possibly
-merged with another list (`parallel.overlap`). Values live in a `Flight`, one per microbatch.
+merged with another list (`schedule.interleave`). Values live in a `Flight`, one per microbatch.
 """
 
 from collections.abc import Callable, Sequence

@@ -46,13 +46,17 @@ class Costs:
         stages: one for each stage, in order.
         transfer: time that a boundary tensor takes from rank to rank.
         hidden: of the exchange that an overlapped pair could hide, the share that it does, 0 to 1.
-        pairs: measured time of the pair (stage of F, stage of B), instead of the rule.
+        pairs: known time of the pair (stage of F, stage of B), instead of the rule.
+        pair_compute: of those, what is computation, where it is not that of both actions alone.
+        alone: known time of an action by itself, (kind, stage), whose own computation hides exchange.
     """
 
     stages: tuple[StageCosts, ...]
     transfer: float = 0.0
     hidden: float = 1.0
     pairs: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    pair_compute: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    alone: Mapping[tuple[Kind, int], float] = field(default_factory=dict)
 
     @classmethod
     def split(
@@ -83,7 +87,8 @@ class Costs:
     def compute(self, entry: Entry) -> float:
         """Time that an entry computes; transfers none."""
         if isinstance(entry, Overlap):
-            return self.compute(entry.forward) + self.compute(entry.backward)
+            known = self.pair_compute.get((entry.forward.stage, entry.backward.stage))
+            return self.compute(entry.forward) + self.compute(entry.backward) if known is None else known
         stage = self.stages[entry.stage]
         match entry.kind:
             case Kind.FORWARD:
@@ -110,7 +115,7 @@ class Costs:
         """Time from an entry's start to its end when nothing from outside holds it up."""
         compute, comm = self.compute(entry), self.comm(entry)
         if not isinstance(entry, Overlap):
-            return compute + comm
+            return self.alone.get((entry.kind, entry.stage), compute + comm)
         measured = self.pairs.get((entry.forward.stage, entry.backward.stage), math.nan)
         if not math.isnan(measured):
             return measured

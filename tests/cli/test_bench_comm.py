@@ -26,6 +26,8 @@ from moe_runtime.cli.bench_comm.summary import summarise_exchange
 from moe_runtime.cli.testbed.crew import RankFailed
 from moe_runtime.cli.testbed.links import require_tools
 from moe_runtime.errors import ConfigError
+from moe_runtime.planner.reckon.routed import flat_rows, hop_rows
+from moe_runtime.planner.reckon.wire import record_bytes
 
 _CAN_LINK = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc", "unshare", "nsenter"))
 needs_links = pytest.mark.skipif(
@@ -48,15 +50,15 @@ def _random_ids(settings: Settings) -> np.ndarray:
     [([(3, 2)], 6), ([(3, 1), (1, 4)], 8), ([(128, 1), (1, 4), (2, 2), (2, 4)], 144), ([(5, 1), (1, 1)], 6)],
 )
 def test_a_record_is_laid_out_as_a_struct(fields: list[tuple[int, int]], expected: int) -> None:
-    assert analytic.record_bytes(fields) == expected
+    assert record_bytes(fields) == expected
 
 
 def test_rows_of_one_token_by_hand() -> None:
     settings = Settings(nodes=2, ranks_per_node=2, num_experts=8, tokens=1, num_groups=4, groups_kept=4)
     # Rank 1's only token uses experts 0 (rank 0), 4 and 5 (rank 2), 6 (rank 3).
     ids: list[list[list[int]]] = [[], [[0, 4, 5, 6]], [], []]
-    assert analytic.flat_rows(ids, settings)[1] == [1, 0, 2, 1]
-    far, near = analytic.hop_rows(ids, settings)
+    assert flat_rows(ids, settings.local_experts)[1] == [1, 0, 2, 1]
+    far, near = hop_rows(ids, settings.local_experts, settings.ranks_per_node)
     assert far[1] == [0, 1, 0, 1], "one copy stays in the node, one goes to rank 3, of the same lane"
     assert near == [[0] * 4, [1, 0, 0, 0], [0] * 4, [0, 0, 1, 1]]
 

@@ -1,36 +1,20 @@
 """Bytes that a routing makes each contender send, counted token by token.
 
-Written from the description of the exchanges, with plain loops and none of the dispatchers' code (two
-constants of the format apart): what their own counters say must be equal to this, to the byte.
+Rows and records of ours are the planner's (`planner.reckon.routed`, `wire`), written with none of the
+dispatchers' code: what their own counters say must be equal to this, to the byte. Beside them:
 
-    plain, alltoall   a record for every (token, expert), to the rank of the expert
-    deepspeed         to every expert from every rank as many rows as the largest such block has
-    two_hop           a record for every (token, node), to the rank of that node in the source's lane;
-                      from there one for every (token, rank)
-    back              the same numbers of rows the other way, rows alone
-    ours, before both a message of counts, to every rank
-
-A record is laid out as a C struct would be: each field at a multiple of its item size, the whole rounded
-up to the largest.
+    plain       a row for every (token, expert), after its counts
+    deepspeed   to every expert from every rank as many rows as the largest such block has
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from moe_comm.control import HEADER_SIZE
-from moe_comm.two_hop import DEFAULT_CHUNKS
+from typing import Literal
 
 from moe_runtime.cli.bench_comm.settings import Settings
-
-Matrix = list[list[int]]
-
-_WORD = 8  # bytes of a number in a message of counts
-_PAYLOAD = {
-    "bf16": lambda hidden: [(hidden, 2)],
-    "fp8": lambda hidden: [(hidden, 1), (-(-hidden // 128), 4)],
-    "fp8_pow2": lambda hidden: [(hidden, 1), (-(-hidden // 128), 1)],
-}
+from moe_runtime.planner.reckon.routed import Matrix, flat_rows, hop_rows, turned
+from moe_runtime.planner.reckon.wire import WORD, Operation, RowFormat
 
 
 @dataclass(frozen=True)
@@ -46,42 +30,9 @@ class Predicted:
     combine: Matrix
 
 
-def record_bytes(fields: Sequence[tuple[int, int]]) -> int:
-    """Size of a record of (columns, item size) fields."""
-    end = 0
-    for columns, size in fields:
-        end = -(-end // size) * size + columns * size
-    largest = max(size for _, size in fields)
-    return -(-end // largest) * largest
-
-
-def flat_rows(expert_ids: Sequence, settings: Settings) -> Matrix:
-    """Rows [source][destination] of every (token, expert); expert_ids [ranks][tokens][top_k]."""
-    rows = _zeros(settings.world_size)
-    for source, tokens in enumerate(expert_ids):
-        for chosen in tokens:
-            for expert in chosen:
-                rows[source][expert // settings.local_experts] += 1
-    return rows
-
-
 def largest_block(expert_ids: Sequence) -> int:
     """Tokens of the rank and expert that have most in common."""
     return max(max(Counter(e for chosen in tokens for e in chosen).values()) for tokens in expert_ids)
-
-
-def hop_rows(expert_ids: Sequence, settings: Settings) -> tuple[Matrix, Matrix]:
-    """Rows [from][to] of the far hop and of the near hop; what stays on its rank is on the diagonal."""
-    far, near = _zeros(settings.world_size), _zeros(settings.world_size)
-    lanes = settings.ranks_per_node
-    for source, tokens in enumerate(expert_ids):
-        for chosen in tokens:
-            ranks = {expert // settings.local_experts for expert in chosen}
-            for node in {rank // lanes for rank in ranks}:
-                far[source][node * lanes + source % lanes] += 1
-            for rank in ranks:
-                near[rank // lanes * lanes + source % lanes][rank] += 1
-    return far, near
 
 
 def predict(contender: str, expert_ids: Sequence, settings: Settings) -> Predicted:
@@ -93,26 +44,36 @@ def predict(contender: str, expert_ids: Sequence, settings: Settings) -> Predict
         settings: shape.
     """
     hidden, world = settings.hidden, settings.world_size
-    back = record_bytes([(hidden, 2)])
     if contender == "plain":
-        rows = flat_rows(expert_ids, settings)
-        counts = _to_all(world, settings.local_experts * _WORD)
-        return Predicted(_sum(_times(rows, hidden * 2), counts), _times(_turned(rows), hidden * 2))
+        rows = flat_rows(expert_ids, settings.local_experts)
+        counts = _to_all(world, settings.local_experts * WORD)
+        return Predicted(_sum(_times(rows, hidden * 2), counts), _times(turned(rows), hidden * 2))
     if contender == "deepspeed":
         padded = _to_all(world, settings.local_experts * largest_block(expert_ids) * hidden * 2)
         return Predicted(padded, padded)
-    kind, _, wire = contender.rpartition("_") if not contender.endswith("_pow2") else _split_pow2(contender)
-    payload = _PAYLOAD[wire](hidden)
-    if kind == "alltoall":
-        rows = flat_rows(expert_ids, settings)
-        control = _to_all(world, (HEADER_SIZE + world + settings.local_experts) * _WORD)
-        out = _times(rows, record_bytes([*payload, (1, 4)]))
-        return Predicted(_sum(out, control), _sum(_times(_turned(rows), back), control))
-    far, near = hop_rows(expert_ids, settings)
-    control = _to_all(world, (HEADER_SIZE + world + 2 * DEFAULT_CHUNKS) * _WORD)
-    rows = _sum(far, near)
-    out = _times(rows, record_bytes([*payload, (settings.top_k, 2), (settings.top_k, 4)]))
-    return Predicted(_sum(out, control), _sum(_times(_turned(rows), back), control))
+    form = _form(contender, settings)
+    return Predicted(
+        _matrix(form, "dispatch", expert_ids, settings), _matrix(form, "combine", expert_ids, settings)
+    )
+
+
+def _form(contender: str, settings: Settings) -> RowFormat:
+    """Records of one of ours, by its name: kind and wire."""
+    kind: Literal["alltoall", "two_hop"] = "two_hop" if contender.startswith("two_hop") else "alltoall"
+    wire = contender.removeprefix(f"{kind}_")
+    return RowFormat(kind, wire, settings.hidden, settings.top_k, settings.num_experts)
+
+
+def _matrix(form: RowFormat, operation: Operation, expert_ids: Sequence, settings: Settings) -> Matrix:
+    """Bytes of one operation, the message that precedes it included."""
+    local = settings.local_experts
+    if form.kind == "alltoall":
+        rows = flat_rows(expert_ids, local)
+    else:
+        rows = _sum(*hop_rows(expert_ids, local, settings.ranks_per_node))
+    out = rows if operation == "dispatch" else turned(rows)
+    counts = _to_all(settings.world_size, form.counts_bytes(settings.world_size))
+    return _sum(_times(out, form.record(operation).size), counts)
 
 
 def between_nodes(matrix: Matrix, settings: Settings) -> int:
@@ -139,15 +100,6 @@ def node_directions(matrix: Matrix, settings: Settings) -> tuple[list[int], list
     return sent, received
 
 
-def _split_pow2(contender: str) -> tuple[str, str, str]:
-    kind = contender.removesuffix("_fp8_pow2")
-    return kind, "_", "fp8_pow2"
-
-
-def _zeros(size: int) -> Matrix:
-    return [[0] * size for _ in range(size)]
-
-
 def _to_all(size: int, amount: int) -> Matrix:
     """The same amount to every other rank."""
     return [[0 if source == destination else amount for destination in range(size)] for source in range(size)]
@@ -155,10 +107,6 @@ def _to_all(size: int, amount: int) -> Matrix:
 
 def _times(matrix: Matrix, factor: int) -> Matrix:
     return [[amount * factor for amount in line] for line in matrix]
-
-
-def _turned(matrix: Matrix) -> Matrix:
-    return [list(line) for line in zip(*matrix, strict=True)]
 
 
 def _sum(first: Matrix, second: Matrix) -> Matrix:

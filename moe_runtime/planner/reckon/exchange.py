@@ -1,13 +1,13 @@
 """Dispatch and combine: how many rows go how far, and how long they fly.
 
-A token goes to `top_k` experts in at most `num_groups_kept` groups. What costs is not the choices but the
-places: a row crosses the network once for each *other node* that holds one of its experts (`two_hop`), and
-the node's fast links once for each *other rank* there. How many places a token reaches follows from the
-shape of the choice if every kept set of groups, and in it every set of experts, is equally likely:
+A token goes to `top_k` experts in at most `num_groups_kept` groups. In `two_hop` what costs is not the
+choices but the places: a row crosses the network once for each *other node* that holds one of its experts,
+and the node's fast links once for each *other rank* there. `alltoall` sends a row for each choice. How many
+places a token reaches depends on how the router chooses:
 
-    P(a place with e experts in one group is reached) = kept / groups x (1 - C(K - e, k) / C(K, k))
+    any experts         every set of them alike:  places x (1 - C(experts elsewhere, k) / C(experts, k))
+    limited to groups   drawn as the model chooses (`choices`): groups by their two best experts
 
-with K the experts of kept groups. A place that holds whole groups sums over how many of them are kept.
 Trained routers prefer some experts together, so measured statistics (nodes and ranks that a token reaches)
 go before this reckoning where a run has them.
 
@@ -20,6 +20,7 @@ from math import comb
 from moe_runtime.config.schema import ModelConfig
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.estimate import World
+from moe_runtime.planner.reckon.choices import drawn_choices, places_reached
 
 GIGA, MICRO = 1e9, 1e-6
 
@@ -31,12 +32,14 @@ class Spread:
     Args:
         nodes: distinct nodes; ranks: distinct ranks.
         num_nodes, num_ranks: that there are in the group of ranks that share the experts.
+        choices: experts of a token.
     """
 
     nodes: float
     ranks: float
     num_nodes: int
     num_ranks: int
+    choices: float
 
     @property
     def to_other_nodes(self) -> float:
@@ -53,8 +56,8 @@ class Spread:
 
     @property
     def to_other_ranks(self) -> float:
-        """Rows of a token that leave its rank when each goes straight to its rank."""
-        return self.ranks * (1 - 1 / self.num_ranks)
+        """Rows of a token that leave its rank when each choice goes straight to its rank."""
+        return self.choices * (1 - 1 / self.num_ranks)
 
 
 def uniform_spread(model: ModelConfig, ep: int, ranks_per_node: int) -> Spread:
@@ -66,28 +69,22 @@ def uniform_spread(model: ModelConfig, ep: int, ranks_per_node: int) -> Spread:
     """
     num_nodes = max(1, ep // ranks_per_node)
     return Spread(
-        nodes=num_nodes * _reached(model, model.num_experts // num_nodes),
-        ranks=ep * _reached(model, model.num_experts // ep),
+        nodes=_places_reached(model, num_nodes),
+        ranks=_places_reached(model, ep),
         num_nodes=num_nodes,
         num_ranks=ep,
+        choices=model.top_k,
     )
 
 
-def _reached(model: ModelConfig, experts: int) -> float:
-    """Probability that a token reaches a place that holds so many consecutive experts."""
-    groups, kept, top_k = model.num_groups, model.num_groups_kept, model.top_k
-    size = model.num_experts // groups
-    eligible = kept * size
-    missed = [comb(max(eligible - one, 0), top_k) / comb(eligible, top_k) for one in range(experts + 1)]
-    if experts < size:
-        return kept / groups * (1 - missed[experts])
-    held = experts // size
-    ways = comb(groups, kept)
-    return sum(
-        comb(held, here) * comb(groups - held, kept - here) / ways * (1 - missed[here * size])
-        for here in range(min(held, kept) + 1)
-        if kept - here <= groups - held
-    )
+def _places_reached(model: ModelConfig, places: int) -> float:
+    """Of so many places with equally many consecutive experts, those that a token reaches."""
+    total, held, top_k = model.num_experts, model.num_experts // places, model.top_k
+    if places == 1:
+        return 1.0
+    if model.num_groups_kept < model.num_groups:
+        return places_reached(drawn_choices(model), held)
+    return places * (1 - comb(total - held, top_k) / comb(total, top_k))
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def exchange(spread: Spread, tokens: int, row_bytes: float, two_hop: bool) -> Ex
 
     Args:
         row_bytes: of a row on the wire, scales and what goes beside it included.
-        two_hop: once for each node; otherwise straight to every rank.
+        two_hop: once for each node; otherwise each choice straight to its rank.
     """
     if two_hop:
         return Exchange(tokens * spread.to_other_nodes * row_bytes, tokens * spread.inside_nodes * row_bytes)

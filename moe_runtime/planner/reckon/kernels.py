@@ -4,7 +4,8 @@ One microbatch of one sequence length in one block, forward, backward for inputs
 list of kernels with shapes. Nothing here knows how fast a machine is (`kernel_time.py`).
 
     attend     norm, q and kv down, latent norms, q and kv up, rotation, attention, o, residual, norm, router
-    experts    [rows in order,] gate and up, SwiGLU, down, [rows back in order]; beside it the shared expert
+    experts    rows in order, gate and up, SwiGLU, down, rows back in order
+    shared     gate and up, SwiGLU, down of all tokens
     dense      gate and up, SwiGLU, down of a layer without experts
 
 The backward for inputs of a product is a product of the same size with inner and outer width exchanged;
@@ -136,15 +137,15 @@ def attend(model: ModelConfig, shape: Shape, recompute: RecomputeConfig, router:
         again += [*ups, turned]
     backward: list[Kernel] = [
         *again,
-        *map(_of_input, (*route, out, *ups, *downs)),
-        *_casts(shape, [_of_input(one) for one in (out, *ups, *downs)]),
+        *map(of_input, (*route, out, *ups, *downs)),
+        *_casts(shape, [of_input(one) for one in (out, *ups, *downs)]),
         Attention("attention backward", t, shape.seq_len, heads, qk, v, backward=True),
         turned,
         Move("norms backward", BF16 * t * (4 * 2 * hidden + 4 * latents)),
         Move("residual", BF16 * 3 * t * hidden),
     ]
     weights: list[Kernel] = [
-        *map(_of_weight, (*route, out, *ups, *downs)),
+        *map(of_weight, (*route, out, *ups, *downs)),
         *_column_casts(shape, [out, *ups, *downs[:1]]),
     ]
     return Phases(tuple(forward), tuple(backward), tuple(weights))
@@ -165,16 +166,18 @@ def _projections(model: ModelConfig, tokens: int) -> tuple[list[Product], list[P
 
 
 def experts(model: ModelConfig, shape: Shape, recompute: RecomputeConfig) -> Phases:
-    """Routed and shared experts of a MoE block, from the rows that arrived to those that go back."""
-    width, hidden, rows = model.expert_ffn_size, model.hidden_size, shape.rows
+    """Routed experts of a MoE block, from the rows that arrived to those that go back."""
+    hidden, rows = model.hidden_size, shape.rows
     arriving = (1 if shape.fp8 else BF16) * rows * hidden
     order = [Move("rows in order", 2 * arriving), Move("rows back", 2 * BF16 * rows * hidden)]
-    routed = _gated("experts", rows, hidden, width, shape, recompute, shape.local_experts)
-    shared = model.num_shared_experts * width
-    parts = [routed, *([_gated("shared", shape.tokens, hidden, shared, shape, recompute)] if shared else [])]
-    whole = _joined(parts)
-    back = [Move("rows in order", 2 * arriving), Move("rows back", 2 * BF16 * rows * hidden)]
-    return Phases((*order, *whole.forward), (*back, *whole.input_grad), whole.weight_grad)
+    part = _gated("experts", rows, hidden, model.expert_ffn_size, shape, recompute, shape.local_experts)
+    return Phases((*order, *part.forward), (*order, *part.input_grad), part.weight_grad)
+
+
+def shared(model: ModelConfig, shape: Shape, recompute: RecomputeConfig) -> Phases:
+    """Shared experts of a MoE block, as one FFN."""
+    width = model.num_shared_experts * model.expert_ffn_size
+    return _gated("shared", shape.tokens, model.hidden_size, width, shape, recompute)
 
 
 def dense(model: ModelConfig, shape: Shape, recompute: RecomputeConfig) -> Phases:
@@ -194,28 +197,21 @@ def _gated(
     # Rows of experts arrive cast; those of the others are cast here.
     casts = [] if groups > 1 else _casts(shape, [up])
     again = [swiglu] if recompute.swiglu else []
-    grads = [_of_input(down), _of_input(up)]
+    grads = [of_input(down), of_input(up)]
     return Phases(
         (*casts, up, swiglu, down),
         (*again, *_casts(shape, [grads[0]]), grads[0], back, grads[1]),
-        (*_column_casts(shape, [up, down]), _of_weight(down), _of_weight(up)),
+        (*_column_casts(shape, [up, down]), of_weight(down), of_weight(up)),
     )
 
 
-def _joined(parts: Iterable[Phases]) -> Phases:
-    parts = tuple(parts)
-    return Phases(
-        tuple(kernel for part in parts for kernel in part.forward),
-        tuple(kernel for part in parts for kernel in part.input_grad),
-        tuple(kernel for part in parts for kernel in part.weight_grad),
-    )
-
-
-def _of_input(product: Product) -> Product:
+def of_input(product: Product) -> Product:
+    """The product that gives the gradient of its input."""
     return replace(product, name=f"{product.name}, dX", inner=product.outer, outer=product.inner)
 
 
-def _of_weight(product: Product) -> Product:
+def of_weight(product: Product) -> Product:
+    """The product that gives the gradient of its weight."""
     return replace(product, name=f"{product.name}, dW", weight=True)
 
 

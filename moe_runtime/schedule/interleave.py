@@ -22,13 +22,14 @@ embedding, head, MTP glue) runs where its own half has it, a forward's after com
 an expert-parallel group run the same rows over the same layers, so the merged order of their collectives
 is the same too.
 
+Steps are whatever has a label and a layer: the executor merges what runs, the planner what takes time.
+
 Ref: DSV3 §3.2.1, Fig. 4.
 """
 
 from collections.abc import Sequence
 from itertools import takewhile
-
-from moe_runtime.parallel.stage import Step
+from typing import Protocol, TypeVar
 
 # Phases of a pair of MoE blocks in order. `_b`: backward, `_w`: weight gradient, bare: forward.
 # LATE: weight gradients of the blocks before; ALONE: the forward's phases outside of MoE blocks.
@@ -53,14 +54,29 @@ _PLACE = {label: place for place, label in enumerate(PAIR_ORDER)}
 _LATE_IN_PAIRS = ("experts_w", "shared_w", "attend_w")
 _OF_MOE = {*PAIR_ORDER, "attend_w"}
 
-_Block = list[Step]
+
+class Step(Protocol):
+    """One indivisible piece of a forward or backward, compared by identity or by value."""
+
+    @property
+    def label(self) -> str:
+        """The phase's name; `_b` is added for its backward, `_w` for its weight gradient."""
+        ...
+
+    @property
+    def layer(self) -> str:
+        """What steps of one block have in common."""
+        ...
 
 
-def interleave(forward: Sequence[Step], backward: Sequence[Step]) -> list[Step]:
+S = TypeVar("S", bound=Step)
+
+
+def interleave(forward: Sequence[S], backward: Sequence[S]) -> list[S]:
     """One list that holds both, each in its own order (weight gradients aside), MoE blocks pair by pair."""
     ahead, back = _blocks(forward), _blocks(backward)
-    merged: list[Step] = []
-    late: list[Step] = []
+    merged: list[S] = []
+    late: list[S] = []
     while ahead or back:
         merged += _take_alone(back)
         alone = _take_alone(ahead)
@@ -74,10 +90,10 @@ def interleave(forward: Sequence[Step], backward: Sequence[Step]) -> list[Step]:
     return merged + late
 
 
-def _blocks(steps: Sequence[Step]) -> list[_Block]:
+def _blocks(steps: Sequence[S]) -> list[list[S]]:
     """Consecutive steps of the same MoE layer together, every other step alone."""
     moe_layers = {step.layer for step in steps if step.label.startswith("dispatch")}
-    blocks: list[_Block] = []
+    blocks: list[list[S]] = []
     for step in steps:
         joins = step.layer in moe_layers and step.label in _OF_MOE
         if joins and blocks and blocks[-1][-1].layer == step.layer and blocks[-1][-1].label in _OF_MOE:
@@ -87,17 +103,17 @@ def _blocks(steps: Sequence[Step]) -> list[_Block]:
     return blocks
 
 
-def _is_moe(block: _Block) -> bool:
+def _is_moe(block: Sequence[Step]) -> bool:
     return any(step.label.startswith("dispatch") for step in block)
 
 
-def _take_alone(blocks: list[_Block]) -> list[Step]:
+def _take_alone(blocks: list[list[S]]) -> list[S]:
     """Take the steps before the next MoE block off a list of blocks."""
     alone = list(takewhile(lambda block: not _is_moe(block), blocks))
     del blocks[: len(alone)]
     return [step for block in alone for step in block]
 
 
-def _take(blocks: list[_Block]) -> _Block:
+def _take(blocks: list[list[S]]) -> list[S]:
     """Take the MoE block at the head of a list of blocks; nothing if the list is at its end."""
     return blocks.pop(0) if blocks else []

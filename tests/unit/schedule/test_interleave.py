@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_runtime.parallel.overlap import interleave
 from moe_runtime.parallel.stage import Step
+from moe_runtime.schedule.interleave import interleave
 
 FORWARD = ("attend", "dispatch", "shared", "experts", "combine")
 BACKWARD = (

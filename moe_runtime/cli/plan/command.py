@@ -1,0 +1,51 @@
+"""`moe-runtime plan`: what a run would cost, fit and take, without a GPU."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from moe_runtime.cli.plan.text import describe
+from moe_runtime.config.load import load_config, sections_of
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.planner.hardware.load import load_cluster
+from moe_runtime.planner.reckon.plan import plan as reckon
+from moe_runtime.planner.reckon.plan_fields import plan_fields
+
+
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="run config as for train, or a model config such as configs/model/tiny.yaml")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value ...; a model config needs layout, batch and tokens here"),
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="name under configs/cluster, or a file of that form")] = "h800",
+    imbalance: Annotated[
+        float, typer.Option(min=1.0, help="rows of the fullest rank's experts, over the mean")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
+) -> int:
+    """Reckon time, memory, traffic and cost of a run on a cluster.
+
+    Three worlds: every figure of the cluster file at the end of its range that makes the run slower, at its
+    central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
+    """
+    found = reckon(open_run(config, overrides or []), load_cluster(cluster), imbalance=imbalance)
+    typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
+    if found.misfit is None:
+        return 0
+    typer.echo(found.misfit, err=True)
+    return 2
+
+
+def open_run(config: str, overrides: list[str]) -> RunConfig:
+    """A run from its config, or from a model config with the rest as overrides.
+
+    Raises:
+        ConfigError: one line for each mistake, a missing layout, batch or number of tokens among them.
+    """
+    if "data" in sections_of(config) or any(one.startswith("data.") for one in overrides):
+        return load_config(config, overrides)
+    return load_config(config, ["data.path=none", *overrides])
