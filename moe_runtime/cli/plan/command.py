@@ -1,13 +1,16 @@
 """`moe-runtime plan`: what a run would cost, fit and take, without a GPU."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_runtime.cli.plan.text import describe
+from moe_runtime.cli.plan.validate import calibrate_file, validate_run
 from moe_runtime.config.load import load_config, sections_of
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.load import load_cluster
 from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
@@ -15,8 +18,9 @@ from moe_runtime.planner.reckon.plan_fields import plan_fields
 
 def plan(
     config: Annotated[
-        str, typer.Argument(help="run config as for train, or a model config such as configs/model/tiny.yaml")
-    ],
+        str | None,
+        typer.Argument(help="run config as for train, or a model config such as configs/model/tiny.yaml"),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="section.key=value ...; a model config needs layout, batch and tokens here"),
@@ -25,13 +29,29 @@ def plan(
     imbalance: Annotated[
         float, typer.Option(min=1.0, help="rows of the fullest rank's experts, over the mean")
     ] = 1.0,
+    validate: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
 
     Three worlds: every figure of the cluster file at the end of its range that makes the run slower, at its
     central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
+
+    --validate reads the config, records and trace of a run that was made; give the cluster that it was on.
+    --calibrate makes four short runs here, a rank for each core, and writes what they took.
     """
+    if validate is not None:
+        return validate_run(validate, cluster, as_json)
+    if calibrate is not None:
+        return calibrate_file(config, calibrate)
+    if config is None:
+        raise ConfigError("plan: expected CONFIG, or --validate RUN_DIR, got neither")
     found = reckon(open_run(config, overrides or []), load_cluster(cluster), imbalance=imbalance)
     typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
     if found.misfit is None:

@@ -8,7 +8,7 @@ its own, of two kinds, both calibrated from short runs (`planner/host/calibrate.
                 and memory that is taken and given back
 """
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from moe_runtime.config.section import NonNegative, Section
 
@@ -27,6 +27,13 @@ class StepCost(Section):
     ns_per_weight: NonNegative = 0.0
 
 
+class HostLink(Section):
+    """What each rank sends over, where every rank has a limited link of its own (a network namespace)."""
+
+    gbps: PositiveFloat
+    latency_us: NonNegative = 0.0
+
+
 class Host(Section):
     """Processes of one machine.
 
@@ -39,6 +46,9 @@ class Host(Section):
         step: by weights that a rank holds.
         jitter: standard deviation of the time of a phase from one time to the next, over its mean: ranks that
             exchange wait for the one that is late.
+        routing: standard deviation of the rows of one expert in one microbatch, over their mean, in the run
+            that was calibrated on: a fact of its data rather than of the machine.
+        link: between ranks; none where nothing but the cores limits what they send each other.
     """
 
     cores: PositiveInt
@@ -48,4 +58,6 @@ class Host(Section):
     message: PhaseCost
     step: StepCost
     jitter: NonNegative = 0.0
+    routing: NonNegative = 0.0
+    link: HostLink | None = None
     source: str = ""

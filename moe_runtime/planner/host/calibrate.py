@@ -18,7 +18,7 @@ extrapolated by the byte.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_runtime.config.layout import check_layout
@@ -34,13 +34,12 @@ from moe_runtime.planner.host.observed import (
 )
 from moe_runtime.planner.host.phases import PhaseShape, amount, kernels_of
 from moe_runtime.planner.host.probes import Probes
-from moe_runtime.planner.host.step import held_weights
-from moe_runtime.planner.host.walk import GIGA, MICRO, NANO, Routing
+from moe_runtime.planner.host.walk import GIGA, MICRO, NANO
 from moe_runtime.planner.reckon.kernel_time import TERA
 from moe_runtime.planner.reckon.kernels import Product
+from moe_runtime.planner.reckon.traffic import held_weights
+from moe_runtime.planner.reckon.wire import ITEM_BYTES
 from moe_runtime.planner.trace import Trace
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,7 @@ class Pair:
     together: Observed
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What short runs gave.
-
-    Args:
-        routing: of the run that was calibrated on; a fact of its data, not of the machine.
-    """
-
-    cluster: Cluster
-    routing: Routing
-
-
-def calibrate(probes: Probes, floor: Pair, shape: Pair, name: str = "local") -> Calibration:
+def calibrate(probes: Probes, floor: Pair, shape: Pair, name: str = "local") -> Cluster:
     """Make a cluster file.
 
     Raises:
@@ -79,17 +66,18 @@ def calibrate(probes: Probes, floor: Pair, shape: Pair, name: str = "local") -> 
         phase: _phase_cost(phase, seconds, min(smallest.get(phase, seconds), seconds), shape.apart, base)
         for phase, seconds in phases.items()
     }
+    ep = config.layout.ep
+    variation = routing_variation(_trace(shape.apart), ep, config.model.num_experts // ep)
     host = base.host.model_copy(
         update={
             "phases": costs,
             "exchange": _exchange(floor, shape, base),
             "step": _update(floor, shape),
+            "routing": round(variation, 4),
             "jitter": _jitter(_trace(shape.apart)),
         }
     )
-    ep = config.layout.ep
-    variation = routing_variation(_trace(shape.apart), ep, config.model.num_experts // ep)
-    return Calibration(base.model_copy(update={"host": host}), Routing(variation))
+    return base.model_copy(update={"host": host})
 
 
 def _check(run: Observed, cores: int) -> None:
@@ -135,18 +123,28 @@ def _part_weight_grads(seconds: dict[str, float], run: Observed) -> None:
 
 
 def _seconds(trace: Trace) -> dict[str, float]:
-    """Means: a step has all of them, the late ones too."""
+    """Usual seconds of each phase."""
     return {
-        phase: statistics.mean(seconds for _, _, seconds in samples)
+        phase: usual([seconds for _, _, seconds in samples])
         for phase, samples in phase_samples(trace).items()
     }
+
+
+def usual(samples: Sequence[float]) -> float:
+    """Mean without the tenth at either end: rows and ranks that vary count, an interrupted one does not."""
+    return statistics.mean(_middle(samples))
+
+
+def _middle(samples: Sequence[float]) -> list[float]:
+    cut = len(samples) // 10
+    return sorted(samples)[cut : len(samples) - cut]
 
 
 def _jitter(trace: Trace) -> float:
     """How much phases vary, experts aside, for their rows do; those of a millisecond or more."""
     squares = []
     for phase, samples in phase_samples(trace).items():
-        seconds = [each for _, _, each in samples]
+        seconds = _middle([each for _, _, each in samples])
         mean = statistics.mean(seconds)
         if mean >= 1e-3 and not phase.startswith(("experts", "dispatch", "combine")):
             squares += [(each / mean - 1) ** 2 for each in seconds]
@@ -180,7 +178,7 @@ def _exchange(floor: Pair, shape: Pair, base: Cluster) -> PhaseCost:
             f"{shape.apart.folder}: expected layout.ep above 1, got 1: no exchange to calibrate"
         )
     small, large = (
-        statistics.mean(exchange_seconds(_trace(pair.apart), config.layout.ep)) for pair in (floor, shape)
+        usual(exchange_seconds(_trace(pair.apart), config.layout.ep)) for pair in (floor, shape)
     )
     num_bytes = _shape_of(shape.apart).rows * config.model.hidden_size * base.host.item_bytes
     return PhaseCost(fixed_us=small / MICRO, ns_per_byte=max(0.0, large - small) / num_bytes / NANO)
@@ -190,7 +188,7 @@ def _update(floor: Pair, shape: Pair) -> StepCost:
     """The rest of a step, by weights."""
     small, large = (_rest(pair.apart) for pair in (floor, shape))
     config = shape.apart.config
-    held = held_weights(config.model, check_layout(config), 0).total
+    held = sum(held_weights(config.model, check_layout(config), 0))
     return StepCost(fixed_us=small / MICRO, ns_per_weight=max(0.0, large - small) / held / NANO)
 
 

@@ -9,19 +9,21 @@ same time. Where links join them, the gradients and the weights cross these too.
 import statistics
 from dataclasses import dataclass
 
-from moe_runtime.config.counts import attention_weights, expert_weights, mtp_glue
 from moe_runtime.config.layout import ResolvedLayout, check_layout
-from moe_runtime.config.schema import ModelConfig, RunConfig
+from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.choose import choose
 from moe_runtime.planner.hardware.cluster import Cluster
+from moe_runtime.planner.hardware.host import Host
 from moe_runtime.planner.host.cores import RankTimes, run_on_cores
-from moe_runtime.planner.host.walk import GIGA, MICRO, NANO, Links, Routing, Walk
-from moe_runtime.planner.reckon.parts import StageParts, stage_parts, stages_of
+from moe_runtime.planner.host.walk import GIGA, MICRO, NANO, Routing, Walk
+from moe_runtime.planner.reckon.traffic import held_weights
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.passes import unpair
 
 FP32 = 4
+# gloo reduces to an owner in a ring and then gathers the parts there; weights come back once.
+_CROSSINGS = 3
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,13 @@ class HostStep:
     bubble_fraction: float
 
 
-@dataclass(frozen=True)
-class HeldWeights:
-    """Weights of one rank, in numbers: those that every lane holds, and its part of the experts."""
-
-    dense: int
-    experts: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.dense + self.experts
-
-
-def host_step(
-    config: RunConfig, cluster: Cluster, routing: Routing | None = None, links: Links | None = None
-) -> HostStep:
+def host_step(config: RunConfig, cluster: Cluster, routing: Routing | None = None) -> HostStep:
     """What a step of a run takes on a host.
 
     Args:
         config: of the run.
         cluster: with a host.
-        routing: how unevenly its tokens choose; None: evenly.
-        links: between its ranks; None: one machine.
+        routing: how unevenly its tokens choose; None: as in the calibrated run.
 
     Raises:
         ConfigError: the layout is wrong, the schedule unknown, or the cluster has no host.
@@ -79,51 +65,26 @@ def host_step(
     layout = check_layout(config)
     chosen = choose(config.model, config.layout, layout, layout.num_microbatches).program
     program = chosen if config.layout.overlap else unpair(chosen)
-    walk = Walk(config, layout, cluster, routing or Routing(), links)
+    walk = Walk(config, layout, cluster, routing or Routing(host.routing))
     times = run_on_cores(walk.operations(program), host.cores)
     program_s = max(each.end for each in times)
-    update_s = _update_s(config, layout, cluster, program, links)
+    update_s = _update_s(config, layout, host, program)
     return _told(times, program_s, update_s)
 
 
-def _update_s(
-    config: RunConfig, layout: ResolvedLayout, cluster: Cluster, program: Program, links: Links | None
-) -> float:
-    host = cluster.host
-    assert host is not None
+def _update_s(config: RunConfig, layout: ResolvedLayout, host: Host, program: Program) -> float:
     held = [held_weights(config.model, layout, rank) for rank in range(layout.pp)]
     crowd = max(1.0, layout.world_size / host.cores)
-    mean = statistics.mean(each.total for each in held)
+    mean = statistics.mean(dense + experts for dense, experts in held)
     seconds = crowd * (host.step.fixed_us * MICRO + mean * host.step.ns_per_weight * NANO)
-    if links is None:
+    if host.link is None:
         return seconds
     replicas = layout.dp * program.num_directions
     others = layout.dp // layout.ep * program.num_directions
     crossing = max(
-        each.dense * (replicas - 1) / replicas + each.experts * (others - 1) / others for each in held
+        dense * (replicas - 1) / replicas + experts * (others - 1) / others for dense, experts in held
     )
-    return seconds + 2 * FP32 * crossing / (links.gbps * GIGA)
-
-
-def held_weights(model: ModelConfig, layout: ResolvedLayout, pp_rank: int) -> HeldWeights:
-    """Weights of each rank of a pipeline rank."""
-    parts = stage_parts(model, layout)
-    stages = stages_of(layout, pp_rank)
-    shares = layout.num_stages > 1 and 0 in stages and layout.num_stages - 1 in stages
-    dense = sum(_dense(model, parts[stage]) for stage in stages)
-    if shares:  # one embedding serves the first and the last stage
-        dense -= model.vocab_size * model.hidden_size * bool(model.mtp_depth)
-    moe = sum(parts[stage].moe + parts[stage].mtp for stage in stages)
-    return HeldWeights(dense, moe * (model.num_experts // layout.ep) * expert_weights(model))
-
-
-def _dense(model: ModelConfig, part: StageParts) -> int:
-    hidden, table = model.hidden_size, model.vocab_size * model.hidden_size
-    block = attention_weights(model) + 2 * hidden
-    moe = block + model.num_shared_experts * expert_weights(model) + model.num_experts * hidden
-    held = part.dense * (block + 3 * hidden * model.ffn_size) + (part.moe + part.mtp) * moe
-    held += part.mtp * mtp_glue(model) + part.embedding * table + part.head * (table + hidden)
-    return held + (table if part.mtp and not part.embedding else 0)
+    return seconds + _CROSSINGS * FP32 * crossing / (host.link.gbps * GIGA)
 
 
 def _told(times: list[RankTimes], program_s: float, update_s: float) -> HostStep:

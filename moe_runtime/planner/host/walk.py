@@ -46,23 +46,6 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Links:
-    """What joins the ranks; None: they are on one machine and nothing limits them but its cores.
-
-    Args:
-        gbps: 10^9 bytes/s that one rank sends.
-        latency_us: of a message.
-    """
-
-    gbps: float
-    latency_us: float = 0.0
-
-    def seconds(self, num_bytes: float) -> float:
-        """Of a message on its own."""
-        return num_bytes / (self.gbps * GIGA) + self.latency_us * MICRO
-
-
-@dataclass(frozen=True)
 class Step:
     """A phase by its label and layer, as the table of pairs wants them."""
 
@@ -79,7 +62,6 @@ class Walk:
         layout: what its layout resolves to.
         cluster: with a host.
         routing: of the run's data.
-        links: between ranks.
     """
 
     def __init__(
@@ -88,11 +70,10 @@ class Walk:
         layout: ResolvedLayout,
         cluster: Cluster,
         routing: Routing,
-        links: Links | None = None,
     ) -> None:
         assert cluster.host is not None, "a walk needs a host"
         self.config, self.layout, self.cluster, self.host = config, layout, cluster, cluster.host
-        self.links, model = links, config.model
+        model = config.model
         tokens = config.batch.micro_batch_size * config.batch.seq_len
         local = model.num_experts // layout.ep
         self.shape = PhaseShape(tokens, config.batch.seq_len, float(tokens * model.top_k), local)
@@ -132,7 +113,7 @@ class Walk:
     def _send(self, key: Hashable, peer: int) -> Send:
         cost, num_bytes = self.host.message, self.shape.tokens * self.row_bytes
         background = cost.fixed_us * MICRO + num_bytes * cost.ns_per_byte * NANO
-        return Send(key, peer, background, 0.0 if self.links is None else self.links.seconds(num_bytes))
+        return Send(key, peer, background, self._link_s(num_bytes))
 
     def _entry(self, entry: Entry, rank: int, lane: int) -> Iterator[Operation]:
         if isinstance(entry, Overlap):
@@ -231,8 +212,12 @@ class Walk:
         num_bytes = self.shape.rows * self.row_bytes
         background = cost.fixed_us * MICRO + num_bytes * cost.ns_per_byte * NANO
         sent = num_bytes * (ep - 1) / ep
-        link = 0.0 if self.links is None else self.links.seconds(sent)
-        return Start(key, tuple(range(first, first + ep)), background, link)
+        return Start(key, tuple(range(first, first + ep)), background, self._link_s(sent))
+
+    def _link_s(self, num_bytes: float) -> float:
+        """Of a message on its own."""
+        link = self.host.link
+        return 0.0 if link is None else num_bytes / (link.gbps * GIGA) + link.latency_us * MICRO
 
     def _local_exchange(self) -> float:
         """Rows put in order on their own rank: read and written."""
