@@ -32,7 +32,7 @@ from moe_runtime.planner.host.observed import (
     program_seconds,
     routing_variation,
 )
-from moe_runtime.planner.host.phases import PhaseShape, amount, kernels_of
+from moe_runtime.planner.host.phases import amount, kernels_of, phase_shape
 from moe_runtime.planner.host.probes import Probes
 from moe_runtime.planner.host.walk import GIGA, MICRO, NANO
 from moe_runtime.planner.reckon.kernel_time import TERA
@@ -59,7 +59,7 @@ def calibrate(probes: Probes, floor: Pair, shape: Pair, name: str = "local") -> 
     for run in (floor.apart, floor.together, shape.apart, shape.together):
         _check(run, probes.cores)
     config = shape.apart.config
-    base = _machine(probes, name, ITEM_BYTES[config.precision])
+    base = machine(probes, name, ITEM_BYTES[config.precision])
     smallest, phases = _phase_seconds(floor), _phase_seconds(shape)
     assert base.host is not None
     costs = {
@@ -116,7 +116,7 @@ def _part_weight_grads(seconds: dict[str, float], run: Observed) -> None:
         return
     flops = {}
     for phase in ("experts_w", "shared_w"):
-        kernels = kernels_of(phase, run.config.model, _shape_of(run), run.config.recompute)
+        kernels = kernels_of(phase, run.config.model, phase_shape(run.config), run.config.recompute)
         flops[phase] = sum(kernel.flops for kernel in kernels if isinstance(kernel, Product))
     both, whole = seconds["experts_w"] + seconds["shared_w"], sum(flops.values())
     seconds |= {phase: both * own / whole for phase, own in flops.items()}
@@ -151,18 +151,10 @@ def _jitter(trace: Trace) -> float:
     return float(statistics.mean(squares) ** 0.5) if squares else 0.0
 
 
-def _shape_of(run: Observed) -> PhaseShape:
-    config = run.config
-    tokens = config.batch.micro_batch_size * config.batch.seq_len
-    model = config.model
-    local = model.num_experts // config.layout.ep
-    return PhaseShape(tokens, config.batch.seq_len, float(tokens * model.top_k), local)
-
-
 def _phase_cost(phase: str, seconds: float, fixed: float, run: Observed, base: Cluster) -> PhaseCost:
     """What is left of a phase beside its fixed part and its products, by the byte."""
     assert base.host is not None
-    kernels = kernels_of(phase, run.config.model, _shape_of(run), run.config.recompute)
+    kernels = kernels_of(phase, run.config.model, phase_shape(run.config), run.config.recompute)
     due = amount(kernels, base, base.host)
     left = max(0.0, seconds - fixed - due.seconds)
     if due.bytes == 0:
@@ -177,10 +169,8 @@ def _exchange(floor: Pair, shape: Pair, base: Cluster) -> PhaseCost:
         raise ConfigError(
             f"{shape.apart.folder}: expected layout.ep above 1, got 1: no exchange to calibrate"
         )
-    small, large = (
-        usual(exchange_seconds(_trace(pair.apart), config.layout.ep)) for pair in (floor, shape)
-    )
-    num_bytes = _shape_of(shape.apart).rows * config.model.hidden_size * base.host.item_bytes
+    small, large = (usual(exchange_seconds(_trace(pair.apart), config.layout.ep)) for pair in (floor, shape))
+    num_bytes = phase_shape(config).rows * config.model.hidden_size * base.host.item_bytes
     return PhaseCost(fixed_us=small / MICRO, ns_per_byte=max(0.0, large - small) / num_bytes / NANO)
 
 
@@ -199,7 +189,7 @@ def _rest(run: Observed) -> float:
     return float(traced["step_s"]) - program_seconds(trace)
 
 
-def _machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
+def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
     """What probes alone say, in the form of every other cluster file."""
     products = probes.products
     peak = max(rate for rates in products.values() for rate in rates.values())

@@ -7,17 +7,16 @@ every result is memory that is taken from the system, touched for the first time
 left out; they stay in the cache.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from moe_runtime.config.schema import ModelConfig, RecomputeConfig
+from moe_runtime.config.schema import ModelConfig, RecomputeConfig, RunConfig
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.host import Host, PhaseCost
+from moe_runtime.planner.reckon import end_kernels, kernels
 from moe_runtime.planner.reckon.kernel_time import TERA, curve_of
-from moe_runtime.planner.reckon.kernels import Attention, Kernel, Move, Phases, Product, Shape, attend, dense
-from moe_runtime.planner.reckon.kernels import experts as routed_and_shared
+from moe_runtime.planner.reckon.kernels import BF16, Attention, Kernel, Move, Phases, Shape
 
-BF16 = 2
 _NO_RECOMPUTE = RecomputeConfig()
 _OF_EXCHANGE = ("rows in order", "rows back")
 
@@ -35,87 +34,54 @@ class Amount:
     bytes: float
 
 
-@dataclass(frozen=True)
-class PhaseShape:
-    """What a phase is run on.
-
-    Args:
-        tokens: of a microbatch.
-        rows: (token, expert) pairs that the experts of a rank get in the mean.
-        local_experts: of a rank.
-    """
-
-    tokens: int
-    seq_len: int
-    rows: float
-    local_experts: int
+def phase_shape(config: RunConfig) -> Shape:
+    """What one microbatch of a run gives its phases to do; nothing is multiplied in FP8 on a CPU."""
+    tokens = config.batch.micro_batch_size * config.batch.seq_len
+    local = config.model.num_experts // config.layout.ep
+    return Shape(tokens, config.batch.seq_len, float(tokens * config.model.top_k), local, fp8=False)
 
 
 def kernels_of(
-    phase: str, model: ModelConfig, shape: PhaseShape, recompute: RecomputeConfig
+    phase: str, model: ModelConfig, shape: Shape, recompute: RecomputeConfig
 ) -> tuple[Kernel, ...]:
-    """The kernels of a phase by the executor's word for it, such as `attend_b`; none for one of the
-    framework's.
+    """The kernels of a phase by the executor's word for it, such as `attend_b`; none of a mere start.
 
     Args:
         recompute: what its backward makes again.
     """
-    name, _, way = phase.partition("_") if phase not in ("mtp_in", "mtp_in_b", "mtp_in_w") else _mtp(phase)
-    of = Shape(shape.tokens, shape.seq_len, shape.rows, shape.local_experts, fp8=False)
-    parts = _parts(name, model, of, recompute)
-    return {"": parts.forward, "b": parts.input_grad, "w": parts.weight_grad}[way]
+    ways = {"_b": "input_grad", "_w": "weight_grad"}
+    way = ways.get(phase[-2:], "forward")
+    name = phase[:-2] if phase[-2:] in ways else phase
+    return _of(name, model, shape, recompute, way)
 
 
-def _mtp(phase: str) -> tuple[str, str, str]:
-    return "mtp_in", "_", phase.removeprefix("mtp_in").removeprefix("_")
+def _of(
+    name: str, model: ModelConfig, shape: Shape, recompute: RecomputeConfig, way: str
+) -> tuple[Kernel, ...]:
+    parts: dict[str, Callable[[], tuple[Phases, ...]]] = {
+        "attend": lambda: (kernels.attend(model, shape, recompute, router=True),),
+        "dense": lambda: (
+            kernels.attend(model, shape, recompute, router=False),
+            kernels.dense(model, shape, recompute),
+        ),
+        "experts": lambda: (kernels.experts(model, shape, recompute),),
+        "shared": lambda: (kernels.shared(model, shape, recompute),),
+        "embed": lambda: (end_kernels.embed(model, shape),),
+        "merge": lambda: (end_kernels.merge(model, shape),),
+        "norm": lambda: (end_kernels.final_norm(model, shape),),
+        "loss": lambda: (end_kernels.loss(model, shape),),
+        "mtp_in": lambda: (end_kernels.mtp_in(model, shape),),
+    }
+    found: Iterable[Kernel] = (kernel for part in parts.get(name, tuple)() for kernel in getattr(part, way))
+    return tuple(one for one in found if one.name not in _OF_EXCHANGE)
 
 
-def _parts(name: str, model: ModelConfig, shape: Shape, recompute: RecomputeConfig) -> Phases:
-    tokens, hidden = shape.tokens, model.hidden_size
-    stream = BF16 * tokens * hidden
-    if name == "attend":
-        return attend(model, shape, recompute, router=True)
-    if name == "dense":
-        both = attend(model, shape, recompute, router=False), dense(model, shape, recompute)
-        return Phases(*(sum((getattr(part, way) for part in both), ()) for way in _WAYS))
-    if name in ("experts", "shared"):
-        return _only(routed_and_shared(model, shape, recompute), shared=name == "shared")
-    if name == "loss":  # the gradient of a small head is made in the forward
-        head = Product("head", tokens, hidden, model.vocab_size)
-        grads = replace(head, inner=head.outer, outer=head.inner), replace(head, weight=True)
-        kept = Move("gradients scaled", stream + BF16 * hidden * model.vocab_size)
-        return Phases((head, *grads), (kept,), ())
-    if name == "mtp_in":
-        join = Product("join", tokens, 2 * hidden, hidden)
-        back = replace(join, inner=hidden, outer=2 * hidden)
-        norms = Move("norms", 6 * stream)
-        return Phases((norms, join), (norms, back), (replace(join, weight=True),))
-    moved = {"norm": 2, "merge": 3, "embed": 2, "mask": 1}.get(name)
-    if moved is None:
-        return Phases((), (), ())
-    move = Move(name, moved * stream)
-    return Phases((move,), (move,), ())
-
-
-_WAYS = ("forward", "input_grad", "weight_grad")
-
-
-def _only(phases: Phases, shared: bool) -> Phases:
-    """The routed or the shared experts' kernels, without those of the exchange."""
-
-    def kept(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
-        own = (one for one in kernels if one.name not in _OF_EXCHANGE)
-        return tuple(one for one in own if ("shared" in one.name) == shared)
-
-    return Phases(kept(phases.forward), kept(phases.input_grad), kept(phases.weight_grad))
-
-
-def amount(kernels: Iterable[Kernel], cluster: Cluster, host: Host) -> Amount:
+def amount(of: Iterable[Kernel], cluster: Cluster, host: Host) -> Amount:
     """What kernels come to on a core of a host."""
     seconds = moved = 0.0
     peak = cluster.accelerator.peak_tflops.bf16 * TERA
     wide = host.item_bytes / BF16
-    for kernel in kernels:
+    for kernel in of:
         if isinstance(kernel, Move):
             moved += kernel.bytes * wide
         elif isinstance(kernel, Attention):
@@ -132,7 +98,7 @@ def amount(kernels: Iterable[Kernel], cluster: Cluster, host: Host) -> Amount:
 def phase_seconds(
     phase: str,
     model: ModelConfig,
-    shape: PhaseShape,
+    shape: Shape,
     cluster: Cluster,
     recompute: RecomputeConfig = _NO_RECOMPUTE,
 ) -> float:

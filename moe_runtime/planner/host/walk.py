@@ -21,7 +21,7 @@ from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.host.cores import Need, Operation, Send, Start, Wait, Work
-from moe_runtime.planner.host.phases import PhaseShape, phase_seconds
+from moe_runtime.planner.host.phases import phase_seconds, phase_shape
 from moe_runtime.planner.reckon.parts import StageParts, stage_parts
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program, actions_of, is_transfer
 from moe_runtime.schedule.interleave import interleave
@@ -74,13 +74,11 @@ class Walk:
         assert cluster.host is not None, "a walk needs a host"
         self.config, self.layout, self.cluster, self.host = config, layout, cluster, cluster.host
         model = config.model
-        tokens = config.batch.micro_batch_size * config.batch.seq_len
-        local = model.num_experts // layout.ep
-        self.shape = PhaseShape(tokens, config.batch.seq_len, float(tokens * model.top_k), local)
+        self.shape = phase_shape(config)
         self.row_bytes = model.hidden_size * self.host.item_bytes
         self._parts = stage_parts(model, layout)
         self._layers = layout.layers
-        self._variation = routing.of_rank(local, layout.ep)
+        self._variation = routing.of_rank(self.shape.local_experts, layout.ep)
         self._seconds: Callable[[str], float] = cache(self._phase_seconds)
 
     def operations(self, program: Program) -> list[list[Operation]]:
@@ -117,24 +115,25 @@ class Walk:
 
     def _entry(self, entry: Entry, rank: int, lane: int) -> Iterator[Operation]:
         if isinstance(entry, Overlap):
-            ahead = self._forward(entry.forward)
-            return self._steps(interleave(ahead, self._backward(entry.backward, "spread")), rank)
+            ahead = self.forward(entry.forward)
+            return self._steps(interleave(ahead, self.backward(entry.backward, "spread")), rank)
         match entry.kind:
             case Kind.FORWARD:
-                return self._steps(self._forward(entry), rank)
+                return self._steps(self.forward(entry), rank)
             case Kind.INPUT_GRAD:
-                return self._steps(self._backward(entry, "none"), rank)
+                return self._steps(self.backward(entry, "none"), rank)
             case Kind.WEIGHT_GRAD:
-                return self._steps(self._backward(entry, "only"), rank)
+                return self._steps(self.backward(entry, "only"), rank)
         if self.config.layout.overlap:
-            return self._steps(interleave((), self._backward(entry, "spread")), rank)
-        return self._steps(self._backward(entry, "now"), rank)
+            return self._steps(interleave((), self.backward(entry, "spread")), rank)
+        return self._steps(self.backward(entry, "now"), rank)
 
-    def _forward(self, action: Action) -> list[Step]:
+    def forward(self, action: Action) -> list[Step]:
+        """Steps of a forward."""
         micro = (action.direction, action.microbatch)
         return [Step(label, layer, micro) for label, layer in self._phases(action.stage)]
 
-    def _backward(self, action: Action, weights: str) -> list[Step]:
+    def backward(self, action: Action, weights: str) -> list[Step]:
         """Steps of a backward; weight gradients beside (spread, now), left out (none), or alone (only)."""
         micro, steps = (action.direction, action.microbatch), []
         for label, layer in _backward_order(self._phases(action.stage)):
