@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_validation.json"))
     parser.add_argument("--cluster-out", type=Path, default=Path("configs/cluster/local.yaml"))
     parser.add_argument("--only", help="settings whose name has this in it")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; left out: they are removed")
     options = parser.parse_args()
     chosen = [each for each in SETTINGS if options.only is None or options.only in each.name]
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="plan-validation-") as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        kept = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="plan-validation-"))
+        folder = Path(kept)
         cluster = calibrate_machine(CONFIG, folder)
         options.cluster_out.write_text(cluster_text(cluster))
         print(f"calibrated in {time.perf_counter() - begun:.0f} s: {options.cluster_out}", flush=True)
