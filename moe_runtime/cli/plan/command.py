@@ -8,7 +8,7 @@ import typer
 
 from moe_runtime.cli.plan.text import describe
 from moe_runtime.cli.plan.validate import calibrate_file, validate_run
-from moe_runtime.config.load import load_config, sections_of
+from moe_runtime.config.load import find_config, load_config, sections_of
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.load import load_cluster
@@ -68,4 +68,4 @@ def open_run(config: str, overrides: list[str]) -> RunConfig:
     """
     if "data" in sections_of(config) or any(one.startswith("data.") for one in overrides):
         return load_config(config, overrides)
-    return load_config(config, ["data.path=none", *overrides])
+    return load_config(config, [f"name={find_config(config).stem}", "data.path=none", *overrides])

@@ -27,6 +27,7 @@ class Peaks(Section):
 
     bf16: PositiveFloat
     fp8: PositiveFloat | None = Field(None, description="null: none, FP8 runs as BF16 does")
+    fp32: PositiveFloat | None = Field(None, description="not TF32; null: not known, FP32 is not planned")
 
 
 class Accelerator(Section):

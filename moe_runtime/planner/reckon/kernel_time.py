@@ -1,7 +1,7 @@
 """How long a kernel takes on a machine, in seconds.
 
     product      the longer of operations / (peak x share) and bytes / memory bandwidth
-    attention    operations / (BF16 peak x share)
+    attention    operations / (peak of BF16, or FP32, x share)
     move         bytes / (memory bandwidth x share)
 
 Each kernel is followed by the gap to the next. Beside an exchange, products and attention have the
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from moe_runtime.planner.hardware.cluster import Cluster, Products
 from moe_runtime.planner.hardware.estimate import Curve, World
 from moe_runtime.planner.reckon.kernels import Attention, Kernel, Move, Product
+from moe_runtime.planner.reckon.wire import ITEM_BYTES
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 FP32, BF16 = 4, 2
@@ -26,13 +27,13 @@ class KernelTimes:
     Args:
         cluster: the machine.
         world: which end of its ranges.
-        fp8: products that may be FP8 are.
+        precision: of the run; the sizes of kernels are those of BF16, and FP32 doubles what is moved.
         beside_exchange: an exchange holds its multiprocessors meanwhile.
     """
 
     cluster: Cluster
     world: World
-    fp8: bool
+    precision: str
     beside_exchange: bool = False
 
     def total(self, kernels: Iterable[Kernel]) -> float:
@@ -43,7 +44,7 @@ class KernelTimes:
         """Seconds of one kernel and the gap behind it."""
         gap = self.cluster.kernels.launch_us.burden(self.world) * MICRO
         if isinstance(kernel, Move):
-            return gap + kernel.bytes / (self._bandwidth * self._moved_share)
+            return gap + self._item / BF16 * kernel.bytes / (self._bandwidth * self._moved_share)
         if isinstance(kernel, Attention):
             return gap + self._attention(kernel) / self._left
         return gap + max(self._product(kernel) / self._left, self._bytes(kernel) / self._bandwidth)
@@ -55,6 +56,11 @@ class KernelTimes:
             return 1.0
         held = self.cluster.communication.multiprocessors.burden(self.world)
         return 1.0 - held / self.cluster.accelerator.multiprocessors
+
+    @property
+    def _item(self) -> int:
+        """Bytes of a value that is not cast."""
+        return ITEM_BYTES[self.precision]
 
     @property
     def _bandwidth(self) -> float:
@@ -78,19 +84,21 @@ class KernelTimes:
 
     def _in_fp8(self, kernel: Product) -> bool:
         peaks, kernels = self.cluster.accelerator.peak_tflops, self.cluster.kernels
-        return self.fp8 and kernel.fp8 and peaks.fp8 is not None and kernels.fp8 is not None
+        return self.precision == "fp8" and kernel.fp8 and peaks.fp8 is not None and kernels.fp8 is not None
 
     def _peak(self, fp8: bool) -> float:
         peaks = self.cluster.accelerator.peak_tflops
-        return (peaks.fp8 if fp8 and peaks.fp8 is not None else peaks.bf16) * TERA
+        peak = peaks.fp8 if fp8 else peaks.fp32 if self.precision == "fp32" else peaks.bf16
+        assert peak is not None, f"{self.cluster.name} has no peak for {self.precision}"
+        return peak * TERA
 
     def _bytes(self, kernel: Product) -> float:
         """Both factors read and the result written once."""
-        item = 1 if self._in_fp8(kernel) else BF16
+        item = 1 if self._in_fp8(kernel) else self._item
         weights = kernel.groups * kernel.inner * kernel.outer
         if kernel.weight:
             return kernel.rows * (kernel.inner + kernel.outer) * item + weights * 2 * FP32
-        return kernel.rows * (kernel.inner * item + kernel.outer * BF16) + weights * item
+        return kernel.rows * (kernel.inner * item + kernel.outer * self._item) + weights * item
 
 
 def curve_of(products: Products, kernel: Product) -> Curve:

@@ -14,6 +14,7 @@ from moe_runtime.config.counts import ParameterCounts, count_parameters
 from moe_runtime.config.derive import tokens_per_step
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.estimate import WORLDS, World
 from moe_runtime.planner.reckon.exchange import Spread, uniform_spread
@@ -105,8 +106,10 @@ def plan(
         with_sensitivity: move each figure alone; some forty more steps.
 
     Raises:
-        ConfigError: the layout contradicts itself, or no program keeps to layout.max_live.
+        ConfigError: the layout contradicts itself, no program keeps to layout.max_live, or the cluster's file
+            does not know the run's precision.
     """
+    _check_precision(config, cluster)
     layout = check_layout(config)
     if spread is None and layout.ep > 1:  # drawn once, not for each of some fifty steps
         spread = uniform_spread(
@@ -140,6 +143,15 @@ def plan(
         traffic=tuple(machine(cluster, world).step_traffic(rank) for rank in ranks),
         sensitivity=tuple(sensitivity(cluster, rate)) if with_sensitivity else (),
     )
+
+
+def _check_precision(config: RunConfig, cluster: Cluster) -> None:
+    known = ["bf16", "fp8", *(["fp32"] if cluster.accelerator.peak_tflops.fp32 else [])]
+    if config.precision not in known:
+        raise ConfigError(
+            f"precision: expected one that {cluster.name} has a peak for ({', '.join(known)}), "
+            f"got {config.precision}; set precision=bf16"
+        )
 
 
 def _reckoned(machine: Machine, program: Program | None, imbalance: float) -> Reckoned:

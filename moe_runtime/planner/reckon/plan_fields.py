@@ -105,6 +105,29 @@ def _run(here: Reckoned) -> dict[str, Any]:
         "between_failures_s": fails.between_failures if run.failures.restarting else None,
         "checkpoint_interval_s": fails.interval if run.failures.restarting else None,
         "pairs_per_rank": here.step.num_pairs,
+        "usual_pair": _pair(here),
+        "moe_block_s": {
+            name: {
+                "forward": piece.forward[1],
+                "input_grad": piece.input_grad[1],
+                "weight_grad": piece.weight_grad[1],
+            }
+            for name, piece in here.step.times.block().items()
+        },
         "optimizer_s": asdict(update),
         "phases_by_rank_s": [here.step.phases_of(rank) for rank in range(here.step.program.num_ranks)],
+    }
+
+
+def _pair(here: Reckoned) -> dict[str, Any] | None:
+    """The overlapped pair that runs most often."""
+    stages = here.step.usual_pair
+    if stages is None:
+        return None
+    flown = here.step.times.pair(*stages)
+    return {
+        "stages": list(stages),
+        "span_s": flown.span,
+        "computing_s": flown.computing,
+        "exchanges_s": flown.flying,
     }

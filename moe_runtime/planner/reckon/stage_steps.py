@@ -43,19 +43,18 @@ class StageClock:
     """
 
     def __init__(self, machine: Machine, imbalance: float = 1.0) -> None:
-        self.machine = machine
+        self.machine, self.imbalance = machine, imbalance
         config, layout = machine.config, machine.layout
-        fp8 = config.precision == "fp8"
         model, tokens = config.model, machine.tokens
         self.shape = Shape(
             tokens=tokens,
             seq_len=config.batch.seq_len,
             rows=tokens * model.top_k * imbalance,
             local_experts=model.num_experts // layout.ep,
-            fp8=fp8,
+            fp8=config.precision == "fp8",
         )
-        self._alone = KernelTimes(machine.cluster, machine.world, fp8)
-        self._beside = KernelTimes(machine.cluster, machine.world, fp8, beside_exchange=True)
+        self._alone = KernelTimes(machine.cluster, machine.world, config.precision)
+        self._beside = KernelTimes(machine.cluster, machine.world, config.precision, beside_exchange=True)
         self._timed: dict[str, Piece] = {}
 
     def pieces(self, parts: StageParts) -> list[Piece]:
@@ -124,8 +123,10 @@ class StageClock:
 
     def _exchange(self, label: Literal["dispatch", "combine"], layer: str) -> Piece:
         if label not in self._timed:
-            there = self.machine.exchange_s(label)
+            # What the fullest rank receives tells: every rank of its group waits for it.
+            there = self.imbalance * self.machine.exchange_s(label)
             back = self.machine.exchange_s("dispatch_backward" if label == "dispatch" else "combine_backward")
+            back *= self.imbalance
             self._timed[label] = Piece(label, "", (there, there), (back, back), is_exchange=True)
         return replace(self._timed[label], layer=layer)
 

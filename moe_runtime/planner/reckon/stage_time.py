@@ -49,6 +49,12 @@ class StageTimes:
             alone=alone,
         )
 
+    def block(self) -> dict[str, Piece]:
+        """The phases of one MoE block by label; empty for a model without."""
+        found = [piece for pieces in self._pieces for piece in pieces]
+        first = next((piece.layer for piece in found if piece.label == "dispatch"), None)
+        return {piece.label: piece for piece in found if piece.layer == first and piece.label != "merge"}
+
     def stage(self, stage: int) -> StageCosts:
         """Computation and exchanges of a stage, each by itself; live in units of one pp-th of the model."""
         pieces = self._pieces[stage]

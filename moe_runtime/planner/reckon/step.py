@@ -9,6 +9,7 @@ it stood still for exchanges; so they and the bubble sum up to the pipeline's ti
 Ref: Zhao et al. 2025 (arXiv 2505.09343), §5.1.2
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,6 +76,17 @@ class Step:
         """Seconds that a rank stands still for exchanges or for messages that leave, in the mean."""
         ranks = range(self.program.num_ranks)
         return sum(map(self.timeline.exposed, ranks)) / len(ranks)
+
+    @property
+    def usual_pair(self) -> tuple[int, int] | None:
+        """Stages of the forward and the backward that overlap most often; None if none do."""
+        entries = [span.entry for row in self.timeline.rows for span in row]
+        pairs = Counter(
+            (one.forward.stage, one.backward.stage) for one in entries if isinstance(one, Overlap)
+        )
+        # Of equally many the one in the middle of the pipeline.
+        middle = self.program.num_stages / 2
+        return max(pairs, key=lambda pair: (pairs[pair], -abs(pair[0] - middle)), default=None)
 
     @property
     def num_pairs(self) -> float:

@@ -92,10 +92,9 @@ def step_traffic(
     one = layer_traffic(config, layout.ep, ranks_a_node, tokens, spread)
     dense, experts = held_weights(model, layout, rank)
     replicas = layout.dp * len(layout.placement)
-    groups = (
-        (dense, replicas, min(ranks_a_node, layout.dp)),
-        (experts, replicas // layout.ep, max(1, min(ranks_a_node, layout.dp) // layout.ep)),
-    )
+    # The mirrored row is on other nodes, unless one node holds the whole pipeline.
+    near = replicas if layout.world_size <= ranks_a_node else min(ranks_a_node, layout.dp)
+    groups = ((dense, replicas, near), (experts, replicas // layout.ep, max(1, near // layout.ep)))
     boundary = tokens * model.hidden_size * ITEM_BYTES[config.precision]
     return StepTraffic(
         **{name: sent.times(layers * passes) for name, sent in one.items()},

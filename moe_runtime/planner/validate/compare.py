@@ -6,6 +6,7 @@ bytes            of the last step: from its own rows, which must agree to the by
 memory           a run records none on the CPU; said so
 """
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,6 +119,7 @@ def _parts(run: Observed, step: HostStep, missing: list[str]) -> list[Line]:
     return lines
 
 
+_W = re.compile(r"\d+W\d+'*")  # a deferred weight gradient is an action without phases
 _FRACTIONS = {"bubble_fraction": "bubble_fraction", "exposed_comm_fraction": "exposed_fraction"}
 
 
@@ -127,6 +129,8 @@ def _measured_parts(trace: Trace) -> dict[str, float]:
     parts = dict.fromkeys(("forward", "input_grad", "weight_grad", "exchange"), 0.0)
     for phase, samples in phase_samples(trace).items():
         parts[kind_of(phase)] += sum(seconds for _, _, seconds in samples) / ranks
+    deferred = (event for event in trace.events if event.lane == "action" and _W.fullmatch(event.name))
+    parts["weight_grad"] += sum(event.end - event.start for event in deferred) / ranks
     for part, cause in (("exchange_wait", "exchange"), ("message_wait", "transfer")):
         waits = (event for event in trace.events if event.lane == "wait" and event.name == cause)
         parts[part] = sum(event.end - event.start for event in waits) / ranks

@@ -29,6 +29,7 @@ def _run(*overrides: str) -> tuple[RunConfig, ResolvedLayout]:
     config = load_config(
         "v3_671b",
         [
+            "precision=bf16",
             "layout={pp: 4, dp: 64, ep: 64, schedule: interleaved, chunks: 4, zero_stage: 1}",
             f"layout.layers_per_stage={LAYERS}",
             "batch={seq_len: 4096, micro_batch_size: 1, global_batch_size: 8192}",
