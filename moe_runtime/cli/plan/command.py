@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.cli.plan.host import describe_host, host_fields
 from moe_runtime.cli.plan.text import describe
 from moe_runtime.cli.plan.validate import calibrate_file, validate_run
 from moe_runtime.config.load import find_config, load_config, sections_of
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.load import load_cluster
+from moe_runtime.planner.host.step import host_step
+from moe_runtime.planner.reckon.plan import Plan
 from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
 
@@ -53,11 +56,20 @@ def plan(
     if config is None:
         raise ConfigError("plan: expected CONFIG, or --validate RUN_DIR, got neither")
     found = reckon(open_run(config, overrides or []), load_cluster(cluster), imbalance=imbalance)
-    typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
+    _tell(found, as_json)
     if found.misfit is None:
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _tell(found: Plan, as_json: bool) -> None:
+    fields, text = plan_fields(found), describe(found)
+    if found.cluster.host is not None:
+        step = host_step(found.config, found.cluster)
+        fields |= host_fields(found, step)
+        text = f"{describe_host(found, step)}\n\n{text}"
+    typer.echo(json.dumps(fields) if as_json else text)
 
 
 def open_run(config: str, overrides: list[str]) -> RunConfig:

@@ -209,7 +209,7 @@ def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
                 "name": "one core of this machine",
                 "memory_gb": 8,
                 "memory_gbps": round(bandwidth, 3),
-                "peak_tflops": {"bf16": round(peak / TERA, 5)},
+                "peak_tflops": {"bf16": round(peak / TERA, 5), "fp32": round(peak / TERA, 5)},
                 "multiprocessors": 1,
                 "source": "FP32 products on one core, all cores at once; the best of the probe",
             },
