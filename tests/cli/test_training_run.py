@@ -10,7 +10,9 @@ import psutil
 import pytest
 
 from moe_runtime.metrics.record import NUMERICS_KEYS
+from moe_runtime.planner.hardware.save import cluster_text
 from tests.cli.small_run import digests, finish, run, start, steps_done, wait_for_step, write_config
+from tests.unit.planner.host.machine import made_up
 
 pytestmark = pytest.mark.launcher
 
@@ -58,6 +60,17 @@ def test_the_trace_of_a_run_is_drawn_and_simulated(uninterrupted: Path, tmp_path
     lanes = {event["cat"] for event in told["traceEvents"] if event["ph"] in "XC"}
     assert lanes == {"action", "phase", "wait", "transfer", "live"}  # ep 1: no exchange
     assert told["otherData"]["step"] == 3
+
+
+def test_a_run_is_held_against_its_plan(uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir, cluster = str(uninterrupted / "runs" / "small"), tmp_path / "here.yaml"
+    cluster.write_text(cluster_text(made_up()))
+    code, output = run("plan", "--validate", run_dir, "--cluster", str(cluster), "--json")
+    assert code == 0, output
+    lines = {line["name"]: line for line in json.loads(output)["lines"]}
+    assert lines["step"]["predicted"] > 0 and lines["step"]["measured"] > 0
+    assert {"forward", "input grad", "weight grad", "message wait", "update"} <= lines.keys()
+    assert lines["exchanged within nodes, from its rows"]["error"] == 0  # ep 1: none
 
 
 def test_kill_of_one_rank_ends_all_and_the_same_command_resumes_to_the_same_bits(

@@ -6,15 +6,19 @@ from typing import Annotated
 
 import typer
 
+from moe_runtime.cli.plan.host import describe_host, host_fields
 from moe_runtime.cli.plan.page import page as draw_page
 from moe_runtime.cli.plan.searching import describe_search, search_fields, write_winner
 from moe_runtime.cli.plan.text import describe
+from moe_runtime.cli.plan.validate import calibrate_file, validate_run
 from moe_runtime.config.load import find_config, load_config, sections_of
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.load import load_cluster
+from moe_runtime.planner.host.step import host_step
 from moe_runtime.planner.reckon.layouts import search_layouts
+from moe_runtime.planner.reckon.plan import Plan
 from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
 from moe_runtime.planner.reckon.scale import at_scales
@@ -22,8 +26,9 @@ from moe_runtime.planner.reckon.scale import at_scales
 
 def plan(
     config: Annotated[
-        str, typer.Argument(help="run config as for train, or a model config such as configs/model/tiny.yaml")
-    ],
+        str | None,
+        typer.Argument(help="run config as for train, or a model config such as configs/model/tiny.yaml"),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="section.key=value ...; a model config needs layout, batch and tokens here"),
@@ -43,32 +48,56 @@ def plan(
         typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
     ] = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to draw the plan into")] = None,
+    validate: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
 
     Three worlds: every figure of the cluster file at the end of its range that makes the run slower, at its
     central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
+
+    --validate reads the config, records and trace of a run that was made; give the cluster that it was on.
+    --calibrate makes four short runs here, a rank for each core, and writes what they took.
     """
+    _check_together({"--search": search, "--validate": validate, "--calibrate": calibrate, "--page": page})
+    _check_of_search(search, {"--gpus": gpus, "--write": write})
+    if validate is not None:
+        return validate_run(validate, cluster, as_json)
+    if calibrate is not None:
+        return calibrate_file(config, calibrate)
+    if config is None:
+        raise ConfigError("plan: expected CONFIG, or --validate RUN_DIR, got neither")
     run, machine = open_run(config, overrides or []), load_cluster(cluster)
-    if search and page is not None:
-        raise ConfigError(
-            "plan --page: shows one plan, got --search too; give it the config that this writes"
-        )
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
-    for option, value in (("--gpus", gpus), ("--write", write)):
-        if value is not None:
-            raise ConfigError(f"plan {option}: expected --search beside it, got none; add it")
     found = reckon(run, machine, imbalance=imbalance)
     if page is not None:
         _save(page, draw_page(found, at_scales(run, machine, imbalance=imbalance)))
-    typer.echo(json.dumps(plan_fields(found)) if as_json else describe(found))
+    _tell(found, as_json)
     if found.misfit is None:
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _check_together(options: dict[str, object]) -> None:
+    """Each of these asks for another answer."""
+    given = [option for option, value in options.items() if value]
+    if len(given) > 1:
+        raise ConfigError(f"plan: expected one of {', '.join(options)}, got {' and '.join(given)}; leave one")
+
+
+def _check_of_search(search: bool, options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None and not search:
+            raise ConfigError(f"plan {option}: expected --search beside it, got none; add it")
 
 
 def _save(path: Path, text: str) -> None:
@@ -91,6 +120,15 @@ def _search(
         typer.echo(json.dumps({**search_fields(found), "written": str(path)}))
     elif found.ranked:
         typer.echo(f"{describe_search(found)}\n\nthe fastest is in {path}: moe-runtime train {path}")
+
+
+def _tell(found: Plan, as_json: bool) -> None:
+    fields, text = plan_fields(found), describe(found)
+    if found.cluster.host is not None:
+        step = host_step(found.config, found.cluster)
+        fields |= host_fields(found, step)
+        text = f"{describe_host(found, step)}\n\n{text}"
+    typer.echo(json.dumps(fields) if as_json else text)
 
 
 def open_run(config: str, overrides: list[str]) -> RunConfig:

@@ -19,6 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_runtime.config.section import Section
 from moe_runtime.planner.hardware.estimate import Curve, Estimate
+from moe_runtime.planner.hardware.host import Host
 
 
 class Peaks(Section):
@@ -95,6 +96,7 @@ class Cluster(Section):
     communication: Communication
     failures: Failures
     price_usd_hour: Estimate = Field(description="of one accelerator")
+    host: Host | None = Field(None, description="its accelerators are processes of one machine")
 
 
 def cluster_file(name: str, roots: list[Path]) -> Path | None:

@@ -1,9 +1,9 @@
 """Which kernels of an FP8 run are not FP8: what the section `fp8` of its config keeps in BF16.
 
 A product goes by its name: the module that it belongs to, and by its ending whether it is a forward's
-(`fprop`; what is recomputed is one too), a gradient's of inputs (`, dX`: `dgrad`) or of weights (`, dW`: `wgrad`). The
-cast of a product that is not FP8 is not made. Names of single layers in `keep_high` are not heard here: all
-blocks of a kind take the same time.
+(`fprop`; what is recomputed is one too), a gradient's of inputs (`, dX`: `dgrad`) or of weights (`, dW`:
+`wgrad`). The cast of a product that is not FP8 is not made. Names of single layers in `keep_high` are not
+heard here: all blocks of a kind take the same time.
 """
 
 from collections.abc import Iterable

@@ -79,7 +79,7 @@ class KernelTimes:
         fp8 = self._in_fp8(kernel)
         products = self.cluster.kernels.fp8 if fp8 else self.cluster.kernels.bf16
         assert products is not None, "FP8 products without curves"
-        share = _curve(products, kernel).rate(max(kernel.sum_over, 1.0), self.world)
+        share = curve_of(products, kernel).rate(max(kernel.sum_over, 1.0), self.world)
         return kernel.flops / (self._peak(fp8) * share)
 
     def _in_fp8(self, kernel: Product) -> bool:
@@ -101,7 +101,7 @@ class KernelTimes:
         return kernel.rows * (kernel.inner * item + kernel.outer * self._item) + weights * item
 
 
-def _curve(products: Products, kernel: Product) -> Curve:
+def curve_of(products: Products, kernel: Product) -> Curve:
     if kernel.weight:
         return products.weight if kernel.groups == 1 else products.weight_groups
     return products.dense if kernel.groups == 1 else products.groups
