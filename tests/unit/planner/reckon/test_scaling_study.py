@@ -30,7 +30,9 @@ def test_shares_that_train_are_those_of_the_page(study):
         assert "| " + " | ".join(row) + " |" in DOC
 
 
-@pytest.mark.parametrize(("pp", "ep", "schedule", "batch"), [(8, 32, "zbv", 16384), (8, 64, "zbv", 65536)])
+@pytest.mark.parametrize(
+    ("pp", "ep", "schedule", "batch"), [(16, 32, "1f1b", 16384), (16, 16, "1f1b", 65536)]
+)
 def test_65536_gpus_are_what_the_page_says(study, pp, ep, schedule, batch):
     layout = study.Layout(65536, pp, ep, schedule, batch)
     point = study.reckon(layout, study.cluster_of("h800"))
