@@ -77,9 +77,14 @@ def plan(
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
-    found = reckon(run, machine, imbalance=imbalance)
+    return _plan(run, machine, imbalance, page, as_json)
+
+
+def _plan(run: RunConfig, cluster: Cluster, imbalance: float, page: Path | None, as_json: bool) -> int:
+    """Reckon and tell; 2 if it does not fit."""
+    found = reckon(run, cluster, imbalance=imbalance)
     if page is not None:
-        _save(page, draw_page(found, at_scales(run, machine, imbalance=imbalance)))
+        _save(page, draw_page(found, at_scales(run, cluster, imbalance=imbalance)))
     _tell(found, as_json)
     if found.misfit is None:
         return 0
