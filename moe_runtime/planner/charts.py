@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moe_runtime.planner.svg import INK, box, document, element, line, number, words
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#9d755d")
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#9d755d", "#ff9da6")
 _GRID, _PALE = "#d8d8d8", "#bbbbbb"
 _IDLE = {"bubble": "#e6e6e6"}  # what is no work, in grey
 _LEFT, _TOP, _HEIGHT, _FOOT = 64.0, 58.0, 260.0, 44.0
