@@ -33,7 +33,10 @@ def plan(
         list[str] | None,
         typer.Argument(help="section.key=value ...; a model config needs layout, batch and tokens here"),
     ] = None,
-    cluster: Annotated[str, typer.Option(help="name under configs/cluster, or a file of that form")] = "h800",
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="name under configs/cluster, or a file [default: h800; of --validate: local]"),
+    ] = None,
     imbalance: Annotated[
         float, typer.Option(min=1.0, help="rows of the fullest rank's experts, over the mean")
     ] = 1.0,
@@ -62,18 +65,18 @@ def plan(
     Three worlds: every figure of the cluster file at the end of its range that makes the run slower, at its
     central value, or at the end that makes it faster. Exits with 2 if the run does not fit into memory.
 
-    --validate reads the config, records and trace of a run that was made; give the cluster that it was on.
+    --validate reads the config, records and trace of a run that was made; the cluster is the one it was on.
     --calibrate makes four short runs here, a rank for each core, and writes what they took.
     """
     _check_together({"--search": search, "--validate": validate, "--calibrate": calibrate, "--page": page})
     _check_of_search(search, {"--gpus": gpus, "--write": write})
     if validate is not None:
-        return validate_run(validate, cluster, as_json)
+        return validate_run(validate, cluster or "local", as_json)
     if calibrate is not None:
         return calibrate_file(config, calibrate)
     if config is None:
         raise ConfigError("plan: expected CONFIG, or --validate RUN_DIR, got neither")
-    run, machine = open_run(config, overrides or []), load_cluster(cluster)
+    run, machine = open_run(config, overrides or []), load_cluster(cluster or "h800")
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
