@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:comm python benchmarks/scaling.py size            GPUs, at one batch: the best layout of each
     PYTHONPATH=.:comm python benchmarks/scaling.py batch           65,536 GPUs, over batches
+    PYTHONPATH=.:comm python benchmarks/scaling.py sums            gradients summed in larger buckets
     PYTHONPATH=.:comm python benchmarks/scaling.py domains         the same in domains of 72
     PYTHONPATH=.:comm python benchmarks/scaling.py links           expert groups of 8 to 256
     PYTHONPATH=.:comm python benchmarks/scaling.py imbalance       ranks that get more rows than others
@@ -29,6 +30,7 @@ from moe_runtime.planner.reckon.failures import Reliability, reliability
 from moe_runtime.planner.reckon.imbalance import rank_imbalance
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import rank_memory
+from moe_runtime.planner.reckon.states import BUCKET
 from moe_runtime.planner.reckon.step import Step, reckon_step, run_program
 from moe_runtime.planner.reckon.traffic import layer_traffic
 
@@ -51,6 +53,7 @@ class Layout:
     ep: int
     schedule: str
     batch: int = _BATCH
+    bucket: int = BUCKET  # gradients in one message; the runtime has no key for it
 
     @property
     def dp(self) -> int:
@@ -107,7 +110,7 @@ def reckon(layout: Layout, cluster: Cluster, imbalance: float = 1.0) -> Point:
     if memory > cluster.accelerator.memory_gb * GIGA:
         raise ConfigError(f"{layout}: {memory / GIGA:.0f} GB do not fit")
     program = run_program(machine, count)
-    return Point(layout, machine, reckon_step(machine, program, imbalance), memory / GIGA)
+    return Point(layout, machine, reckon_step(machine, program, imbalance, layout.bucket), memory / GIGA)
 
 
 def _fullest(machine: Machine, num_microbatches: int, imbalance: float) -> float:
@@ -117,18 +120,18 @@ def _fullest(machine: Machine, num_microbatches: int, imbalance: float) -> float
     return max(rank_memory(machine.config, machine.layout, program, r, imbalance).total for r in ranks)
 
 
-def best(gpus: int, cluster: Cluster, batch: int = _BATCH) -> Point | None:
+def best(gpus: int, cluster: Cluster, batch: int = _BATCH, bucket: int = BUCKET) -> Point | None:
     """The fastest layout that fits; None if none does."""
-    found = list(_fitting(gpus, cluster, batch))
+    found = list(_fitting(gpus, cluster, batch, bucket))
     return max(found, key=lambda point: point.rate) if found else None
 
 
-def _fitting(gpus: int, cluster: Cluster, batch: int) -> Iterator[Point]:
+def _fitting(gpus: int, cluster: Cluster, batch: int, bucket: int) -> Iterator[Point]:
     for pp in _PIPELINES:
         for ep in _EXPERT_GROUPS:
             for schedule in _SCHEDULES:
                 try:
-                    yield reckon(Layout(gpus, pp, ep, schedule, batch), cluster)
+                    yield reckon(Layout(gpus, pp, ep, schedule, batch, bucket), cluster)
                 except ConfigError:
                     continue
 
@@ -153,12 +156,15 @@ def size_table() -> Iterator[list[str]]:
     """Best layouts over sizes, one batch."""
     yield ["GPUs", *_HEAD, "trains", "all together, M tokens/s"]
     for gpus in _SIZES:
-        point = best(gpus, cluster_of("h800"))
-        if point is None:
-            yield [f"{gpus:,}", "none fits", *[""] * (len(_HEAD) + 1)]
-            continue
-        share = point.fails.training_share
-        yield [f"{gpus:,}", *_cells(point), f"{share:.1%}", f"{point.rate * share * gpus / 1e6:.2f}"]
+        yield [f"{gpus:,}", *_cells_of_all(best(gpus, cluster_of("h800")))]
+
+
+def _cells_of_all(point: Point | None) -> list[str]:
+    """Of a layout, and what failures leave of it on all GPUs together."""
+    if point is None:
+        return ["none fits", *[""] * (len(_HEAD) + 1)]
+    share = point.fails.training_share
+    return [*_cells(point), f"{share:.1%}", f"{point.rate * share * point.layout.gpus / 1e6:.2f}"]
 
 
 def batch_table(cluster: str = "h800") -> Iterator[list[str]]:
@@ -168,6 +174,14 @@ def batch_table(cluster: str = "h800") -> Iterator[list[str]]:
         point = best(65536, cluster_of(cluster), batch)
         cells = ["none fits", *[""] * (len(_HEAD) - 1)] if point is None else _cells(point)
         yield [f"{batch:,}", f"{batch * 4096 / 1e6:,.0f}", *cells]
+
+
+def sums_table() -> Iterator[list[str]]:
+    """Best layouts when gradients are summed in buckets of 2^28 instead of the runtime's."""
+    yield ["GPUs", "sequences", *_HEAD, "trains", "all together, M tokens/s"]
+    one_batch = ((gpus, _BATCH) for gpus in _SIZES if gpus >= 2048)
+    for gpus, batch in (*one_batch, (65536, 65536), (65536, 524288)):
+        yield [f"{gpus:,}", f"{batch:,}", *_cells_of_all(best(gpus, cluster_of("h800"), batch, 2**28))]
 
 
 def links_table() -> Iterator[list[str]]:
@@ -235,6 +249,7 @@ def machines_table() -> Iterator[list[str]]:
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "size": size_table,
     "batch": batch_table,
+    "sums": sums_table,
     "domains": partial(batch_table, "gb200_nvl72"),
     "links": links_table,
     "imbalance": imbalance_table,

@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_planned_and_ends_with_2(
     few = ("layout.pp=4", "layout.dp=64", "recompute.mla_up=false")
     out, err = say(capsys, "v3_671b", *few, "--json", code=2)
     assert json.loads(out)["memory"]["fits"] is False
-    assert err.count("\n") == 1 and "does not fit on h800" in err and "80 GB" in err
+    assert err.count("\n") == 1 and "does not fit on h800" in err and "85 GB" in err
 
 
 def test_nonsense_is_refused_with_its_reason(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
         return {"points": points, "source": "probe on this machine"}
 
     bandwidth = probes.copy_bytes_s / GIGA
-    latency = round(fixed / MICRO, 1)
+    latency, none = round(fixed / MICRO, 1), _known(0, "left out: one machine, for a short run")
     loopback = {"gbps": round(1 / max(each_byte * GIGA, 1e-3), 3), "latency_us": latency, "source": "probe"}
     return Cluster.model_validate(
         {
@@ -208,10 +208,10 @@ def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
             "accelerator": {
                 "name": "one core of this machine",
                 "memory_gb": 8,
-                "memory_gbps": round(bandwidth, 3),
+                "memory_gbps": _known(round(bandwidth, 3), "probe: rows put into another order"),
                 "peak_tflops": {"bf16": round(peak / TERA, 5), "fp32": round(peak / TERA, 5)},
                 "multiprocessors": 1,
-                "source": "FP32 products on one core, all cores at once; the best of the probe",
+                "source": "FP32 products on one core, all cores at once: the best. Memory is assumed",
             },
             "accelerators_a_node": probes.cores,
             "fast": loopback,
@@ -225,12 +225,15 @@ def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
                 },
                 "attention_forward": curve(probes.attention["forward"]),
                 "attention_backward": curve(probes.attention["backward"]),
-                "memory_bound": 1.0,
-                "launch_us": 5.0,
+                "memory_bound": _known(1.0, "by definition: memory_gbps is what such work reaches here"),
+                "launch_us": _known(5.0, "assumed; a host's step has it in the fixed part of its phases"),
             },
-            "communication": {"multiprocessors": 0, "start_us": latency},
-            "failures": {"per_node_day": 0, "restart_minutes": 0, "save_s": 0},
-            "price_usd_hour": 0,
+            "communication": {
+                "multiprocessors": _known(0, "an exchange takes cores, which the host section counts"),
+                "start_us": _known(latency, "probe: a small message"),
+            },
+            "failures": dict.fromkeys(("per_node_day", "restart_minutes", "save_s"), none),
+            "price_usd_hour": none,
             "host": {
                 "cores": probes.cores,
                 "item_bytes": item_bytes,
@@ -242,3 +245,8 @@ def machine(probes: Probes, name: str, item_bytes: int) -> Cluster:
             },
         }
     )
+
+
+def _known(value: float, source: str) -> dict[str, object]:
+    """A figure without a range, as an `Estimate` is written."""
+    return {"low": value, "central": value, "high": value, "source": source}

@@ -3,7 +3,7 @@
 Every affinity is drawn alike, and then chosen as the model chooses: groups by the sum of their two best
 affinities, experts from the groups kept. Such a router loads all experts alike, and yet its choice is not a
 uniform one: a group is kept because two of its experts are high, so of eight experts from four kept groups
-nearly every token has some in each of the four. For V3 a token reaches 3.96 nodes; drawing experts from kept
+nearly every token has some in each of the four. For V3 a token reaches 3.95 nodes; drawing experts from kept
 groups at random, the textbook formula, gives 3.63, and 9% too few bytes between nodes.
 
 No closed form is known for that, so tokens are drawn, always the same ones. Where routing has no groups, the

@@ -16,6 +16,7 @@ from functools import cached_property
 from moe_runtime.planner.choose import choose
 from moe_runtime.planner.reckon.machine import Machine
 from moe_runtime.planner.reckon.stage_time import StageTimes
+from moe_runtime.planner.reckon.states import BUCKET
 from moe_runtime.planner.reckon.update_time import UpdateTime, update_time
 from moe_runtime.planner.simulate import simulate
 from moe_runtime.planner.timeline import Timeline
@@ -106,16 +107,19 @@ def run_program(machine: Machine, num_microbatches: int) -> Program:
     return program if config.layout.overlap else unpair(program)
 
 
-def reckon_step(machine: Machine, program: Program | None = None, imbalance: float = 1.0) -> Step:
+def reckon_step(
+    machine: Machine, program: Program | None = None, imbalance: float = 1.0, bucket: int = BUCKET
+) -> Step:
     """A step after the batch ramp.
 
     Args:
         program: of this layout, if it is known; None: what `run_program` says.
         imbalance: rows that the fullest rank's experts get, over the mean.
+        bucket: gradients in one message, as in `update_time`.
     """
     program = program or run_program(machine, machine.layout.num_microbatches)
     times = StageTimes(machine, imbalance)
-    return Step(program, times, simulate(program, times.costs(program)), update_time(machine))
+    return Step(program, times, simulate(program, times.costs(program)), update_time(machine, bucket))
 
 
 def _name(entry: Entry) -> str:

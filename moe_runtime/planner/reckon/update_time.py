@@ -37,14 +37,18 @@ class UpdateTime:
         return self.gradients + self.update + self.parameters
 
 
-def update_time(machine: Machine) -> UpdateTime:
-    """Of a step on this machine."""
+def update_time(machine: Machine, bucket: int = BUCKET) -> UpdateTime:
+    """Of a step on this machine.
+
+    Args:
+        bucket: gradients in one message; another than the runtime's is for studies.
+    """
     ranks = range(machine.layout.pp)
     traffic = [machine.step_traffic(rank) for rank in ranks]
     bandwidth = machine.cluster.accelerator.memory_gbps.rate(machine.world) * GIGA
     moved = max(_bytes(machine, rank) for rank in ranks)
     share = machine.cluster.kernels.memory_bound.rate(machine.world)
-    summed = [machine.carry_s(traffic[rank].gradients) + _hops(machine, rank, BUCKET) for rank in ranks]
+    summed = [machine.carry_s(traffic[rank].gradients) + _hops(machine, rank, bucket) for rank in ranks]
     gathered = [machine.carry_s(traffic[rank].parameters) + _hops(machine, rank) for rank in ranks]
     return UpdateTime(max(summed), moved / (bandwidth * share), max(gathered))
 
