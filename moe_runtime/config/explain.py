@@ -38,20 +38,24 @@ _EXPECTED = {
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of")
 
 
-def explain(error: ValidationError) -> list[Finding]:
-    """One finding for each mistake; keys are dotted paths from the run."""
-    return [finding for item in error.errors() for finding in _explain_one(item)]
+def explain(error: ValidationError, of_run: bool = True) -> list[Finding]:
+    """One finding for each mistake; keys are dotted paths from the run.
+
+    Args:
+        of_run: false for a file of another kind, to whose keys those of a run are no help.
+    """
+    return [finding for item in error.errors() for finding in _explain_one(item, of_run)]
 
 
-def _explain_one(item: Mapping[str, Any]) -> list[Finding]:
+def _explain_one(item: Mapping[str, Any], of_run: bool) -> list[Finding]:
     path = tuple(str(part) for part in item["loc"])
     key = ".".join(path)
     context = item.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, FindingsError):
-        return [Finding(f"{key}.{inner.key}", inner.text) for inner in cause.findings]
+        return [Finding(f"{key}.{inner.key}" if key else inner.key, inner.text) for inner in cause.findings]
     if item["type"] == "extra_forbidden":
-        return [Finding(key, f"unknown key{suggest_key(path)}")]
+        return [Finding(key, f"unknown key{suggest_key(path) if of_run else ''}")]
     if item["type"] == "missing":
         if path[-1].isdigit():
             return [Finding(".".join(path[:-1]), "expected a list with more values")]
@@ -62,7 +66,7 @@ def _explain_one(item: Mapping[str, Any]) -> list[Finding]:
     hint = ""
     if item["type"] == "literal_error":
         hint = _suggest_word(item["input"], context)
-    elif item["type"] in _RANGES:
+    elif item["type"] in _RANGES and of_run:
         hint = _suggest_default(path)
     return [Finding.expected(key, wanted.format(**context), describe(item["input"]) + hint)]
 

@@ -46,10 +46,13 @@ def test_values_hold_every_layout(found: Search) -> None:
 
 
 def test_a_model_larger_than_the_cluster_is_refused_with_what_it_needs() -> None:
-    layout = ("layout.pp=1", "layout.dp=2", "layout.ep=2", "layout.schedule=single")
-    batch = ("batch.global_batch_size=8", "batch.ramp_start_size=null", "batch.ramp_tokens=0")
-    found = search_layouts(load_config("v3_671b", (*layout, *batch)), load_cluster("h800"), 2)
-    with pytest.raises(ConfigError, match=r"fits into 85 GB, got none .* needs [\d,.]+ GB"):
+    layout = ("layout.pp=1", "layout.dp=32", "layout.ep=32", "layout.schedule=single")
+    batch = ("batch.global_batch_size=64", "batch.ramp_start_size=null", "batch.ramp_tokens=0")
+    run = load_config("v3_671b", (*layout, *batch))
+    with pytest.raises(ConfigError, match=r"weights alone take 1,365\.3 GB"):
+        search_layouts(run, load_cluster("h800"), 2)
+    found = search_layouts(run, load_cluster("h800"), 32)
+    with pytest.raises(ConfigError, match=r"fits into 84\.9 GB, got none .* needs [\d,.]+ GB"):
         winner_of(found)
     assert "need more memory than there is" in describe_search(found)
 

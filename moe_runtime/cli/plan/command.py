@@ -16,6 +16,7 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.load import load_cluster
+from moe_runtime.planner.host.ranking import rank_on_cores
 from moe_runtime.planner.host.step import host_step
 from moe_runtime.planner.reckon.layouts import search_layouts
 from moe_runtime.planner.reckon.plan import Plan
@@ -38,7 +39,7 @@ def plan(
         typer.Option(help="name under configs/cluster, or a file [default: h800; of --validate: local]"),
     ] = None,
     imbalance: Annotated[
-        float, typer.Option(min=1.0, help="rows of the fullest rank's experts, over the mean")
+        float, typer.Option(min=1.0, max=1000.0, help="rows of the fullest rank's experts, over the mean")
     ] = 1.0,
     search: Annotated[
         bool, typer.Option("--search", help="look at every layout, rank them, write the best one's config")
@@ -121,6 +122,8 @@ def _search(
     """Rank all layouts; the winner's config is written, and refused ones are told also if nothing fits."""
     count = gpus or run.layout.pp * run.layout.dp
     found = search_layouts(run, cluster, count, imbalance=imbalance)
+    if cluster.host is not None:
+        found = rank_on_cores(found)
     if not found.ranked:
         typer.echo(json.dumps(search_fields(found)) if as_json else describe_search(found))
     path = write_winner(found, write)
@@ -132,7 +135,7 @@ def _search(
 
 def _tell(found: Plan, as_json: bool) -> None:
     fields, text = plan_fields(found), describe(found)
-    if found.cluster.host is not None:
+    if found.cluster.host is not None and found.misfit is None:
         step = host_step(found.config, found.cluster)
         fields |= host_fields(found, step)
         text = f"{describe_host(found, step)}\n\n{text}"

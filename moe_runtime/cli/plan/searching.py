@@ -58,7 +58,7 @@ def winner_of(found: Search) -> Ranked:
         raise ConfigError(f"{what}: expected a legal layout, got none of {found.num_refused:,}: {reasons}")
     least = found.too_large[0]
     raise ConfigError(
-        f"{what}: expected a layout that fits into {found.limit / GIGA:.0f} GB, got none of "
+        f"{what}: expected a layout that fits into {found.limit / GIGA:.1f} GB, got none of "
         f"{found.num_legal:,}; the smallest needs {least.nbytes / GIGA:.1f} GB ({_words(least)}); "
         "take more accelerators (--gpus), or shorter sequences"
     )
@@ -86,7 +86,7 @@ def write_winner(found: Search, path: Path | None) -> Path:
 
 
 def _head(found: Search) -> str:
-    config, limit = found.config, f"{found.limit / GIGA:.0f} GB"
+    config, limit = found.config, f"{found.limit / GIGA:.1f} GB"
     every = found.num_refused + found.num_legal
     return "\n".join(
         (
@@ -199,7 +199,7 @@ def _keys(candidate: Candidate) -> dict[str, Any]:
 
 
 def _why_too_large(found: Search, one: Candidate) -> str:
-    return f"pipeline rank {one.rank} needs {one.nbytes / GIGA:.1f} GB of {found.limit / GIGA:.0f} GB"
+    return f"pipeline rank {one.rank} needs {one.nbytes / GIGA:.2f} GB of {found.limit / GIGA:.2f} GB"
 
 
 def _words(one: Candidate) -> str:

@@ -69,6 +69,7 @@ def _worlds(plan: Plan) -> str:
             ["step, s", *(figure(each.step.seconds) for each in worlds)],
             ["tokens/s/GPU", *(figure(each.tokens_per_s_per_gpu) for each in worlds)],
             ["GPU hours, all steps full", *(figure(one) for one in hours)],
+            ["cost of these, US$", *(figure(each.run.cost(each.run.steady_gpu_hours)) for each in worlds)],
             ["with ramp and failures", *(figure(each.run.gpu_hours_with_failures) for each in worlds)],
             [
                 "cost of these, US$",

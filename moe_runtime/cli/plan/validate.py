@@ -29,6 +29,7 @@ def calibrate_file(config: str | None, file: Path) -> int:
     """
     from moe_runtime.cli.calibrate.make import CONFIG, calibrate_machine  # brings psutil
 
+    typer.echo("probes and four short runs: a minute on a machine that does nothing else", err=True)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
         found = calibrate_machine(config or CONFIG, Path(folder), file.stem)
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_runtime.config.finding import Finding
 from moe_runtime.config.section import Section
 from moe_runtime.planner.hardware.estimate import Curve, Estimate
 from moe_runtime.planner.hardware.host import Host
@@ -40,6 +41,10 @@ class Accelerator(Section):
     multiprocessors: PositiveInt
     source: str
 
+    def findings(self) -> list[Finding]:
+        """Memory moves."""
+        return _moves("memory_gbps", self.memory_gbps)
+
 
 class Link(Section):
     """A way between accelerators, for each of them and in each direction."""
@@ -47,6 +52,10 @@ class Link(Section):
     gbps: Estimate = Field(description="10^9 bytes/s that large messages reach")
     latency_us: Estimate = Field(description="of a small message")
     source: str = ""
+
+    def findings(self) -> list[Finding]:
+        """It carries."""
+        return _moves("gbps", self.gbps)
 
 
 class Products(Section):
@@ -56,6 +65,10 @@ class Products(Section):
     groups: Curve = Field(description="of expert products, with hundreds of rows a group or more")
     weight: Curve = Field(description="weight gradients, over the tokens that they sum")
     weight_groups: Curve
+
+    def findings(self) -> list[Finding]:
+        """Shares are shares."""
+        return [found for name in type(self).model_fields for found in _shares(name, getattr(self, name))]
 
 
 class Kernels(Section):
@@ -67,6 +80,13 @@ class Kernels(Section):
     attention_backward: Curve
     memory_bound: Estimate = Field(description="share of memory_gbps that norms, casts and SwiGLU reach")
     launch_us: Estimate = Field(description="from the end of one kernel to the start of the next")
+
+    def findings(self) -> list[Finding]:
+        """Shares are shares."""
+        attention = [
+            _shares(name, getattr(self, name)) for name in ("attention_forward", "attention_backward")
+        ]
+        return [*attention[0], *attention[1], *_share("memory_bound", self.memory_bound)]
 
 
 class Communication(Section):
@@ -97,6 +117,29 @@ class Cluster(Section):
     failures: Failures
     price_usd_hour: Estimate = Field(description="of one accelerator")
     host: Host | None = Field(None, description="its accelerators are processes of one machine")
+
+    def findings(self) -> list[Finding]:
+        """Exchanges leave multiprocessors to computation."""
+        held, there = self.communication.multiprocessors.high, self.accelerator.multiprocessors
+        if held == 0 or held < there:
+            return []
+        wanted = f"less than the {there} of the accelerator"
+        return [Finding.expected("communication.multiprocessors", wanted, f"{held:g}")]
+
+
+def _moves(key: str, rate: Estimate) -> list[Finding]:
+    return [] if rate.low > 0 else [Finding.expected(f"{key}.low", "more than 0", f"{rate.low:g}")]
+
+
+def _share(key: str, share: Estimate) -> list[Finding]:
+    if share.low > 0 and share.high <= 1:
+        return []
+    return [Finding.expected(key, "shares above 0 and at most 1", f"{share.low:g} to {share.high:g}")]
+
+
+def _shares(key: str, curve: Curve) -> list[Finding]:
+    named = ((f"{key}.points.{place}", point.value) for place, point in enumerate(curve.points))
+    return [found for name, value in named for found in _share(name, value)]
 
 
 def cluster_file(name: str, roots: list[Path]) -> Path | None:

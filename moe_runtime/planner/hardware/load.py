@@ -28,7 +28,7 @@ def load_cluster(name: str) -> Cluster:
     except ValidationError as error:
         lines = [
             f"{tree.place(tuple(one.key.split('.')), shown(file))}: {one.key}: {one.text}"
-            for one in explain(error)
+            for one in explain(error, of_run=False)
         ]
         raise ConfigError("\n".join([*tree.mistakes, *lines])) from None
     if tree.mistakes:

@@ -196,7 +196,7 @@ def _gated(
     back = Move(f"{name} SwiGLU backward", rows * width * (3 * BF16 + 2 * item))
     # Rows of experts arrive cast; those of the others are cast here.
     casts = [] if groups > 1 else _casts(shape, [up])
-    again = [swiglu] if recompute.swiglu else []
+    again = [swiglu] if recompute.swiglu or shape.fp8 else []  # FP8 never keeps what SwiGLU gives
     grads = [of_input(down), of_input(up)]
     return Phases(
         (*casts, up, swiglu, down),

@@ -25,6 +25,7 @@ from moe_runtime.planner.hardware.cluster import Cluster
 from moe_runtime.planner.hardware.estimate import World
 from moe_runtime.planner.reckon.layout_memory import LayoutMemory
 from moe_runtime.planner.reckon.layout_times import LayoutTimes
+from moe_runtime.planner.reckon.room import check_room
 from moe_runtime.planner.reckon.space import MOMENTS, Frame, Refusal, frames, recomputes
 
 GIGA = 1e9
@@ -127,7 +128,11 @@ def search_layouts(
         imbalance: rows that the fullest rank's experts get, over the mean.
         top: places of the ranking that shall be exact.
         exhaustive: simulate every layout that fits; to check the search against.
+
+    Raises:
+        ConfigError: the weights alone are more than all accelerators hold.
     """
+    check_room(config, cluster, num_accelerators)
     times = LayoutTimes(cluster, world, imbalance)
     choices, refused = recomputes(config)
     legal: list[Frame] = []

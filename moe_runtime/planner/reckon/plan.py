@@ -20,6 +20,7 @@ from moe_runtime.planner.hardware.estimate import WORLDS, World
 from moe_runtime.planner.reckon.exchange import Spread, uniform_spread
 from moe_runtime.planner.reckon.machine import GIGA, Machine
 from moe_runtime.planner.reckon.memory import Memory, rank_memory
+from moe_runtime.planner.reckon.room import check_room
 from moe_runtime.planner.reckon.sensitivity import Moved, sensitivity
 from moe_runtime.planner.reckon.step import Step, reckon_step
 from moe_runtime.planner.reckon.token_flops import TokenParts, token_parts
@@ -84,7 +85,7 @@ class Plan:
             return None
         return (
             f"{self.config.name} does not fit on {self.cluster.name}: pipeline rank {self.fullest} needs "
-            f"{needed / GIGA:.1f} GB, expected at most the {self.memory_limit / GIGA:.0f} GB of "
+            f"{needed / GIGA:.2f} GB, expected at most the {self.memory_limit / GIGA:.2f} GB of "
             f"{self.cluster.accelerator.name}; raise layout.pp or layout.ep, or set recompute"
         )
 
@@ -110,6 +111,7 @@ def plan(
             does not know the run's precision.
     """
     _check_precision(config, cluster)
+    check_room(config, cluster, config.layout.pp * config.layout.dp)
     layout = check_layout(config)
     if spread is None and layout.ep > 1:  # drawn once, not for each of some fifty steps
         spread = uniform_spread(
