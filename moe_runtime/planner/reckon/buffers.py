@@ -5,7 +5,7 @@
                these twice, for they are joined from the chunks that they came in
     local      nothing: rows are gathered straight from tokens
 
-One exchange at a time, or two where a forward and a backward are interleaved (`parallel/overlap.py` starts
+One exchange at a time, or two where a forward and a backward are interleaved (`schedule/interleave.py` starts
 the second before it waits for the first). The ways back carry what is summed, in BF16 also under FP8.
 """
 
