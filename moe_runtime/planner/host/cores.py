@@ -13,8 +13,7 @@ A rank that computes needs a core. With more of them than cores, each has an equ
 scheduler gives it; a rank that stands still leaves its share to the others. Bytes are moved by threads beside
 the rank's own (`background` core-seconds, on every rank that takes part). Such a thread has slept, so the
 scheduler lets it go first: it has a core of its own as long as there is one. Then the bytes cross the link,
-    if
-the cluster has one between the ranks: links carry one message after the other.
+if the cluster has one between the ranks: links carry one message after the other.
 
 Time goes from event to event: between two of them all shares stay as they are. Rejected: the simulator of
 programs (`simulate.py`), whose ranks cannot slow each other down; and one step of a fixed length after the

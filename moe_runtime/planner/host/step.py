@@ -34,9 +34,8 @@ class HostStep:
         step_s: of all.
         program_s: from the first phase to the last of any rank.
         update_s: gradients, weights and record.
-        parts: mean over ranks by kind of phase (forward, input_grad, weight_grad, exchange), turns of
-            others on a
-            rank's core included, and what ranks stood still for (exchange_wait, message_wait).
+        parts: mean over ranks by kind of phase (forward, input_grad, weight_grad, exchange), turns of others
+            on a rank's core included, and what ranks stood still for (exchange_wait, message_wait).
         exposed_fraction, bubble_fraction: of the step, as `metrics.jsonl` has them.
     """
 
