@@ -22,6 +22,7 @@ from scipy.optimize import curve_fit
 
 BUDGETS = 24
 LEAST_POINTS = 6  # for three unknowns
+LEAST_SPAN = 4.0  # from the first budget of a fit to its last; over less a power law says nothing
 SHOWN = 6
 
 
@@ -44,8 +45,10 @@ class Frontier:
     inside: np.ndarray
 
     def fitted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Budgets and losses for the fit: those inside the ladder, all if they are too few."""
-        chosen = self.inside if self.inside.sum() >= LEAST_POINTS else np.ones_like(self.inside)
+        """Budgets and losses for the fit: those inside the ladder, all if they are too few or too near."""
+        within = self.flops[self.inside]
+        enough = len(within) >= LEAST_POINTS and within[-1] >= LEAST_SPAN * within[0]
+        chosen = self.inside if enough else np.ones_like(self.inside)
         return self.flops[chosen], self.lowest[chosen]
 
 
@@ -64,19 +67,19 @@ class Fit:
 
 
 def frontier(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Frontier:
-    """The lowest losses over budgets that at least two arms span.
+    """The lowest losses over budgets, from where the second arm begins to where the first one ends.
 
     Args:
         curves: by arm, in ascending size, (training FLOPs, validation loss) in ascending order.
 
     Raises:
-        ValueError: fewer than two arms, or no budget that two of them reach.
+        ValueError: fewer than two arms, or no budget that they share.
     """
     if len(curves) < 2:
         raise ValueError(f"expected at least two sizes, got {len(curves)}")
     points = {arm: np.asarray(curve, np.float64) for arm, curve in curves.items()}
     first = sorted(curve[0, 0] for curve in points.values())[1]
-    last = sorted(curve[-1, 0] for curve in points.values())[-2]
+    last = min(curve[-1, 0] for curve in points.values())
     if not first < last:
         raise ValueError("expected training FLOPs that two sizes share, got none")
     budgets = np.geomspace(first, last, BUDGETS)
