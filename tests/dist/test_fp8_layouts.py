@@ -55,7 +55,8 @@ def _train_and_forget_to_drop(rank: int, world_size: int) -> Trained:
     return train_fp8(_case("training", LAYOUTS[world_size]), rank, forgets=False)
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_training_takes_the_same_course_in_every_layout(world_size: int) -> None:
     (alone,) = run_ranks_once(_train, 1)
     for trained in run_ranks_once(_train, world_size):

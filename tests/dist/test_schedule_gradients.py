@@ -40,8 +40,8 @@ def _check(world_size: int, cases: list[Case], timeout_s: float = 300) -> None:
             assert not bad, f"{name}, rank {rank}: beyond {TOLERANCE}: {bad}"
 
 
-# What two ranks can do wrong four can too: two, and more microbatches, are left to the slow tests.
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+# What one rank or two can do wrong four can too: these, and more microbatches, are left to the slow tests.
+@pytest.mark.parametrize("world_size", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 4])
 def test_gradients_of_every_schedule_are_those_of_the_plain_model(world_size: int) -> None:
     microbatches = MICROBATCHES if world_size < 4 else (1, 6)
     _check(world_size, [case for mesh in MESHES[world_size] for case in _cases(*mesh, microbatches)])
@@ -57,6 +57,7 @@ def test_gradients_of_every_schedule_on_eight_ranks() -> None:
     _check(8, [case for mesh in MESHES[8] for case in _cases(*mesh, (1, 4, 11))], timeout_s=900)
 
 
+@pytest.mark.slow
 def test_gradients_of_more_chunks_and_of_less_memory() -> None:
     layouts = [{"schedule": "interleaved", "chunks": chunks} for chunks in (2, 3)]
     layouts += [{"schedule": "searched", "chunks": 1}, {"schedule": "searched", "chunks": 4}]
@@ -69,7 +70,10 @@ def test_gradients_of_more_chunks_and_of_less_memory() -> None:
     _check(2, cases)
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zbv", "interleaved"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["dualpipe", "zbv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dualpipev", "interleaved"))],
+)
 def test_recompute_and_no_overlap_change_no_gradient(schedule: str) -> None:
     cases = [
         Case(f"{schedule} overlap {overlap} recompute {again}", layout, 4, 1, recompute=again)
