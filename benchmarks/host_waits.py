@@ -40,7 +40,7 @@ def waits_of(runtime: Runtime, found: Counter[tuple[str, str]]) -> Iterator[None
     def note(message: object, category: type, filename: str, lineno: int, *_: object) -> None:
         if "synchroniz" in str(message):
             place = "/".join(filename.split("/")[-3:]) + f":{lineno}"
-            found[runtime.clock.phase.split(" ")[0], place] += 1
+            found[runtime.clock.progress.part.split(" ")[0], place] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

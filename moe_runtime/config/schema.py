@@ -20,6 +20,7 @@ from pydantic_core import PydanticKnownError
 
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.reliability import GuardConfig, ReliabilityConfig
 from moe_runtime.config.section import Count, Fraction, NonNegative, Section
 
 Schedule = Literal[
@@ -372,3 +373,5 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     metrics: MetricsConfig = MetricsConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    guard: GuardConfig = GuardConfig()

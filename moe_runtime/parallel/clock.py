@@ -23,13 +23,15 @@ from typing import TypeVar
 import torch
 from moe_comm.lane import Lane
 
+from moe_runtime.parallel.progress import Progress
+
 T = TypeVar("T")
 Span = tuple[str, str, float, float]  # lane, name, start, end
 
 
 @dataclass
 class Clock:
-    """Seconds that this rank stood still, by cause, and what it is doing now.
+    """Seconds that this rank stood still, by cause, and where it is now.
 
     Args:
         exchange_wait_s: waited for expert exchanges.
@@ -37,8 +39,7 @@ class Clock:
         exchange_s: expert exchanges were under way, those at the same time counted once.
         peak_live: most microbatches alive at once.
         spans: of the step, if they are kept; else None.
-        entry, phase: under way now, for messages; empty outside of a program.
-        since: when that began.
+        progress: what is under way now.
         has_exchanges: expert exchanges go to other ranks; else they are computation like any other.
         arrivals: waits for exchanges beside the rank's own thread, so that the moment of arrival is known
             also where the rank comes later; None: an exchange seems to fly until the rank comes.
@@ -49,9 +50,7 @@ class Clock:
     exchange_s: float = 0.0
     peak_live: int = 0
     spans: list[Span] | None = None
-    entry: str = ""
-    phase: str = ""
-    since: float = field(default_factory=time.perf_counter)
+    progress: Progress = field(default_factory=Progress)
     has_exchanges: bool = True
     arrivals: Lane | None = None
     _live: int = 0
@@ -62,15 +61,6 @@ class Clock:
         self.exchange_wait_s = self.transfer_wait_s = self.exchange_s = 0.0
         self.peak_live = self._live
         self.spans = [] if keep_spans else None
-
-    def enters(self, entry: str) -> None:
-        """An entry of the program begins; empty: the program has ended."""
-        self.entry, self.phase, self.since = entry, "", time.perf_counter()
-
-    def begins(self, phase: str) -> float:
-        """A phase begins; gives the time."""
-        self.phase, self.since = phase, time.perf_counter()
-        return self.since
 
     def ran(self, lane: str, name: str, start: float) -> None:
         """A span ends now."""

@@ -132,13 +132,13 @@ class Executor:
                 self._enter(entry)
             except Exception as error:
                 where = f"pipeline rank {self._pp_rank}, position {position}, {entry}"
-                where += f", {self._clock.phase}" * bool(self._clock.phase)
+                where += f", {self._clock.progress.part}" * bool(self._clock.progress.part)
                 raise ActionFailed(f"{where}: {type(error).__name__}: {error}") from error
         self._drain()
         return _sum_up(self._recorded, self._kept)
 
     def _enter(self, entry: Entry) -> None:
-        self._clock.enters(str(entry))
+        self._clock.progress.runs(str(entry))
         if isinstance(entry, Overlap):
             self._overlap(entry)
         else:
@@ -146,11 +146,11 @@ class Executor:
 
     def _drain(self) -> None:
         """Wait for the sends; check that nothing is left over."""
-        self._clock.enters("the end of the program, where sends are waited for")
+        self._clock.progress.runs("the end of the program, where sends are waited for")
         begun = time.perf_counter()
         self._departures.wait()
         self._clock.waited("transfer", begun)
-        self._clock.enters("")
+        self._clock.progress.runs("")
         left = [*self._arriving, *self._outputs, *self._input_grads]
         assert not left, f"left over at the end of the step: {left}"
 
@@ -188,7 +188,7 @@ class Executor:
         clock, begun = self._clock, time.perf_counter()
         for step in steps:
             name = f"{step.label} {step.layer}"
-            start = clock.begins(name)
+            start = clock.progress.begins(name)
             step.run()
             clock.ran("phase", name, start)
         clock.ran("action", str(entry), begun)
@@ -268,7 +268,7 @@ class Executor:
         if self._program.placement[action.direction][neighbour] == self._pp_rank:
             return made_here.pop((action.direction, neighbour, action.microbatch))
         transfer, buffer = self._arriving.pop((kind, _key(action)))
-        begun = self._clock.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
+        begun = self._clock.progress.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
         transfer.wait()
         self._clock.waited("transfer", begun)
         return buffer

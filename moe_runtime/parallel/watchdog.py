@@ -73,8 +73,8 @@ class Watchdog:
                 return
 
     def _look(self, tick_s: float) -> None:
-        clock = self._clock
-        doing, phase, since = clock.entry, clock.phase, clock.since
+        progress = self._clock.progress
+        doing, phase, since = progress.entry, progress.part, progress.since
         waited_s = time.perf_counter() - since
         word = {"place": self._place, "doing": doing, "phase": phase, "for_s": waited_s, "at": time.time()}
         self._store.set(f"rank{self._rank}", json.dumps(word))

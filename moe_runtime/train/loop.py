@@ -167,6 +167,7 @@ def _trace(run: Run, step: int) -> None:
 def _save(run: Run, step: int) -> None:
     """Write a checkpoint; a failure costs this checkpoint, not the run."""
     run.unsaved = None
+    run.runtime.clock.progress.enters("save")
     layout = run.runtime.layout
     outcome = save_state(run.store, run.state, step, tokens_before(run.config, layout, step))
     if isinstance(outcome, SaveFailed):
@@ -192,11 +193,13 @@ def _baseline(run: Run) -> float:
 
 
 def _validate(run: Run) -> Validation:
+    run.runtime.clock.progress.enters("evaluate")
     counter = ByteCounter(run.tokenizer)
     return validate(run.runtime, run.validation, counter, run.config.train.eval_sequences)
 
 
 def _sample(run: Run, step: int) -> None:
+    run.runtime.clock.progress.enters("sample")
     every = run.config.train
     prompt = [int(token) for token in run.tokenizer.encode(every.sample_prompt)] or [run.tokenizer.eos_id]
     drawn = sample_tokens(run.runtime, prompt, every.sample_tokens, run.config.seed)
@@ -206,6 +209,7 @@ def _sample(run: Run, step: int) -> None:
 def _finish(run: Run) -> None:
     """What a finished run says: loss in bits per byte beside a plain baseline, and a sample."""
     result = run.latest or _validate(run)
+    run.runtime.clock.progress.enters("end")
     baseline = _baseline(run)
     message = (
         f"validation: {result.bits_per_byte:.3f} bits per byte, loss {result.loss:.4f} "

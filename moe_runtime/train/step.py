@@ -99,8 +99,10 @@ class TrainStep:
         """
         begun = time.perf_counter()
         plan, runtime = self.plan(step), self.runtime
+        runtime.clock.progress.begins_step(step + 1)
         self._start_clocks(keep_spans=step + 1 == self.runtime.config.metrics.trace_step)
         scalars = self._forward_backward(plan)
+        runtime.clock.progress.enters("optimizer")
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
         optim, client = runtime.config.optim, self.optimizer.client
@@ -128,6 +130,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
         tokens = self._tokens(plan, program)
+        runtime.clock.progress.enters("step")
         return runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
 
     def program(self, num_microbatches: int) -> Program:

@@ -241,7 +241,7 @@ class _Watch:
         params = [param for _, param in self.runtime.named_params]
         modules = [buffer for chunk in self.runtime.chunks.values() for buffer in chunk.buffers()]
         ignored = [*params, *(p.grad_accum for p in params), *modules, *tables, tokens]
-        meter, enters, send = LiveBytes(ignored), clock.enters, executor._departures.add
+        meter, enters, send = LiveBytes(ignored), clock.progress.runs, executor._departures.add
         allocate = RecordLayout.allocate
         hooks = [
             moe.experts.register_forward_pre_hook(lambda _, given: self.rows.append(given[0].shape[0]))
@@ -264,7 +264,7 @@ class _Watch:
             return made
 
         with (
-            patch.object(clock, "enters", entered),
+            patch.object(clock.progress, "runs", entered),
             patch.object(executor._departures, "add", added),
             patch.object(RecordLayout, "allocate", allocated),
             meter,

@@ -41,6 +41,8 @@ _NO_OUTCOME: Any = {
     "name": True,
     "out_dir": True,
     "metrics": True,
+    "reliability": True,
+    "guard": True,
     "train": {*_REPORTING, "sample_every", "sample_prompt", "sample_tokens", "peer_timeout_s", "watchdog_s"},
 }
 
