@@ -24,6 +24,7 @@ from moe_runtime.cli import (
     train,
 )
 from moe_runtime.cli.ablate import command as ablate
+from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
@@ -43,6 +44,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("plan")(plan.plan)
+app.command("chaos")(chaos.chaos)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
 convert.app.command("tasks")(convert_tasks.tasks)

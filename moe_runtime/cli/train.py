@@ -13,7 +13,7 @@ from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError, PeerLost
-from moe_runtime.train.fault import read_faults
+from moe_runtime.train.fault import read_faults, split_orders
 
 
 def train(
@@ -22,7 +22,9 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="forget this run's checkpoints and records")] = False,
     inject: Annotated[
         list[str] | None,
-        typer.Option(help="a fault to be made once, such as sigkill:rank1:step5:dispatch; repeatable"),
+        typer.Option(
+            help="a fault to be made once, such as sigkill:rank1:step5:dispatch, or @FILE; repeatable"
+        ),
     ] = None,
     local_rank: Annotated[int | None, typer.Option(help="set by the deepspeed launcher")] = None,
 ) -> None:
@@ -30,7 +32,8 @@ def train(
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
-    faults = read_faults(inject or ())
+    texts, orders = split_orders(inject or ())
+    faults = read_faults(texts)
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
@@ -45,7 +48,8 @@ def train(
     world = read_world(run.device)
     check_layout(run, world.world_size)
     run_dir = Path(run.out_dir) / run.name
-    injector = Injector(faults, world.rank, run_dir, since=began_at(is_supervised) if fresh else 0.0)
+    since = began_at(is_supervised) if fresh else 0.0
+    injector = Injector(faults, world.rank, run_dir, since, orders)
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")

@@ -27,7 +27,7 @@ import psutil
 
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.parallel.progress import Progress
-from moe_runtime.train.fault import RARE_PHASES, Fault
+from moe_runtime.train.fault import RARE_PHASES, Fault, read_faults
 
 FAULTS_FILE = "faults.jsonl"
 _FORWARD_ONLY = ("dispatch", "combine")
@@ -46,17 +46,25 @@ class Injector:
         rank: global.
         run_dir: where faults.jsonl is; made if missing.
         since: `time.time()`; faults written before it were made in another life of the folder (`--fresh`).
+        orders: a file of further faults, read again whenever a step begins; it may not exist yet.
     """
 
-    def __init__(self, faults: Sequence[Fault], rank: int, run_dir: Path, since: float = 0.0) -> None:
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        rank: int,
+        run_dir: Path,
+        since: float = 0.0,
+        orders: Path | None = None,
+    ) -> None:
         self._file = run_dir / FAULTS_FILE
         self._progress = Progress()
         self._poison: Callable[[str, str], None] | None = None
         self._factor = 1.0
         self._worked_s = 0.0  # thread time at the newest mark
-        own = [fault for fault in faults if fault.rank == rank]
-        struck = strikes(self._file, since) if own else Counter()
-        self._left = {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
+        self._rank, self._since, self._orders = rank, since, orders
+        self._left: dict[Fault, int] = {}
+        self._add(faults)
 
     def listen(self, progress: Progress, poison: Callable[[str, str], None] | None) -> None:
         """Follow a rank's marks.
@@ -65,7 +73,7 @@ class Injector:
             poison: called on the rank's own thread with a kind (nan, inf, flip) and its target.
         """
         self._progress, self._poison = progress, poison
-        if self._left:
+        if self._left or self._orders is not None:
             progress.listeners.append(self._on_mark)
 
     def at(self, phase: str) -> None:
@@ -76,7 +84,15 @@ class Injector:
         """Faults of this rank that have not struck, as they were written."""
         return [fault.text for fault, times in self._left.items() if times > 0]
 
+    def _add(self, faults: Sequence[Fault]) -> None:
+        """Take up this rank's faults that are not known, as often as they have not struck yet."""
+        own = [fault for fault in faults if fault.rank == self._rank and fault not in self._left]
+        struck = strikes(self._file, self._since) if own else Counter()
+        self._left |= {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
+
     def _on_mark(self, progress: Progress) -> None:
+        if self._orders is not None and progress.phase == "data" and self._orders.exists():
+            self._add(read_faults(self._orders.read_text().splitlines()))
         self._lag()
         self._strike(phases_of(progress))
         self._worked_s = time.thread_time()
