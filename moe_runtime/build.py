@@ -328,7 +328,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         store,
         recorder,
         start,
-        total_steps(config, layout),
+        total_steps(config, runtime.layout),
         lock,
     )
 

@@ -6,7 +6,7 @@ made them. Its own first line is the SHA-256 of all the bytes that follow, so a 
 found like one flipped in a tensor:
 
     {"sha256": "9f0c...",
-     "format": 1, "step": 200, ...}
+     "format": 2, "position": {"step": 200, ...}, ...}
 
 A manifest may come from anywhere, so it is parsed as a stranger's: size bounded before it is read, no
 key twice, no key unknown, no file name that could leave the folder, no tensor larger than the file
@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from moe_runtime.checkpoint.formats import FORMAT, to_newest
 from moe_runtime.errors import CheckpointError
 
-FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 _PREFIX = b'{"sha256": "'
@@ -125,21 +125,40 @@ class PartitionEntry(Entry):
     scalars: dict[str, int | float | bool] = {}
 
 
-class Manifest(Entry):
-    """All that a checkpoint says about itself.
+class Position(Entry):
+    """How far a run has come, whatever the layout.
 
     Args:
         step: optimizer steps done.
         tokens: tokens trained on.
+        sequences: sequences trained on, those of skipped ranges not among them.
+        skipped: ranges of sequences that training passes over: (first, how many), ascending.
+    """
+
+    step: Count
+    tokens: Count
+    sequences: Count = 0
+    skipped: tuple[tuple[Count, Count], ...] = ()
+
+
+class Manifest(Entry):
+    """All that a checkpoint says about itself.
+
+    Args:
+        position: steps, tokens and sequences done.
+        schedules: what the next step runs with, by name (lr, bias_gamma, mtp_lambda); for people, since
+            they follow from config and position.
+        rng: the seed, and what each use of randomness is counted by; no generator has a state.
         config: the whole resolved run configuration.
         layout: pp, dp, ep, world_size and schedule of the run that saved.
         state: counters and other JSON that the loop wants back.
         layouts: parameter layouts of flat optimizer groups, each stored once.
     """
 
-    format: Literal[1] = 1
-    step: Count
-    tokens: Count
+    format: Literal[2] = FORMAT
+    position: Position
+    schedules: dict[str, float] = {}
+    rng: dict[str, int | str] = {}
     config: dict[str, Any]
     layout: dict[str, int | str]
     state: dict[str, Any] = {}
@@ -174,6 +193,14 @@ class Manifest(Entry):
                     yield name, file, tensor
 
     @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def tokens(self) -> int:
+        return self.position.tokens
+
+    @property
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
 
@@ -192,7 +219,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: it is damaged, of another format, or says what cannot be.
+        CheckpointError: it is damaged, of a format that this version does not read, or says what cannot be.
     """
     seal = _SEAL.match(text)
     if seal is None:
@@ -205,11 +232,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
     try:
         fields = json.loads(text, object_pairs_hook=_no_key_twice)
         fields.pop("sha256")
-        if fields.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{where}: expected format {FORMAT}, got {fields.get('format')!r}: written by another version"
-            )
-        return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+        return Manifest.model_validate_json(json.dumps(to_newest(fields, where), allow_nan=False))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -52,7 +52,7 @@ from moe_runtime.checkpoint.hugging_face.shard_writer import (
     bytes_of,
     split_in_files,
 )
-from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, Position, TensorEntry
 from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 from moe_runtime.config.schema import ModelConfig, RunConfig
 from moe_runtime.config.tree import dump_text
@@ -241,8 +241,7 @@ def _write_manifest(
     for name, data in {**options.extras, MODEL_FILE: model_text.encode()}.items():
         entries[name] = write_bytes(tmp / name, data)
     manifest = Manifest(
-        step=0,
-        tokens=0,
+        position=Position(step=0, tokens=0),
         config=config.model_dump(mode="json"),
         layout=_LAYOUT,
         state=dict(options.state),
