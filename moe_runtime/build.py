@@ -48,6 +48,8 @@ from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
@@ -311,7 +313,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     said = _begin(config, runtime, run_dir, peers, fresh)
     optimizer = build_optimizer(runtime)
     lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
     store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
     said += resumed
@@ -322,11 +325,12 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.ema),
+        TrainStep(runtime, optimizer, train_loader, state.guard, state.ema),
         tokenizer,
         validation_loader,
         store,
         recorder,
+        Guard(config.guard, state.guard, recorder, config.train.skip_updates),
         start,
         total_steps(config, layout),
         lock,

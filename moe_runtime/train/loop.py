@@ -19,6 +19,8 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.roll_back import roll_back
 from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState, save_state
@@ -47,6 +49,7 @@ class Run:
     validation: BatchLoader
     store: CheckpointStore
     recorder: Recorder
+    guard: Guard
     start: int
     end: int
     lock: TextIO | None
@@ -100,10 +103,11 @@ def _loop(run: Run, stop: StopRequest) -> int:
             run.latest = _validate(run)
             record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
         run.recorder.step(record)
-        if record["skipped"]:
-            message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
-            run.recorder.event("skipped", step=step, grad_norm=record["grad_norm"])
-            run.recorder.say(message)
+        if run.guard.finds_spike(record, run.step.blames):
+            back = roll_back(run.store, run.state, run.recorder, step)
+            if back is not None:
+                step = back
+                continue
         _check_numerics(run, step, record.get("optim_numerics"))
         if every.sample_every and step % every.sample_every == 0 and not is_last:
             _sample(run, step)

@@ -24,6 +24,7 @@ from moe_runtime.optim.ema import HostEma
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.guard.state import GuardState
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TrainingState:
     optimizer: ZeroOptimizer
     peers: Peers
     tokenizer: Tokenizer
+    guard: GuardState
     ema: HostEma | None = None
 
     @property
@@ -76,7 +78,7 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
             "world_size": layout.world_size,
             "schedule": layout.schedule,
         },
-        state={"tokenizer": state.tokenizer.name} | separator,
+        state={"tokenizer": state.tokenizer.name, "guard": state.guard.to_json()} | separator,
     )
     ema = state.ema.tensors() if state.ema else {}
     return store.save(step, Contribution(weights, partitions, extras, ema), meta)
@@ -103,7 +105,10 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
-    return checkpoint.manifest.step
+    manifest = checkpoint.manifest
+    position = manifest.tokens // state.runtime.config.batch.seq_len
+    state.guard.restore(manifest.state.get("guard", {}), position)
+    return manifest.step
 
 
 def _load_ema(ema: HostEma | None, checkpoint: Checkpoint) -> None:

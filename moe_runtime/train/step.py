@@ -25,6 +25,8 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import ObjectiveWeights
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 from moe_runtime.schedule.action import Program
+from moe_runtime.train.guard.skips import Blame, gather_blame
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, record_step
 
@@ -37,8 +39,9 @@ class StepPlan:
         step: from 0.
         tokens: trained on before this step.
         batch_size: sequences of this step over all lanes.
-        first_sequence: number of the first of them since the start of training.
+        first_sequence: position of the first of them, skipped data not counted.
         num_microbatches: per lane, over all directions.
+        applies: False if the config leaves out this step's update.
     """
 
     step: int
@@ -49,6 +52,7 @@ class StepPlan:
     lr: float
     gamma: float
     mtp_lambda: float
+    applies: bool
 
 
 class TrainStep:
@@ -58,7 +62,11 @@ class TrainStep:
         runtime: this rank's part of the run.
         optimizer: ZeRO over the runtime's parameters.
         loader: gives any sequence of training by its number.
+        guard: knows which data to pass over.
         ema: average of the weights; the next update waits for it, nothing else does.
+
+    Attributes:
+        blames: of the newest step, which gradients were not finite, alike on every rank.
     """
 
     def __init__(
@@ -66,12 +74,15 @@ class TrainStep:
         runtime: Runtime,
         optimizer: ZeroOptimizer,
         loader: BatchLoader,
+        guard: GuardState,
         ema: HostEma | None = None,
     ) -> None:
         self.ema = ema
+        self.guard = guard
         self.runtime = runtime
         self.optimizer = optimizer
         self.loader = loader
+        self.blames: list[Blame] = []
         self._programs: dict[int, Program] = {}
 
     def plan(self, step: int) -> StepPlan:
@@ -88,6 +99,7 @@ class TrainStep:
             lr=lr_at(config.recipe, config.optim.peak_lr, step, tokens),
             gamma=bias_gamma_at(config.recipe, tokens),
             mtp_lambda=mtp_lambda_at(config.recipe, tokens),
+            applies=step + 1 not in config.train.skip_updates,
         )
 
     def __call__(self, step: int) -> Record:
@@ -110,8 +122,11 @@ class TrainStep:
         client.collect_statistics = counts  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.join()
-        result = self.optimizer.step(plan.lr)
-        if not result.skipped:
+        result = self.optimizer.step(plan.lr, plan.applies)
+        self.blames = []
+        if result.skipped:
+            self.blames = gather_blame(result.culprits, runtime)
+        else:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
             if self.ema is not None:
                 self.ema.start()
@@ -142,7 +157,8 @@ class TrainStep:
     def _tokens(self, plan: StepPlan, program: Program) -> list[list[Tensor]]:
         mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size
         count = plan.num_microbatches * size
-        rows = self.loader.sequences(plan.first_sequence + mesh.dp_rank * count, count)
+        first = plan.first_sequence + mesh.dp_rank * count
+        rows = self.loader.rows(self.guard.skipped_data.numbers(first, count))
         return split_microbatches(rows.to(self.runtime.device), size, program.num_directions)
 
     def _sum_tied_embedding(self) -> None:
