@@ -49,6 +49,8 @@ from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import Integrity
+from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
 from moe_runtime.train.resume import begin_from, resume
@@ -322,15 +324,19 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    guard = Guard(config.guard, state.guard, recorder, config.train.skip_updates)
+    integrity = Integrity(config.guard, runtime, optimizer, guard.tell)
+    integrity.take()
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.guard, state.ema),
+        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
         tokenizer,
         validation_loader,
         store,
         recorder,
-        Guard(config.guard, state.guard, recorder, config.train.skip_updates),
+        guard,
+        RollBack(store, state, integrity, recorder),
         start,
         total_steps(config, layout),
         lock,

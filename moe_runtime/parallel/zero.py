@@ -257,6 +257,10 @@ class ZeroOptimizer:
         """What this rank owns, one entry per group; masters are live tensors."""
         return list(self._partitions)
 
+    def flat_weights(self) -> list[Tensor]:
+        """The model's weights as flat groups, padding included, live; one for each partition, in order."""
+        return list(self._engine.bit16_groups_flat)
+
     def load_partition(self, group: str, master: Tensor, native: Any) -> None:
         """Restore one group bit for bit; call `refresh_weights` when all are restored.
 

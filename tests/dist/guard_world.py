@@ -27,7 +27,11 @@ LAYOUT = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"}
 
 @dataclass(frozen=True)
 class Strike:
-    """What is spoiled where: at the first mark of `phase` in `step`, and in the steps after it too."""
+    """What is spoiled where: at the first mark of `phase` in `step`, and in the steps after it too.
+
+    Args:
+        is_written: the guards take it for what the update wrote.
+    """
 
     kind: str
     target: str
@@ -35,6 +39,7 @@ class Strike:
     step: int
     phase: str
     times: int = 1
+    is_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def _arm(run: Run, strike: Strike, hit: list[str]) -> None:
         if left and progress.step == left[0] and progress.phase == strike.phase:
             left.pop(0)
             hit.append(poison(run.runtime, run.state.optimizer, strike.kind, strike.target))
+            if strike.is_written:
+                run.step.integrity.take()
 
     run.runtime.clock.progress.listeners.append(on_mark)
 

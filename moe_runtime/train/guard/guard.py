@@ -43,12 +43,12 @@ class Guard:
     def _judge_skip(self, record: Mapping[str, Any], blames: list[Blame]) -> None:
         step, norm = record["step"], record["grad_norm"]
         if step in self._left_out:
-            self._tell("skipped", step, "update left out, as train.skip_updates says", grad_norm=norm)
+            self.tell("skipped", step, "update left out, as train.skip_updates says", grad_norm=norm)
             return
         self.state.skips_in_row += 1
         what, row = describe(blames), self.state.skips_in_row
         message = f"gradient norm {norm}, step skipped ({row} in a row): {what}"
-        self._tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
+        self.tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
         try:
             check_row(row, self.config.max_skips, what)
         except NumericsError as error:
@@ -64,9 +64,10 @@ class Guard:
         if not is_judged or not z > limit:  # type: ignore[operator]
             return False
         rolls_back = self.config.spike_action == "roll_back" and self.state.roll_backs < self.config.spike_max
-        self._tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)
+        self.tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)
         return rolls_back
 
-    def _tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
+    def tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
+        """Record an event and say it."""
         self.recorder.event(kind, step=step, message=message, **fields)
         self.recorder.say(f"step {step}: {message}")
