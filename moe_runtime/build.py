@@ -50,6 +50,10 @@ from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.checkpoints import RunCheckpoints
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import Integrity
+from moe_runtime.train.guard.roll_back import RollBack
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
@@ -314,7 +318,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
@@ -323,14 +328,20 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    guard = Guard(config.guard, state.guard, recorder, config.train.skip_updates)
+    integrity = Integrity(config.guard, runtime, optimizer, guard.tell)
+    integrity.take()
+    checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.ema),
+        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
         tokenizer,
         validation_loader,
-        RunCheckpoints(BackgroundSaver(store), state, recorder),
+        checkpoints,
         recorder,
+        guard,
+        RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
         lock,

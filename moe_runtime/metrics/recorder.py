@@ -73,6 +73,18 @@ class Recorder:
             self._wandb.log(fields, record["step"])
             self._note_wandb(self._wandb)
 
+    def roll_back(self, step: int) -> None:
+        """Take the records of later steps out of metrics.jsonl, as a resume would.
+
+        W&B keeps them: what comes after has steps that it has seen, and it leaves those out until a new one.
+        """
+        if not self._is_active:
+            return
+        try:
+            self._metrics.keep_to(step)
+        except OSError as error:
+            self._note(f"{METRICS_FILE}: later steps stay in it: {error.strerror}")
+
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
