@@ -42,9 +42,7 @@ class RollBack:
         """
         checkpoint = self.store.latest_good().checkpoint
         if checkpoint is None:
-            message = f"step {step}: no checkpoint to roll back to; training goes on"
-            self.recorder.event("no_roll_back", step=step, message=message)
-            self.recorder.say(message)
+            self.recorder.tell("no_roll_back", step, "no checkpoint to roll back to; training goes on")
             return None
         roll_backs = self.state.guard.roll_backs + 1
         back = self._load(checkpoint)
@@ -88,7 +86,6 @@ class RollBack:
 
     def _tell(self, step: int, back: int, what: str) -> None:
         self.recorder.roll_back(back)
-        message = f"rolled back from step {step} to step {back}: {what}"
+        message = f"rolled back to step {back}: {what}"
         ranges = [list(part) for part in self.state.guard.skipped_data.ranges]
-        self.recorder.event("roll_back", step=step, to_step=back, data_skip=ranges, message=message)
-        self.recorder.say(message)
+        self.recorder.tell("roll_back", step, message, to_step=back, data_skip=ranges)
