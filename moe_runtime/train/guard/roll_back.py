@@ -11,10 +11,10 @@ a clean run with the same `data.skip` from its beginning takes the same bits.
 """
 
 from moe_runtime.checkpoint.folder import Checkpoint
-from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import sequences_before
 from moe_runtime.errors import NumericsError
 from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.saving import TrainingState, load_state
 
@@ -23,16 +23,16 @@ class RollBack:
     """Takes a run back to its newest checkpoint; every method is a collective call of all ranks.
 
     Args:
-        store: the run's checkpoints.
+        checkpoints: of the run; one that is being written is waited for.
         state: is overwritten.
         integrity: learns that it was.
         recorder: loses the records of the steps that are taken back.
     """
 
     def __init__(
-        self, store: CheckpointStore, state: TrainingState, integrity: Integrity, recorder: Recorder
+        self, checkpoints: RunCheckpoints, state: TrainingState, integrity: Integrity, recorder: Recorder
     ) -> None:
-        self.store, self.state, self.integrity, self.recorder = store, state, integrity, recorder
+        self.checkpoints, self.state, self.integrity, self.recorder = checkpoints, state, integrity, recorder
 
     def past_data(self, step: int) -> int | None:
         """For a loss spike after `step` steps: back, and on past the data. None: there is no checkpoint.
@@ -40,7 +40,7 @@ class RollBack:
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
         """
-        checkpoint = self.store.latest_good().checkpoint
+        checkpoint = self._newest()
         if checkpoint is None:
             self.recorder.tell("no_roll_back", step, "no checkpoint to roll back to; training goes on")
             return None
@@ -57,7 +57,7 @@ class RollBack:
             CheckpointError: the checkpoint cannot be loaded.
             NumericsError: there is none.
         """
-        checkpoint = self.store.latest_good().checkpoint
+        checkpoint = self._newest()
         if checkpoint is None:
             raise NumericsError(
                 f"step {step}: {damage}: expected a checkpoint to take the state from, got none; "
@@ -66,6 +66,10 @@ class RollBack:
         back = self._load(checkpoint)
         self._tell(step, back, "the same data comes again")
         return back
+
+    def _newest(self) -> Checkpoint | None:
+        self.checkpoints.settle()
+        return self.checkpoints.saver.store.latest_good().checkpoint
 
     def _load(self, checkpoint: Checkpoint) -> int:
         if self.state.ema is not None:

@@ -28,23 +28,22 @@ class GuardState:
         self.skipped_data = SkippedData(self._wanted)
 
     def to_json(self) -> dict[str, Any]:
-        """What a manifest keeps of it."""
+        """What a manifest keeps of it, beside its skipped ranges."""
         return {
             "losses": list(self.losses),
             "skips_in_row": self.skips_in_row,
             "roll_backs": self.roll_backs,
-            "skipped_data": [list(part) for part in self.skipped_data.ranges],
         }
 
-    def restore(self, fields: Mapping[str, Any], position: int) -> None:
-        """Take what `to_json` gave.
+    def restore(self, fields: Mapping[str, Any], skipped: Iterable[Sequence[int]], position: int) -> None:
+        """Take what a checkpoint holds.
 
         Args:
-            fields: empty where a checkpoint holds none.
+            fields: what `to_json` gave; empty where a checkpoint holds none.
+            skipped: its ranges of skipped data.
             position: sequences trained on; ranges of the config that begin before are too late.
         """
         self.losses = deque(fields.get("losses", ()), maxlen=self.losses.maxlen)
         self.skips_in_row = fields.get("skips_in_row", 0)
         self.roll_backs = fields.get("roll_backs", 0)
-        saved = SkippedData(fields.get("skipped_data", ()))
-        self.skipped_data = saved.with_later(self._wanted, position)
+        self.skipped_data = SkippedData(skipped).with_later(self._wanted, position)

@@ -74,7 +74,7 @@ def test_a_resumed_run_judges_as_if_it_had_never_stopped() -> None:
     state = GuardState(WINDOW)
     first, _ = judged(losses[:110], state, spike_action="roll_back")
     resumed = GuardState(WINDOW)
-    resumed.restore(json.loads(json.dumps(state.to_json())), position=0)
+    resumed.restore(json.loads(json.dumps(state.to_json())), (), position=0)
     later, events = judged(losses[110:], resumed, spike_action="roll_back")
     assert first == [] and later == [11]
     whole, all_events = judged(losses, GuardState(WINDOW), spike_action="roll_back")
@@ -104,7 +104,7 @@ def test_a_skip_in_between_starts_the_count_of_skips_anew() -> None:
 
 def test_ranges_of_the_config_that_come_too_late_are_left_out() -> None:
     state = GuardState(WINDOW, skip=[(10, 5), (40, 5)])
-    state.restore({"skipped_data": [[20, 5]]}, position=30)
+    state.restore({}, [(20, 5)], position=30)
     assert state.skipped_data.ranges == ((20, 5), (40, 5))
-    state.restore({}, position=0)
+    state.restore({}, (), position=0)
     assert state.skipped_data.ranges == ((10, 5), (40, 5))
