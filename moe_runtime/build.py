@@ -328,8 +328,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
-    guard = Guard(config.guard, state.guard, recorder, config.train.skip_updates)
-    integrity = Integrity(config.guard, runtime, optimizer, guard.tell)
+    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
     return Run(

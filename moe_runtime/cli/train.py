@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,7 @@ def train(
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
+    from moe_runtime.train.guard.poison import poison
     from moe_runtime.train.inject import Injector, began_at
 
     is_supervised = STATUS_DIR in os.environ
@@ -54,7 +56,8 @@ def train(
         try:
             injector.at("init")
             ready = open_run(run, world, fresh=fresh)
-            injector.listen(ready.runtime.clock.progress, None)
+            spoil = partial(poison, ready.runtime, ready.state.optimizer)
+            injector.listen(ready.runtime.clock.progress, spoil)
             loop.train(ready)
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error

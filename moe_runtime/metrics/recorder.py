@@ -1,6 +1,6 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.record import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+
+# `Recorder.tell`, for those that find something and need to know no more of records.
+Tell = Callable[..., None]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -104,6 +107,11 @@ class Recorder:
         failure = self._events.append({"time": time, "kind": kind, **values})
         if kind != "warning":
             self._note(failure)
+
+    def tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
+        """Add an event of a step, and print its message."""
+        self.event(kind, step=step, message=message, **fields)
+        self.say(f"step {step}: {message}")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""

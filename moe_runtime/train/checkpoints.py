@@ -3,7 +3,6 @@
 import time
 
 from moe_runtime.checkpoint.background import BackgroundSaver, SaveReport
-from moe_runtime.checkpoint.folder import Found
 from moe_runtime.checkpoint.store import SaveFailed
 from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.config.derive import tokens_before
@@ -60,11 +59,6 @@ class RunCheckpoints:
         report = self.saver.wait()
         if report is not None:
             self._report(report)
-
-    def latest_good(self) -> Found:
-        """The newest checkpoint that verifies, alike on every rank; waits for one that is being written."""
-        self.settle()
-        return self.saver.latest_good()
 
     def check(self) -> None:
         """Whether the newest checkpoint is on disk, at the end of a run.

@@ -127,10 +127,9 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
-    position = checkpoint.manifest.position
+    manifest, position = checkpoint.manifest, checkpoint.manifest.position
     state.runtime.layout = replace(state.runtime.layout, taken_over=(position.step, position.tokens))
-    fields = checkpoint.manifest.state.get("guard", {})
-    state.guard.restore(fields, position.skipped, position.sequences)
+    state.guard.restore(manifest.state.get("guard", {}), position.skipped, position.sequences)
     return position.step
 
 

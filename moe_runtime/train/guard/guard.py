@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_runtime.config.reliability import GuardConfig
 from moe_runtime.errors import NumericsError
-from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.metrics.recorder import Tell
 from moe_runtime.train.guard.skips import Blame, check_row, describe
 from moe_runtime.train.guard.spike import robust_z
 from moe_runtime.train.guard.state import GuardState
@@ -18,14 +18,14 @@ class Guard:
     Args:
         config: the guard section.
         state: what is remembered over steps.
-        recorder: is told what was found.
+        tell: called with the kind of an event, its step, its message and fields.
         left_out: steps, from 1, whose update the config leaves out.
     """
 
     def __init__(
-        self, config: GuardConfig, state: GuardState, recorder: Recorder, left_out: Collection[int] = ()
+        self, config: GuardConfig, state: GuardState, tell: Tell, left_out: Collection[int] = ()
     ) -> None:
-        self.config, self.state, self.recorder = config, state, recorder
+        self.config, self.state, self._tell = config, state, tell
         self._left_out = frozenset(left_out)
 
     def finds_spike(self, record: Mapping[str, Any], blames: list[Blame]) -> bool:
@@ -43,16 +43,16 @@ class Guard:
     def _judge_skip(self, record: Mapping[str, Any], blames: list[Blame]) -> None:
         step, norm = record["step"], record["grad_norm"]
         if step in self._left_out:
-            self.tell("skipped", step, "update left out, as train.skip_updates says", grad_norm=norm)
+            self._tell("skipped", step, "update left out, as train.skip_updates says", grad_norm=norm)
             return
         self.state.skips_in_row += 1
         what, row = describe(blames), self.state.skips_in_row
         message = f"gradient norm {norm}, step skipped ({row} in a row): {what}"
-        self.tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
+        self._tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
         try:
             check_row(row, self.config.max_skips, what)
         except NumericsError as error:
-            self.recorder.event("stopped", step=step, message=str(error))
+            self._tell("stopped", step, str(error))
             raise
 
     def _judge_loss(self, step: int, loss: float) -> bool:
@@ -64,10 +64,5 @@ class Guard:
         if not is_judged or not z > limit:  # type: ignore[operator]
             return False
         rolls_back = self.config.spike_action == "roll_back" and self.state.roll_backs < self.config.spike_max
-        self.tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)
+        self._tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)
         return rolls_back
-
-    def tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
-        """Record an event and say it."""
-        self.recorder.event(kind, step=step, message=message, **fields)
-        self.recorder.say(f"step {step}: {message}")

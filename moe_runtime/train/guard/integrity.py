@@ -12,18 +12,17 @@ Which of two replicas is wrong, two replicas cannot tell. The masters can: all w
 them, and the replica whose digest changed thereby was wrong.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from moe_runtime.config.reliability import GuardConfig
 from moe_runtime.errors import NumericsError
+from moe_runtime.metrics.recorder import Tell
 from moe_runtime.parallel.at_rest import WEIGHTS, AtRest
 from moe_runtime.parallel.replica_digest import Difference, replica_differences
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
 
-Tell = Callable[..., None]
 Damage = dict[str, Any]
 _SHOWN = 3
 
@@ -37,7 +36,7 @@ class Integrity:
 
     Args:
         config: the guard section; digest_every 0 turns everything here off.
-        tell: called with the kind of an event, its message and fields.
+        tell: called with the kind of an event, its step, its message and fields.
     """
 
     def __init__(self, config: GuardConfig, runtime: Runtime, optimizer: ZeroOptimizer, tell: Tell) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from moe_runtime.errors import NumericsError
+from moe_runtime.metrics.recorder import Tell
 from moe_runtime.parallel.digest import digest
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.zero import ZeroOptimizer
-from moe_runtime.train.guard.integrity import Tell
 
 T = TypeVar("T")
 Digests = dict[str, int]
@@ -34,7 +34,7 @@ def replay(run: Callable[[], T], optimizer: ZeroOptimizer, peers: Peers, step: i
     Args:
         run: forward and backward of the step, from cleared gradients.
         step: from 1.
-        tell: called with the kind of an event, its message and fields.
+        tell: called with the kind of an event, its step, its message and fields.
 
     Raises:
         NumericsError: three runs, three results, on some rank; on every rank alike.

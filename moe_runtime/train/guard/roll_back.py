@@ -23,7 +23,7 @@ class RollBack:
     """Takes a run back to its newest checkpoint; every method is a collective call of all ranks.
 
     Args:
-        checkpoints: of the run.
+        checkpoints: of the run; one that is being written is waited for.
         state: is overwritten.
         integrity: learns that it was.
         recorder: loses the records of the steps that are taken back.
@@ -40,11 +40,9 @@ class RollBack:
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
         """
-        checkpoint = self.checkpoints.latest_good().checkpoint
+        checkpoint = self._newest()
         if checkpoint is None:
-            message = f"step {step}: no checkpoint to roll back to; training goes on"
-            self.recorder.event("no_roll_back", step=step, message=message)
-            self.recorder.say(message)
+            self.recorder.tell("no_roll_back", step, "no checkpoint to roll back to; training goes on")
             return None
         roll_backs = self.state.guard.roll_backs + 1
         back = self._load(checkpoint)
@@ -59,7 +57,7 @@ class RollBack:
             CheckpointError: the checkpoint cannot be loaded.
             NumericsError: there is none.
         """
-        checkpoint = self.checkpoints.latest_good().checkpoint
+        checkpoint = self._newest()
         if checkpoint is None:
             raise NumericsError(
                 f"step {step}: {damage}: expected a checkpoint to take the state from, got none; "
@@ -68,6 +66,10 @@ class RollBack:
         back = self._load(checkpoint)
         self._tell(step, back, "the same data comes again")
         return back
+
+    def _newest(self) -> Checkpoint | None:
+        self.checkpoints.settle()
+        return self.checkpoints.saver.store.latest_good().checkpoint
 
     def _load(self, checkpoint: Checkpoint) -> int:
         if self.state.ema is not None:
@@ -88,7 +90,6 @@ class RollBack:
 
     def _tell(self, step: int, back: int, what: str) -> None:
         self.recorder.roll_back(back)
-        message = f"rolled back from step {step} to step {back}: {what}"
+        message = f"rolled back to step {back}: {what}"
         ranges = [list(part) for part in self.state.guard.skipped_data.ranges]
-        self.recorder.event("roll_back", step=step, to_step=back, data_skip=ranges, message=message)
-        self.recorder.say(message)
+        self.recorder.tell("roll_back", step, message, to_step=back, data_skip=ranges)

@@ -28,7 +28,7 @@ class GuardState:
         self.skipped_data = SkippedData(self._wanted)
 
     def to_json(self) -> dict[str, Any]:
-        """What a manifest keeps of it, beside the ranges that its position has."""
+        """What a manifest keeps of it, beside its skipped ranges."""
         return {
             "losses": list(self.losses),
             "skips_in_row": self.skips_in_row,
@@ -36,11 +36,11 @@ class GuardState:
         }
 
     def restore(self, fields: Mapping[str, Any], skipped: Iterable[Sequence[int]], position: int) -> None:
-        """Take what `to_json` gave.
+        """Take what a checkpoint holds.
 
         Args:
-            fields: empty where a checkpoint holds none.
-            skipped: ranges of sequences that the run has passed over.
+            fields: what `to_json` gave; empty where a checkpoint holds none.
+            skipped: its ranges of skipped data.
             position: sequences trained on; ranges of the config that begin before are too late.
         """
         self.losses = deque(fields.get("losses", ()), maxlen=self.losses.maxlen)
