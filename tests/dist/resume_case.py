@@ -16,13 +16,13 @@ from torch import Tensor
 from moe_runtime.build import build_optimizer
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.store import CheckpointStore, Saved
-from moe_runtime.checkpoint.weights import name_of_expert, split_experts
+from moe_runtime.checkpoint.weights import name_of_expert, split_experts, weights_to_save
 from moe_runtime.config.derive import tokens_before
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.optim.schedule import lr_at
 from moe_runtime.parallel.expert_load import move_biases
 from moe_runtime.parallel.peers import Peers
-from moe_runtime.train.saving import TrainingState, load_state, save_state, with_ema
+from moe_runtime.train.saving import TrainingState, capture, describe, load_state, with_ema
 from tests.dist.layout_case import Case, _sum_tied, batch, build, run_lane
 
 # (kind, canonical name) -> values: `weight` as it is stored, `master`, `exp_avg`, `exp_avg_sq` in FP32.
@@ -62,7 +62,9 @@ def save(state: TrainingState, folder: str, step: int) -> None:
     """Write a checkpoint of `step` into a run folder."""
     store = CheckpointStore(folder, state.peers, 3)
     config, layout = state.runtime.config, state.runtime.layout
-    assert isinstance(save_state(store, state, step, tokens_before(config, layout, step)), Saved)
+    owned = weights_to_save(state.weights(), state.first_expert, state.peers)
+    meta = describe(state, step, tokens_before(config, layout, step))
+    assert isinstance(store.save(step, capture(state, owned), meta), Saved)
 
 
 def load(state: TrainingState, folder: str) -> int:
