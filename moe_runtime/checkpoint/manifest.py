@@ -187,16 +187,14 @@ class Manifest(Entry):
         return master is None or math.prod(master.shape) == part.end - part.start
 
     def _check_tiling(self) -> None:
-        """The partitions of one flat group lie side by side from its first element on."""
-        ends: dict[tuple[str, int], int] = {}
-        for part in sorted(self.partitions, key=lambda part: (part.start, part.end)):
-            group = part.group, part.layout
-            if part.start != ends.get(group, 0):
-                raise ValueError(
-                    f"group {part.group}: expected a partition from element {ends.get(group, 0)} on, "
-                    f"got {part.start}..{part.end} of rank {part.rank}"
-                )
-            ends[group] = part.end
+        """The partitions of a flat group lie side by side from its first element on; some lie there twice."""
+        spans = {(part.group, part.layout, part.start, part.end) for part in self.partitions}
+        group, end = None, 0
+        for name, layout, start, stop in sorted(spans):
+            expected = end if group == (name, layout) else 0
+            if start != expected:
+                raise ValueError(f"group {name}: no partition begins at {expected}, one does at {start}")
+            group, end = (name, layout), stop
 
     def weights(self, kind: str = "weights") -> Iterator[tuple[str, str, TensorEntry]]:
         """(canonical name, file, entry) of every parameter and saved buffer, or (`ema`) of its average."""
