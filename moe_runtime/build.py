@@ -312,7 +312,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     run_dir = Path(config.out_dir) / config.name
     said = _begin(config, runtime, run_dir, peers, fresh)
     optimizer = build_optimizer(runtime)
-    lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
+    private = config.reliability.private
+    lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
