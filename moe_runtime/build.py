@@ -332,7 +332,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         RunCheckpoints(BackgroundSaver(store), state, recorder),
         recorder,
         start,
-        total_steps(config, layout),
+        total_steps(config, runtime.layout),
         lock,
     )
 
