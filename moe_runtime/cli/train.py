@@ -37,7 +37,7 @@ def train(
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
-    from moe_runtime.train.inject import Injector, began_at
+    from moe_runtime.train.inject import Injector
 
     is_supervised = STATUS_DIR in os.environ
     if is_supervised:
@@ -45,7 +45,7 @@ def train(
     world = read_world(run.device)
     check_layout(run, world.world_size)
     run_dir = Path(run.out_dir) / run.name
-    injector = Injector(faults, world.rank, run_dir, since=began_at(is_supervised) if fresh else 0.0)
+    injector = Injector(faults, world.rank, run_dir, fresh)
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
