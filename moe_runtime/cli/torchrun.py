@@ -32,7 +32,8 @@ from typing import Any
 
 import psutil
 
-STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
+from moe_runtime.parallel.heartbeat import STATUS_DIR
+
 _CPP_LOG = "TORCH_CPP_LOG_LEVEL"
 # Ranks that fail within this time of the first one failed by themselves, not by torchrun's SIGKILL.
 _TOGETHER_S = 5

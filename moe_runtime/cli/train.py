@@ -3,17 +3,21 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_runtime.cli.orphan import stop_with_parent
-from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
+from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, PeerLost
-from moe_runtime.train.fault import read_faults
+from moe_runtime.parallel.heartbeat import STATUS_DIR, Heartbeat
+from moe_runtime.parallel.progress import Progress
+from moe_runtime.train.fault import Fault, read_faults
 
 
 def train(
@@ -31,6 +35,12 @@ def train(
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
     faults = read_faults(inject or ())
+    with _supervised(run.reliability.heartbeat_s) as follow:
+        _train(run, fresh, faults, follow)
+
+
+def _train(run: RunConfig, fresh: bool, faults: list[Fault], follow: Callable[[Progress], None]) -> None:
+    """Train as one rank; `follow` is given its marks."""
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
@@ -39,21 +49,32 @@ def train(
     from moe_runtime.train import loop
     from moe_runtime.train.inject import Injector
 
-    is_supervised = STATUS_DIR in os.environ
-    if is_supervised:
-        stop_with_parent()
     world = read_world(run.device)
     check_layout(run, world.world_size)
-    run_dir = Path(run.out_dir) / run.name
-    injector = Injector(faults, world.rank, run_dir, fresh)
+    injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh)
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
             ready = open_run(run, world, fresh=fresh)
+            follow(ready.runtime.clock.progress)
             injector.listen(ready.runtime.clock.progress, None)
             loop.train(ready)
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
+    for text in injector.left():
+        print(f"rank {world.rank}: --inject {text}: never came to its place", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _supervised(heartbeat_s: float) -> Iterator[Callable[[Progress], None]]:
+    """Tell this rank's launcher how it goes, if it has one of ours; gives what is to be told its marks."""
+    folder = os.environ.get(STATUS_DIR)
+    if folder is None:
+        yield lambda progress: None
+        return
+    stop_with_parent()
+    with Heartbeat(Path(folder), int(os.environ["RANK"]), heartbeat_s) as heartbeat:
+        yield heartbeat.follow
 
 
 def _explain(error: Exception, rank: int) -> Exception:

@@ -18,7 +18,9 @@ from pathlib import Path
 from moe_runtime.parallel.progress import Progress
 
 _BEAT = struct.Struct("<d")  # the newest beat, `time.monotonic()`, which all processes of a machine share
-_HEAD = struct.Struct("<8sqQqq")  # version, pid, ident of the rank's thread, its native id, the beats' thread's
+_HEAD = struct.Struct(
+    "<8sqQqq"
+)  # version, pid, ident of the rank's thread, its native id, the beats' thread's
 _MARK = struct.Struct("<Qdq?16s64s160sQ")  # count, time, step, is_first_step, phase, entry, part, count
 _HEAD_AT, _MARK_AT = 64, 128
 _VERSION = b"beat 1  "

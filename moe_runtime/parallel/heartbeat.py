@@ -23,7 +23,7 @@ from moe_runtime.parallel.progress import Progress
 
 STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"  # environment: the folder of a rank's supervisor, if it has one
 DUMP_FILE = "dump"
-_FLIGHT = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}  # new and old name
+_FLIGHT_ENTRIES = "2000"
 
 
 class Heartbeat:
@@ -44,8 +44,7 @@ class Heartbeat:
         self._stacks: IO[str] = (folder / f"rank{rank}.stacks").open("a")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        for name, value in _FLIGHT.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _FLIGHT_ENTRIES)  # before there is a process group
 
     def __enter__(self) -> Self:
         faulthandler.enable(self._stacks)

@@ -93,7 +93,9 @@ def test_each_mark_begins_the_phases_that_it_should() -> None:
     assert seen == expected
 
 
-def injector(folder: Path, *texts: str, rank: int = 0, fresh: bool = False) -> tuple[Injector, Progress, list]:
+def injector(
+    folder: Path, *texts: str, rank: int = 0, fresh: bool = False
+) -> tuple[Injector, Progress, list]:
     made, progress, struck = Injector(read_faults(texts), rank, folder, fresh), Progress(), []
     made.listen(progress, lambda kind, target: struck.append((progress.step, progress.phase, kind, target)))
     return made, progress, struck
