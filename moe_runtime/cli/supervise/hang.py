@@ -209,7 +209,7 @@ class HangWatch:
 
 
 def microbatch_of(action: str) -> int | None:
-    """The microbatch of an action such as `3F5+4B1', combine_b layers.3`: of the half that the part belongs to."""
+    """The microbatch of an action such as `3F5+4B1', combine_b layers.3`: 1, for the part is a backward's."""
     entry, _, part = action.partition(", ")
     found = _ACTION.findall(entry)
     is_backward = part.partition(" ")[0].endswith(("_b", "_w"))
