@@ -28,6 +28,9 @@ from moe_runtime.errors import CheckpointError
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
+TENSOR_SUFFIX = ".safetensors"
+# Files that are read by running what they say. Nothing here reads them, and no manifest may list one.
+PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".distcp")
 _PREFIX = b'{"sha256": "'
 _SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
@@ -46,6 +49,11 @@ DtypeWord = Literal[
 ]
 Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
 Kind = Literal["weights", "ema", "optimizer", "extra"]
+
+
+def optimizer_file(rank: int) -> str:
+    """The file of a rank's partitions."""
+    return f"optimizer-{rank:05d}{TENSOR_SUFFIX}"
 
 
 class Entry(BaseModel):
@@ -151,6 +159,11 @@ class Manifest(Entry):
     def _is_consistent(self) -> Self:
         if MANIFEST_NAME in self.files:
             raise ValueError(f"{MANIFEST_NAME} cannot list itself")
+        for name, entry in self.files.items():
+            if entry.kind != "extra" and not name.endswith(TENSOR_SUFFIX):
+                raise ValueError(f"{name}: expected a {TENSOR_SUFFIX} file of {entry.kind}")
+            if name.lower().endswith(PICKLE_SUFFIXES):
+                raise ValueError(f"{name}: such files can run code when they are loaded, and are refused")
         for kind in ("weights", "ema"):
             seen: set[str] = set()
             for name, _, _ in self.weights(kind):
@@ -160,11 +173,30 @@ class Manifest(Entry):
         for part in self.partitions:
             if part.layout >= len(self.layouts) or part.start > part.end or not self._holds(part):
                 raise ValueError(f"the partition of rank {part.rank}, group {part.group} is inconsistent")
+        self._check_tiling()
         return self
 
     def _holds(self, part: PartitionEntry) -> bool:
+        """Whether a partition lies in the file of its rank, with as many masters as it has elements."""
         file = self.files.get(part.file)
-        return file is not None and all(f"{part.group}.{key}" in file.tensors for key in part.keys)
+        if file is None or part.file != optimizer_file(part.rank):
+            return False
+        if not all(f"{part.group}.{key}" in file.tensors for key in part.keys):
+            return False
+        master = file.tensors.get(f"{part.group}.master")
+        return master is None or math.prod(master.shape) == part.end - part.start
+
+    def _check_tiling(self) -> None:
+        """The partitions of one flat group lie side by side from its first element on."""
+        ends: dict[tuple[str, int], int] = {}
+        for part in sorted(self.partitions, key=lambda part: (part.start, part.end)):
+            group = part.group, part.layout
+            if part.start != ends.get(group, 0):
+                raise ValueError(
+                    f"group {part.group}: expected a partition from element {ends.get(group, 0)} on, "
+                    f"got {part.start}..{part.end} of rank {part.rank}"
+                )
+            ends[group] = part.end
 
     def weights(self, kind: str = "weights") -> Iterator[tuple[str, str, TensorEntry]]:
         """(canonical name, file, entry) of every parameter and saved buffer, or (`ema`) of its average."""
@@ -203,7 +235,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
             f"{where}: damaged: expected sha256 {seal.group(1).decode()[:12]}, got {got[:12]}"
         )
     try:
-        fields = json.loads(text, object_pairs_hook=_no_key_twice)
+        fields = json.loads(text, object_pairs_hook=no_key_twice)
         fields.pop("sha256")
         if fields.get("format") != FORMAT:
             raise CheckpointError(
@@ -238,7 +270,12 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(text, path)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook of `json.loads` for an object.
+
+    Raises:
+        ValueError: a key occurs twice: readers would differ in which one they take.
+    """
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a key occurs twice")

@@ -24,9 +24,11 @@ from moe_runtime.cli import (
     train,
 )
 from moe_runtime.cli.ablate import command as ablate
+from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.torchrun import STATUS_DIR
 from moe_runtime.cli.usage import run_typer
+from moe_runtime.config.secrets import redact
 from moe_runtime.errors import MoeRuntimeError
 
 app = typer.Typer(
@@ -42,6 +44,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("plan")(plan.plan)
+app.command("chaos")(chaos.chaos)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
 convert.app.command("tasks")(convert_tasks.tasks)
@@ -74,6 +77,7 @@ def main() -> None:
 
 def _leave(code: int, message: str) -> None:
     """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
+    message = redact(message)
     rank = os.environ.get("RANK", "0")
     status = os.environ.get(STATUS_DIR)
     if status:

@@ -23,7 +23,7 @@ from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, MoeRuntimeError
-from moe_runtime.train.fault import read_faults
+from moe_runtime.train.fault import read_faults, split_orders
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -87,7 +87,7 @@ def _launch_train(options: argparse.Namespace) -> int:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
     per_node = ranks_per_node(config, options.nnodes, options.nproc)
-    read_faults(parameters["inject"] or (), per_node * options.nnodes)
+    read_faults(split_orders(parameters["inject"] or ())[0], per_node * options.nnodes)
     check_rendezvous(options)
     if per_node * options.nnodes == 1:
         return _become(options.command)

@@ -17,7 +17,7 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, PeerLost
 from moe_runtime.parallel.heartbeat import STATUS_DIR, Heartbeat
 from moe_runtime.parallel.progress import Progress
-from moe_runtime.train.fault import Fault, read_faults
+from moe_runtime.train.fault import Fault, read_faults, split_orders
 
 
 def train(
@@ -26,7 +26,9 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="forget this run's checkpoints and records")] = False,
     inject: Annotated[
         list[str] | None,
-        typer.Option(help="a fault to be made once, such as sigkill:rank1:step5:dispatch; repeatable"),
+        typer.Option(
+            help="a fault to be made once, such as sigkill:rank1:step5:dispatch, or @FILE; repeatable"
+        ),
     ] = None,
     local_rank: Annotated[int | None, typer.Option(help="set by the deepspeed launcher")] = None,
 ) -> None:
@@ -34,12 +36,19 @@ def train(
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
-    faults = read_faults(inject or ())
+    texts, orders = split_orders(inject or ())
+    faults = read_faults(texts)
     with _supervised(run.reliability.heartbeat_s) as follow:
-        _train(run, fresh, faults, follow)
+        _train(run, fresh, faults, orders, follow)
 
 
-def _train(run: RunConfig, fresh: bool, faults: list[Fault], follow: Callable[[Progress], None]) -> None:
+def _train(
+    run: RunConfig,
+    fresh: bool,
+    faults: list[Fault],
+    orders: Path | None,
+    follow: Callable[[Progress], None],
+) -> None:
     """Train as one rank; `follow` is given its marks."""
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
@@ -51,11 +60,12 @@ def _train(run: RunConfig, fresh: bool, faults: list[Fault], follow: Callable[[P
 
     world = read_world(run.device)
     check_layout(run, world.world_size)
-    injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh)
+    injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh, orders)
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
             ready = open_run(run, world, fresh=fresh)
+            ready.checkpoints.saver.store.at = lambda point: injector.at(f"save_{point}")
             follow(ready.runtime.clock.progress)
             injector.listen(ready.runtime.clock.progress, None)
             loop.train(ready)

@@ -7,12 +7,14 @@
     nan:rank1:step7:grad:3            a gradient of rank 1 is NaN in three steps
     flip:rank1:step7:optimizer        one bit of rank 1's optimizer state turns over
 
-The phase may be left out where a kind has one of its own.
+The phase may be left out where a kind has one of its own. `@FILE` names a file with a fault on each line,
+read again whenever a step begins, so that faults can be ordered while a run goes on.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_runtime.errors import ConfigError
 
@@ -119,6 +121,18 @@ def read_faults(texts: Sequence[str], world_size: int | None = None) -> list[Fau
         if world_size is not None and fault.rank >= world_size:
             raise ConfigError(f"--inject {fault.text}: expected a rank below {world_size}, got {fault.rank}")
     return faults
+
+
+def split_orders(texts: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Faults that stand on the command line, and the file of `@FILE`, if there is one.
+
+    Raises:
+        ConfigError: more than one file.
+    """
+    files = [Path(text[1:]) for text in texts if text.startswith("@")]
+    if len(files) > 1:
+        raise ConfigError(f"--inject: expected one @FILE, got {len(files)}")
+    return [text for text in texts if not text.startswith("@")], files[0] if files else None
 
 
 def _read(text: str, nth: int) -> Fault:

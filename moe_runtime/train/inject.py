@@ -27,7 +27,7 @@ import psutil
 
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.parallel.progress import Progress
-from moe_runtime.train.fault import RARE_PHASES, Fault
+from moe_runtime.train.fault import RARE_PHASES, Fault, read_faults
 
 FAULTS_FILE = "faults.jsonl"
 _FRESH = "fresh"  # a line of this kind parts two lives of a run folder
@@ -47,19 +47,27 @@ class Injector:
         rank: global.
         run_dir: where faults.jsonl is; made if missing.
         fresh: forget the faults that struck this rank before.
+        orders: a file of further faults, read again whenever a step begins; it may not exist yet.
     """
 
-    def __init__(self, faults: Sequence[Fault], rank: int, run_dir: Path, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        rank: int,
+        run_dir: Path,
+        fresh: bool = False,
+        orders: Path | None = None,
+    ) -> None:
         self._file = run_dir / FAULTS_FILE
         self._progress = Progress()
         self._poison: Callable[[str, str], None] | None = None
         self._factor = 1.0
         self._worked_s = 0.0  # thread time at the newest mark
-        own = [fault for fault in faults if fault.rank == rank]
-        if own and fresh:
+        self._rank, self._orders = rank, orders
+        self._left: dict[Fault, int] = {}
+        if fresh and (orders is not None or any(fault.rank == rank for fault in faults)):
             self._append({"kind": _FRESH, "rank": rank})
-        struck = Counter((line["fault"], line["nth"]) for line in read_strikes(self._file))
-        self._left = {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
+        self._add(faults)
 
     def listen(self, progress: Progress, poison: Callable[[str, str], None] | None) -> None:
         """Follow a rank's marks.
@@ -68,7 +76,7 @@ class Injector:
             poison: called on the rank's own thread with a kind (nan, inf, flip) and its target.
         """
         self._progress, self._poison = progress, poison
-        if self._left:
+        if self._left or self._orders is not None:
             progress.listeners.append(self._on_mark)
 
     def at(self, phase: str) -> None:
@@ -79,7 +87,16 @@ class Injector:
         """Faults of this rank that have not struck, as they were written."""
         return [fault.text for fault, times in self._left.items() if times > 0]
 
+    def _add(self, faults: Sequence[Fault]) -> None:
+        """Take up this rank's faults that are not known, as often as they have not struck yet."""
+        own = [fault for fault in faults if fault.rank == self._rank and fault not in self._left]
+        lines = read_strikes(self._file) if own else []
+        struck = Counter((line["fault"], line["nth"]) for line in lines)
+        self._left |= {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
+
     def _on_mark(self, progress: Progress) -> None:
+        if self._orders is not None and progress.phase == "data" and self._orders.exists():
+            self._add(read_faults(self._orders.read_text().splitlines()))
         self._lag()
         self._strike(phases_of(progress))
         self._worked_s = time.thread_time()
@@ -121,7 +138,8 @@ class Injector:
     def _append(self, fields: Mapping[str, Any]) -> None:
         """Add a line to the file, and wait until it is on the disk; ranks do so in no order."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.parent.parent.mkdir(parents=True, exist_ok=True)
+        self._file.parent.mkdir(mode=0o700, exist_ok=True)  # as the run itself would, were it first
         file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.write(file, json.dumps(line).encode() + b"\n")

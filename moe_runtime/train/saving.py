@@ -4,7 +4,9 @@ Everything else of the state is arithmetic on the step number (data order, sched
 moments), so a resumed run takes the same bits onward.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -15,9 +17,14 @@ from moe_runtime.checkpoint.optimizer import (
     read_partitions,
     restore_partition,
 )
-from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
+from moe_runtime.checkpoint.store import Contribution, SaveMeta
 from moe_runtime.checkpoint.tensors import read_tensors
-from moe_runtime.checkpoint.weights import check_same_model, load_weights, weights_to_save
+from moe_runtime.checkpoint.weights import (
+    check_same_model,
+    load_weights,
+    split_experts,
+    weights_to_save,
+)
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.ema import HostEma
@@ -35,6 +42,11 @@ class TrainingState:
     peers: Peers
     tokenizer: Tokenizer
     ema: HostEma | None = None
+
+    @cached_property
+    def extras(self) -> dict[str, bytes]:
+        """Files that every checkpoint carries, by the one rank that writes them."""
+        return {TOKENIZER_FILE: self.tokenizer.to_json().encode()} if self.peers.is_first else {}
 
     @property
     def first_expert(self) -> int:
@@ -55,18 +67,28 @@ def with_ema(state: TrainingState, decay: float | None) -> TrainingState:
     return replace(state, ema=HostEma(owned, decay))
 
 
-def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: int) -> Saved | SaveFailed:
-    """Write a checkpoint after `step` steps; a collective call, alike on every rank."""
+def capture(state: TrainingState, owned: Collection[str]) -> Contribution:
+    """What this rank writes, live: the next step changes it.
+
+    Args:
+        owned: canonical names of the weights that this rank writes, from `weights_to_save`.
+    """
     client = state.optimizer.client
     partitions = [
         capture_partition(part, client.native_state(part.master), state.first_expert)  # type: ignore[attr-defined]
         for part in state.optimizer.partitions()
     ]
-    weights = weights_to_save(state.weights(), state.first_expert, state.peers)
-    extras = {TOKENIZER_FILE: state.tokenizer.to_json().encode()} if state.peers.is_first else {}
+    held = split_experts(state.weights(), state.first_expert)
+    weights = {name: tensor for name, tensor in held.items() if name in owned}
+    ema = state.ema.tensors() if state.ema else {}
+    return Contribution(weights, partitions, state.extras, ema)
+
+
+def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
+    """What a checkpoint after `step` steps says about the run; alike on every rank."""
     config, layout = state.runtime.config, state.runtime.layout
     separator = {"document_separator": state.tokenizer.eos_id} if config.data.document_mask else {}
-    meta = SaveMeta(
+    return SaveMeta(
         tokens=tokens,
         config=config.model_dump(mode="json"),
         layout={
@@ -78,8 +100,6 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
         },
         state={"tokenizer": state.tokenizer.name} | separator,
     )
-    ema = state.ema.tensors() if state.ema else {}
-    return store.save(step, Contribution(weights, partitions, extras, ema), meta)
 
 
 def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:

@@ -40,9 +40,10 @@ def _state(rank: int) -> dict[str, torch.Tensor]:
 
 def _partition(rank: int) -> PartitionState:
     layout = (Slot(param="norm.weight", shape=(3, 4), offset=0),)
-    master = SHARED.flatten()[6 * rank : 6 * rank + 6].clone()
+    start, end = min(6 * rank, 12), min(6 * rank + 6, 12)
+    master = SHARED.flatten()[start:end].clone()
     tensors = {"master": master, "m": master.to(torch.bfloat16)}
-    return PartitionState("dense", 6 * rank, 6 * rank + 6, layout, tensors, {"step": 3})
+    return PartitionState("dense", start, end, layout, tensors, {"step": 3})
 
 
 def _contribution(rank: int, peers: Peers) -> Contribution:

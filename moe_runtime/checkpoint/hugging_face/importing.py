@@ -46,13 +46,9 @@ from moe_runtime.checkpoint.hugging_face.fitting import check_counts, check_fit,
 from moe_runtime.checkpoint.hugging_face.json_file import read_object
 from moe_runtime.checkpoint.hugging_face.names import Parameter, parameters_of
 from moe_runtime.checkpoint.hugging_face.shard_reader import ShardReader, open_shards
-from moe_runtime.checkpoint.hugging_face.shard_writer import (
-    FilesWriter,
-    Planned,
-    bytes_of,
-    split_in_files,
-)
+from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, split_in_files
 from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from moe_runtime.checkpoint.tensor_file import Planned, bytes_of
 from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 from moe_runtime.config.schema import ModelConfig, RunConfig
 from moe_runtime.config.tree import dump_text

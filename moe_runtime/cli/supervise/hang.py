@@ -36,10 +36,10 @@ _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 _RECURRING = ("data", "step", "optimizer")
 _HOW = {
-    "stopped": "the process is stopped",
-    "silent": "its heartbeat has ended: the interpreter is locked",
-    "stuck": "it passes no mark",
-    "deadlock": "all ranks wait for each other",
+    "stopped": "stopped by a signal",
+    "silent": "silent: its interpreter is locked",
+    "stuck": "stuck: it waits for no other rank",
+    "deadlock": "deadlock: all ranks wait for each other",
 }
 _ACTION = re.compile(r"\d+[A-Z]+(\d+)")
 

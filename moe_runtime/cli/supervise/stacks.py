@@ -30,7 +30,7 @@ def stacks_file(status_dir: Path, rank: int) -> Path:
 
 
 def ask_for_stacks(status_dir: Path, beats: Iterable[tuple[int, Beat]]) -> None:
-    """Have ranks write their stacks, in place of older ones; one that has no beat yet would die of the signal."""
+    """Have ranks write their stacks, in place of older ones; one without a beat would die of the signal."""
     for rank, beat in beats:
         with suppress(OSError):
             os.truncate(stacks_file(status_dir, rank), 0)

@@ -78,11 +78,11 @@ def link_folder(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated file": (truncate, f"{WEIGHTS}: expected 288 bytes, got 281"),
+    "truncated file": (truncate, f"{WEIGHTS}: expected 360 bytes, got 353"),
     "flipped byte": (flip, f"{WEIGHTS}: expected sha256"),
     "missing file": (
         lambda folder: (folder / WEIGHTS).unlink(),
-        f"{WEIGHTS}: expected 288 bytes, got no such",
+        f"{WEIGHTS}: expected 360 bytes, got no such",
     ),
     "missing manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing"),
     "swapped files": (swap, "safetensors: expected"),

@@ -235,3 +235,20 @@ def test_a_stopped_process_is_stopped(tmp_path: Path) -> None:
     assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == "passed\n"
+
+
+def test_orders_are_read_while_the_run_goes_on_and_strike_once(tmp_path: Path) -> None:
+    orders, progress = tmp_path / "orders", Progress()
+    injector = Injector([], 0, tmp_path, orders=orders)
+    injector.listen(progress, None)
+    progress.begins_step(1)
+    orders.write_text("raise:rank0:step2:optimizer\nraise:rank1:step2:optimizer\n")
+    progress.enters("optimizer")
+    progress.begins_step(2)
+    with pytest.raises(InjectedFault):
+        progress.enters("optimizer")
+    again = Injector([], 0, tmp_path, orders=orders)
+    again.listen(fresh := Progress(), None)
+    fresh.begins_step(2)
+    fresh.enters("optimizer")
+    assert again.left() == []
