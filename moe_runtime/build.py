@@ -46,6 +46,7 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
+from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -101,7 +102,8 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
+    starved, sink = own_starvation(ranks_per_node), WeightGradSink()
+    clock = Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)

@@ -94,6 +94,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         record = run.step(step)
         step += 1
         _tell_choice(run)
+        _tell_stragglers(run, step)
         if step == run.start + 1:
             _tell_fp8(run)
         if step == run.config.metrics.trace_step:
@@ -136,6 +137,17 @@ def _check_numerics(run: Run, step: int, report: Report | None) -> None:
     for message in warnings:
         run.recorder.event("optim_numerics", step=step, message=message, stops=False)
         run.recorder.say(f"step {step}: warning: {message}")
+
+
+def _tell_stragglers(run: Run, step: int) -> None:
+    """Ranks that have become slow, or are so no more: they slow down all others, and only this says which."""
+    for found in run.step.stragglers:
+        what = "is slow" if found.is_slow else "is no longer slow"
+        message = (
+            f"rank {found.rank} {what}: its own work takes {found.ratio:.1f} times as long as its peers'"
+        )
+        run.recorder.event("straggler", step=step, rank=found.rank, ratio=found.ratio, is_slow=found.is_slow)
+        run.recorder.say(f"step {step}: {message}")
 
 
 def _tell_choice(run: Run) -> None:
