@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.orphan import stop_with_parent
-from moe_runtime.cli.torchrun import STATUS_DIR
+from moe_runtime.cli.supervise.outcome import STATUS_DIR, leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError, PeerLost
@@ -37,7 +37,8 @@ def train(
     check_layout(run, world.world_size)
     with join_world(world, run.train.peer_timeout_s):
         try:
-            loop.train(open_run(run, world, fresh=fresh))
+            if not loop.train(open_run(run, world, fresh=fresh)):
+                leave_stopped(world.rank)
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
 

@@ -58,8 +58,11 @@ class Run:
         return self.state.runtime
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from where the run stands to its end; call within `join_world` on every rank.
+
+    Returns:
+        Whether the end was reached; else it was stopped, and is saved.
 
     Raises:
         CheckpointError: the last checkpoint could not be written.
@@ -75,6 +78,7 @@ def train(run: Run) -> None:
     run.recorder.close()
     if run.unsaved is not None:  # a run that ends without its weights has not ended well
         raise CheckpointError(f"{run.unsaved}; make room and run the same command: it continues")
+    return steps_done == run.end
 
 
 def _watchdog(run: Run) -> Watchdog:
