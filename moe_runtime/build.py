@@ -16,6 +16,7 @@ from moe_comm.factory import open_dispatcher
 from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
+from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import total_steps
@@ -48,6 +49,7 @@ from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.loop import Run
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
@@ -311,9 +313,11 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     run_dir = Path(config.out_dir) / config.name
     said = _begin(config, runtime, run_dir, peers, fresh)
     optimizer = build_optimizer(runtime)
-    lock = peers.alike(lambda: enter_run(run_dir) if peers.is_first else None, (ConfigError,))
+    private = config.reliability.private
+    lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
-    store = CheckpointStore(run_dir, peers, config.train.keep_checkpoints)
+    writers = peers.over_group_of_their_own(config.reliability.limits.save)
+    store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
     preempted = take_marker(run_dir) if peers.is_first else None
     said += [preempted, *resumed] if preempted else resumed
@@ -329,10 +333,10 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         TrainStep(runtime, optimizer, train_loader, state.ema),
         tokenizer,
         validation_loader,
-        store,
+        RunCheckpoints(BackgroundSaver(store), state, recorder),
         recorder,
         start,
-        total_steps(config, layout),
+        total_steps(config, runtime.layout),
         lock,
     )
 

@@ -1,44 +1,113 @@
-"""Files and folders written to survive a power cut: write, fsync, hash, rename, fsync the parent."""
+"""Files and folders written to survive a power cut: write, hash, fsync, read back, rename, fsync the parent.
 
+The hash is of what memory holds, not of what the file says afterwards: a hash taken from the file would
+bless a byte that the disk, its cable or the file system changed on the way. After fsync the cached pages
+are dropped and the file is read from the disk again and compared, so that a checkpoint counts as written
+only when it can be read. A file system without a disk (tmpfs) keeps its pages; there the comparison proves
+the copy in memory alone. A disk that answers from its own cache cannot be told from one that read.
+"""
+
+import hashlib
+import io
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
+import numpy as np
 from torch import Tensor
 
-from moe_runtime.checkpoint.folder import OLD_PREFIX, sha256_of
+from moe_runtime.checkpoint.folder import OLD_PREFIX
 from moe_runtime.checkpoint.manifest import FileEntry, Kind
+from moe_runtime.checkpoint.tensor_file import Planned, ShardWriter, bytes_of, header_of
 from moe_runtime.checkpoint.tensors import describe_tensors
+from moe_runtime.errors import CheckpointError
+
+_READ_BYTES = 4 << 20
 
 
-def write_tensors(path: Path, kind: Kind, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write a safetensors file and force it to disk.
+def write_tensors(
+    path: Path,
+    kind: Kind,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, str],
+    midway: Callable[[], object] = lambda: None,
+) -> FileEntry:
+    """Write a safetensors file, force it to disk and read it back.
 
-    Raises:
-        OSError, SafetensorError: the disk is full or refuses.
-    """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, path)
-    return _sync_and_hash(path, kind, describe_tensors(ready))
-
-
-def write_bytes(path: Path, data: bytes) -> FileEntry:
-    """Write bytes and force them to disk.
+    Args:
+        path: of the file.
+        kind: what the manifest calls it.
+        tensors: by name; on the CPU.
+        about: words that the file says of itself, by which one in another's place is known.
+        midway: called when the first tensor has been written.
 
     Raises:
         OSError: the disk is full or refuses.
+        CheckpointError: a dtype that checkpoints do not hold, or the disk gave back other bytes.
     """
-    path.write_bytes(data)
-    return _sync_and_hash(path, "extra", {})
+    described = describe_tensors(tensors)
+    planned = [Planned(name, entry.dtype, entry.shape) for name, entry in described.items()]
+    with ShardWriter(path, planned, about) as writer:
+        for number, (name, tensor) in enumerate(tensors.items()):
+            writer.write(name, tensor)
+            if number == 0:
+                midway()
+    full = (tensor for tensor in tensors.values() if tensor.numel())
+    check_on_disk(path, [header_of(planned, about), *map(bytes_of, full)])
+    return FileEntry(kind=kind, bytes=writer.num_bytes, sha256=writer.sha256, tensors=described)
 
 
-def _sync_and_hash(path: Path, kind: Kind, tensors: Any) -> FileEntry:
-    with path.open("rb") as file:
+def write_bytes(path: Path, data: bytes) -> FileEntry:
+    """Write bytes, force them to disk and read them back.
+
+    Raises:
+        OSError: the disk is full or refuses.
+        CheckpointError: the disk gave back other bytes.
+    """
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
-    return FileEntry(kind=kind, bytes=path.stat().st_size, sha256=sha256_of(path), tensors=tensors)
+    check_on_disk(path, [data])
+    return FileEntry(kind="extra", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def check_on_disk(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Read a file past the page cache and compare it with what was to be written.
+
+    Args:
+        path: of a file that is on disk (fsync).
+        pieces: its bytes, in order.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: says at which byte it differs.
+    """
+    buffer = np.empty(_READ_BYTES, dtype=np.uint8)
+    place = 0
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for piece in pieces:
+            wanted = np.frombuffer(piece, dtype=np.uint8)
+            for start in range(0, wanted.size, _READ_BYTES):
+                part = wanted[start : start + _READ_BYTES]
+                got = _read_into(file, buffer[: part.size])
+                if not np.array_equal(buffer[:got], part):
+                    raise CheckpointError(
+                        f"{path.name}: the disk gave back other bytes than were written, from byte {place} on"
+                    )
+                place += got
+        if file.read(1):
+            raise CheckpointError(f"{path.name}: expected {place} bytes on disk, got more")
+
+
+def _read_into(file: io.FileIO, buffer: np.ndarray) -> int:
+    """Fill a buffer, which one call of the system need not do; gives the bytes read."""
+    place = 0
+    while place < buffer.size and (got := file.readinto(buffer[place:].data)):
+        place += got
+    return place
 
 
 def make_empty(folder: Path) -> None:

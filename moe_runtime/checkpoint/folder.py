@@ -17,7 +17,14 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from moe_runtime.checkpoint.header import header_fault
+from moe_runtime.checkpoint.manifest import (
+    MANIFEST_NAME,
+    PICKLE_SUFFIXES,
+    FileEntry,
+    Manifest,
+    read_manifest,
+)
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
 
@@ -26,6 +33,7 @@ TOKENIZER_FILE = "tokenizer.json"  # the extra file that makes a checkpoint usab
 TMP_PREFIX = ".tmp-"
 OLD_PREFIX = ".old-"
 _STEP_NAME = re.compile(r"step_(\d{8,12})")
+MAX_EXTRA_BYTES = 256 << 20  # of an extra file that is read into memory
 _READ_BYTES = 1 << 20
 
 
@@ -45,6 +53,10 @@ class Checkpoint:
         entry = self.manifest.files.get(name)
         if entry is None or entry.kind != "extra":
             raise CheckpointError(f"{self.path}: carries no file {name}")
+        if entry.bytes > MAX_EXTRA_BYTES:
+            raise CheckpointError(
+                f"{self.path}: {name}: expected at most {MAX_EXTRA_BYTES} bytes, got {entry.bytes}"
+            )
         fault = file_fault(self.path, name, entry)
         if fault:
             raise CheckpointError(f"{self.path}: {fault}")
@@ -135,6 +147,8 @@ def _inspect(folder: Path, rank: int, world_size: int, with_hash: bool) -> tuple
         return None, f"{MANIFEST_NAME}: expected step {named} as the folder says, got {manifest.step}"
     for name, entry in sorted(manifest.files.items())[rank::world_size]:
         fault = file_fault(folder, name, entry, with_hash)
+        if fault is None and entry.kind != "extra":
+            fault = header_fault(folder / name, entry, manifest.step)
         if fault:
             return None, fault
     return manifest, None
@@ -206,6 +220,9 @@ def _instead(path: Path) -> str:
     """What a folder without a good checkpoint is."""
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return f"a model in Hugging Face's form; `moe-runtime convert import {path} NEW_FOLDER` reads it"
+    inside = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    if pickle := next((file.name for file in inside if file.name.endswith(PICKLE_SUFFIXES)), None):
+        return f"{pickle}, which can run code when it is loaded and is not read"
     return "no good checkpoint"
 
 

@@ -6,7 +6,7 @@ made them. Its own first line is the SHA-256 of all the bytes that follow, so a 
 found like one flipped in a tensor:
 
     {"sha256": "9f0c...",
-     "format": 1, "step": 200, ...}
+     "format": 2, "position": {"step": 200, ...}, ...}
 
 A manifest may come from anywhere, so it is parsed as a stranger's: size bounded before it is read, no
 key twice, no key unknown, no file name that could leave the folder, no tensor larger than the file
@@ -17,17 +17,21 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from moe_runtime.checkpoint.formats import FORMAT, to_newest
 from moe_runtime.errors import CheckpointError
 
-FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
+TENSOR_SUFFIX = ".safetensors"
+# Files that are read by running what they say. Nothing here reads them, and no manifest may list one.
+PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".distcp")
 _PREFIX = b'{"sha256": "'
 _SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
@@ -46,6 +50,11 @@ DtypeWord = Literal[
 ]
 Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
 Kind = Literal["weights", "ema", "optimizer", "extra"]
+
+
+def optimizer_file(rank: int) -> str:
+    """The file of a rank's partitions."""
+    return f"optimizer-{rank:05d}{TENSOR_SUFFIX}"
 
 
 class Entry(BaseModel):
@@ -125,21 +134,40 @@ class PartitionEntry(Entry):
     scalars: dict[str, int | float | bool] = {}
 
 
-class Manifest(Entry):
-    """All that a checkpoint says about itself.
+class Position(Entry):
+    """How far a run has come, whatever the layout.
 
     Args:
         step: optimizer steps done.
         tokens: tokens trained on.
+        sequences: sequences trained on, those of skipped ranges not among them.
+        skipped: ranges of sequences that training passes over: (first, how many), ascending.
+    """
+
+    step: Count
+    tokens: Count
+    sequences: Count = 0
+    skipped: tuple[tuple[Count, Count], ...] = ()
+
+
+class Manifest(Entry):
+    """All that a checkpoint says about itself.
+
+    Args:
+        position: steps, tokens and sequences done.
+        schedules: what the next step runs with, by name (lr, bias_gamma, mtp_lambda); for people, since
+            they follow from config and position.
+        rng: the seed, and what each use of randomness is counted by; no generator has a state.
         config: the whole resolved run configuration.
         layout: pp, dp, ep, world_size and schedule of the run that saved.
         state: counters and other JSON that the loop wants back.
         layouts: parameter layouts of flat optimizer groups, each stored once.
     """
 
-    format: Literal[1] = 1
-    step: Count
-    tokens: Count
+    format: Literal[2] = FORMAT
+    position: Position
+    schedules: dict[str, float] = {}
+    rng: dict[str, int | str] = {}
     config: dict[str, Any]
     layout: dict[str, int | str]
     state: dict[str, Any] = {}
@@ -151,6 +179,11 @@ class Manifest(Entry):
     def _is_consistent(self) -> Self:
         if MANIFEST_NAME in self.files:
             raise ValueError(f"{MANIFEST_NAME} cannot list itself")
+        for name, entry in self.files.items():
+            if entry.kind != "extra" and not name.endswith(TENSOR_SUFFIX):
+                raise ValueError(f"{name}: expected a {TENSOR_SUFFIX} file of {entry.kind}")
+            if name.lower().endswith(PICKLE_SUFFIXES):
+                raise ValueError(f"{name}: such files can run code when they are loaded, and are refused")
         for kind in ("weights", "ema"):
             seen: set[str] = set()
             for name, _, _ in self.weights(kind):
@@ -160,11 +193,33 @@ class Manifest(Entry):
         for part in self.partitions:
             if part.layout >= len(self.layouts) or part.start > part.end or not self._holds(part):
                 raise ValueError(f"the partition of rank {part.rank}, group {part.group} is inconsistent")
+        self._check_tiling()
         return self
 
     def _holds(self, part: PartitionEntry) -> bool:
+        """Whether a partition lies in the file of its rank, with as many masters as it has elements."""
         file = self.files.get(part.file)
-        return file is not None and all(f"{part.group}.{key}" in file.tensors for key in part.keys)
+        if file is None or part.file != optimizer_file(part.rank):
+            return False
+        if not all(f"{part.group}.{key}" in file.tensors for key in part.keys):
+            return False
+        master = file.tensors.get(f"{part.group}.master")
+        return master is None or math.prod(master.shape) == part.end - part.start
+
+    def _check_tiling(self) -> None:
+        """The partitions of one flat group lie side by side from its first element to one end.
+
+        A group of what first and last stage both hold is there once for each of them.
+        """
+        groups: dict[tuple[str, int], list[PartitionEntry]] = {}
+        for part in self.partitions:
+            groups.setdefault((part.group, part.layout), []).append(part)
+        for (group, _), parts in groups.items():
+            starts, ends = Counter(part.start for part in parts), Counter(part.end for part in parts)
+            loose = (starts - ends).keys() - {0}
+            if loose or len(ends - starts) > 1:
+                found = ", ".join(f"{part.start}..{part.end} of rank {part.rank}" for part in parts)
+                raise ValueError(f"group {group}: expected partitions side by side from 0 on, got {found}")
 
     def weights(self, kind: str = "weights") -> Iterator[tuple[str, str, TensorEntry]]:
         """(canonical name, file, entry) of every parameter and saved buffer, or (`ema`) of its average."""
@@ -172,6 +227,14 @@ class Manifest(Entry):
             if entry.kind == kind:
                 for name, tensor in entry.tensors.items():
                     yield name, file, tensor
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def tokens(self) -> int:
+        return self.position.tokens
 
     @property
     def total_bytes(self) -> int:
@@ -192,7 +255,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: it is damaged, of another format, or says what cannot be.
+        CheckpointError: it is damaged, of a format that this version does not read, or says what cannot be.
     """
     seal = _SEAL.match(text)
     if seal is None:
@@ -203,13 +266,9 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
             f"{where}: damaged: expected sha256 {seal.group(1).decode()[:12]}, got {got[:12]}"
         )
     try:
-        fields = json.loads(text, object_pairs_hook=_no_key_twice)
+        fields = json.loads(text, object_pairs_hook=no_key_twice)
         fields.pop("sha256")
-        if fields.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{where}: expected format {FORMAT}, got {fields.get('format')!r}: written by another version"
-            )
-        return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+        return Manifest.model_validate_json(json.dumps(to_newest(fields, where), allow_nan=False))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -238,7 +297,12 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(text, path)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook of `json.loads` for an object.
+
+    Raises:
+        ValueError: a key occurs twice: readers would differ in which one they take.
+    """
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a key occurs twice")

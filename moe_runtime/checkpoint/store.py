@@ -1,7 +1,7 @@
 """Saving and finding the checkpoints of a run: whole or not at all, and alike on every rank.
 
     1  every rank says how many bytes it brings; too few free bytes end it here
-    2  rank 0 makes `.tmp-step_N`; every rank writes its own files into it, fsyncs and hashes them
+    2  rank 0 makes `.tmp-step_N`; every rank writes its own files into it, and reads them back from the disk
     3  the hashes are gathered; rank 0 writes the manifest last, fsyncs file and folder
     4  rank 0 renames the folder to `step_N` and fsyncs its parent; older checkpoints are pruned
 
@@ -10,9 +10,13 @@ folder, after it the folder is complete. Whatever goes wrong on one rank is know
 step, the temporary folder is removed, and `save` returns a `SaveFailed` on every rank: a full disk costs
 a checkpoint, not a training run. Only the death of a rank raises, out of the collective that it left.
 
+`save` blocks whoever calls it until the checkpoint is on disk; in training that is a thread of
+`background.BackgroundSaver`, which gives the store a process group of its own.
+
 All ranks must see the same folder (a shared file system, or one machine).
 """
 
+import errno
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +41,9 @@ from moe_runtime.checkpoint.folder import (
     find_latest_good,
     step_name,
 )
-from moe_runtime.checkpoint.manifest import FORMAT, MANIFEST_NAME, FileEntry, Manifest
+from moe_runtime.checkpoint.formats import FORMAT
+from moe_runtime.checkpoint.header import about_file
+from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Kind, Manifest, optimizer_file
 from moe_runtime.checkpoint.optimizer import PartitionState
 from moe_runtime.checkpoint.retain import prune, remove_all, remove_leftovers
 from moe_runtime.errors import CheckpointError
@@ -46,7 +52,8 @@ from moe_runtime.parallel.peers import Peers
 # Room that the check for free space leaves: the file system's own blocks, headers and the manifest.
 _SLACK_BYTES_PER_FILE = 16 << 10
 _HEADER_BYTES_PER_TENSOR = 512
-_KINDS = ("weights", "optimizer", "ema")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = "disk full"
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,19 @@ class SaveMeta:
         config: the whole resolved run configuration, as JSON.
         layout: pp, dp, ep, world_size, schedule.
         state: counters and other JSON that the loop wants back.
+        sequences: sequences trained on.
+        skipped: ranges of sequences that training passes over: (first, how many).
+        schedules, rng: see `Manifest`.
     """
 
     tokens: int
     config: dict[str, Any]
     layout: dict[str, int | str]
     state: dict[str, Any] = field(default_factory=dict)
+    sequences: int = 0
+    skipped: Sequence[tuple[int, int]] = ()
+    schedules: dict[str, float] = field(default_factory=dict)
+    rng: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,15 +145,20 @@ class CheckpointStore:
         run_dir: the run folder; checkpoints go to `run_dir/checkpoints`.
         peers: all ranks of the run.
         keep: how many checkpoints stay.
+        at: called by every rank's `save` as `write`, in the middle of its first file, and as `rename`, when
+            nothing but the rename is left; may raise.
 
     Raises:
         CheckpointError: the folder cannot be written; on every rank.
     """
 
-    def __init__(self, run_dir: Path | str, peers: Peers, keep: int) -> None:
+    def __init__(
+        self, run_dir: Path | str, peers: Peers, keep: int, at: Callable[[str], object] | None = None
+    ) -> None:
         self.dir = Path(run_dir) / CHECKPOINTS_DIR
         self.peers = peers
         self.keep = keep
+        self.at: Callable[[str], object] = at or (lambda point: None)
         self._known_bad: set[str] = set()
         failure = self._on_first(lambda: remove_leftovers(self.dir))
         if failure is not None:
@@ -175,10 +194,10 @@ class CheckpointStore:
         if failure is None:
             failure = self._on_first(lambda: make_empty(tmp))
         if failure is None:
-            written, failure = self._write_own(tmp, own)
+            failure = self._agree(lambda: written.update(self._write_own(tmp, step, own)))
         if failure is None:
-            said = self.peers.gather_json(written)
-            failure = self._on_first(lambda: self._commit(tmp, step, said, meta))
+            said = self.peers.first_hears(written, range(self.peers.world_size))
+            failure = self._agree(lambda: self._commit(tmp, step, said, meta))
         if failure is not None:
             self._on_first(lambda: remove(tmp))
             return SaveFailed(self._explain(failure, needed))
@@ -187,17 +206,23 @@ class CheckpointStore:
         return Saved(self.dir / step_name(step), needed, warning)
 
     def _check_space(self, own: Contribution) -> tuple[int, str | None]:
-        """(bytes of all ranks together, why they cannot fit)."""
-        said = self.peers.gather_json([own.num_bytes, free_bytes(self.dir)])
-        needed = sum(num_bytes for num_bytes, _ in said)
-        free = min(have for _, have in said)
-        return needed, None if needed <= free else "disk full"
+        """(bytes of all ranks together, why they cannot be written)."""
+        free: list[int] = []
+        failure = self._agree(lambda: free.append(free_bytes(self.dir)))
+        said = self.peers.gather_json([own.num_bytes, *free])
+        needed = sum(own_bytes for own_bytes, *_ in said)
+        if failure is None and needed > min(have for _, have in said):
+            failure = _DISK_FULL
+        return needed, failure
 
     def _explain(self, failure: str, needed: int) -> str:
-        if "disk full" in failure or "No space left" in failure or "os error 28" in failure:
-            free = self.peers.first_says(free_bytes(self.dir))
-            return f"disk full: need {_megabytes(needed)}, have {_megabytes(free)} in {self.dir}"
-        return f"checkpoint not written to {self.dir}: {failure}"
+        if _DISK_FULL not in failure:
+            return f"checkpoint not written to {self.dir}: {failure}"
+        free: list[int] = []
+        self._on_first(lambda: free.append(free_bytes(self.dir)))
+        have = self.peers.first_says(free)
+        room = f", have {_megabytes(have[0])}" if have else ""
+        return f"{failure}: need {_megabytes(needed)}{room} in {self.dir}"
 
     def _agree(self, action: Callable[[], object]) -> str | None:
         """Run a local action everywhere; the first failure, on every rank."""
@@ -205,7 +230,7 @@ class CheckpointStore:
         try:
             action()
         except Exception as error:  # whatever it was, the others wait to hear of it
-            failure = f"{type(error).__name__}: {error}"
+            failure = _reason(error)
         said = self.peers.gather_json(failure)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None), None)
 
@@ -213,35 +238,39 @@ class CheckpointStore:
         """Run an action on rank 0 alone; its failure, on every rank."""
         return self._agree(action if self.peers.is_first else lambda: None)
 
-    def _write_own(self, tmp: Path, own: Contribution) -> tuple[dict[str, Any], str | None]:
-        """Write this rank's files; (what the manifest needs of them, first failure of any rank)."""
+    def _write_own(self, tmp: Path, step: int, own: Contribution) -> dict[str, Any]:
+        """Write this rank's files; gives what the manifest needs of them."""
         files: dict[str, FileEntry] = {}
-        weights_file, optimizer_file, ema_file = (
-            f"{kind}-{self.peers.rank:05d}.safetensors" for kind in _KINDS
-        )
-
-        def write() -> None:
-            if own.weights:
-                files[weights_file] = write_tensors(tmp / weights_file, "weights", own.weights)
-            if own.partitions:
-                files[optimizer_file] = write_tensors(tmp / optimizer_file, "optimizer", own.optimizer())
-            if own.ema:
-                files[ema_file] = write_tensors(tmp / ema_file, "ema", own.ema)
-            for name, data in own.extras.items():
-                files[name] = write_bytes(tmp / name, data)
-
-        failure = self._agree(write)
-        said = {
-            "files": {name: entry.model_dump(mode="json") for name, entry in files.items()},
-            "partitions": [_describe(part, optimizer_file) for part in own.partitions],
+        parts: dict[Kind, Mapping[str, Tensor]] = {
+            "weights": own.weights,
+            "optimizer": own.optimizer(),
+            "ema": own.ema,
         }
-        return said, failure
+        written = {self._file_of(kind): (kind, tensors) for kind, tensors in parts.items() if tensors}
+        for name, (kind, tensors) in written.items():
+            midway = (lambda: None) if files else lambda: self.at("write")
+            files[name] = write_tensors(tmp / name, kind, tensors, about_file(name, step), midway)
+        if not written:
+            self.at("write")
+        for name, data in own.extras.items():
+            files[name] = write_bytes(tmp / name, data)
+        return {
+            "files": {name: entry.model_dump(mode="json") for name, entry in files.items()},
+            "partitions": [_describe(part, optimizer_file(self.peers.rank)) for part in own.partitions],
+        }
 
-    def _commit(self, tmp: Path, step: int, written: list[Any], meta: SaveMeta) -> None:
-        """Write the manifest and rename; on rank 0 only."""
-        manifest = _join(step, written, meta)
+    def _file_of(self, kind: Kind) -> str:
+        return f"{kind}-{self.peers.rank:05d}.safetensors"
+
+    def _commit(self, tmp: Path, step: int, written: Mapping[int, Any], meta: SaveMeta) -> None:
+        """Write the manifest and rename; on rank 0 only, the others stand by."""
+        if not self.peers.is_first:
+            self.at("rename")
+            return
+        manifest = _join(step, [written[rank] for rank in sorted(written)], meta)
         write_bytes(tmp / MANIFEST_NAME, manifest.to_bytes())
         fsync_folder(tmp)
+        self.at("rename")
         replace_folder(tmp, self.dir / step_name(step))
 
 
@@ -274,8 +303,14 @@ def _join(step: int, written: list[Any], meta: SaveMeta) -> Manifest:
             partitions.append({**part, "rank": rank, "layout": layouts.index(part["layout"])})
     fields = {
         "format": FORMAT,
-        "step": step,
-        "tokens": meta.tokens,
+        "position": {
+            "step": step,
+            "tokens": meta.tokens,
+            "sequences": meta.sequences,
+            "skipped": [list(span) for span in meta.skipped],
+        },
+        "schedules": meta.schedules,
+        "rng": meta.rng,
         "config": meta.config,
         "layout": meta.layout,
         "state": meta.state,
@@ -284,6 +319,14 @@ def _join(step: int, written: list[Any], meta: SaveMeta) -> Manifest:
         "partitions": partitions,
     }
     return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+
+
+def _reason(error: Exception) -> str:
+    """One line: what went wrong, and `disk full` where that is what it was."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{_DISK_FULL} ({error.strerror})"
+    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -22,9 +22,11 @@ from moe_runtime.cli import (
     train,
 )
 from moe_runtime.cli.ablate import command as ablate
+from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
+from moe_runtime.config.secrets import redact
 from moe_runtime.errors import MoeRuntimeError
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("plan")(plan.plan)
+app.command("chaos")(chaos.chaos)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
 convert.app.command("tasks")(convert_tasks.tasks)
@@ -72,6 +75,7 @@ def main() -> None:
 
 def _leave(code: int, message: str) -> None:
     """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
+    message = redact(message)
     rank = os.environ.get("RANK", "0")
     if not leave_status(rank, code, message) and (rank == "0" or code != MoeRuntimeError.exit_code):
         print(message, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,33 +13,54 @@ from moe_runtime.cli.supervise.outcome import STATUS_DIR, leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError, PeerLost
+from moe_runtime.train.fault import read_faults, split_orders
 
 
 def train(
     config: Annotated[str, typer.Argument(help="run config, such as configs/run/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c ...")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget this run's checkpoints and records")] = False,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a fault to be made once, such as sigkill:rank1:step5:dispatch, or @FILE; repeatable"
+        ),
+    ] = None,
     local_rank: Annotated[int | None, typer.Option(help="set by the deepspeed launcher")] = None,
 ) -> None:
     """Train a model; the same command again resumes from the last good checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run = load_config(config, overrides or ())
+    texts, orders = split_orders(inject or ())
+    faults = read_faults(texts)
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
+    from moe_runtime.train.inject import Injector, began_at
 
-    if STATUS_DIR in os.environ:
+    is_supervised = STATUS_DIR in os.environ
+    if is_supervised:
         stop_with_parent()
     world = read_world(run.device)
     check_layout(run, world.world_size)
+    run_dir = Path(run.out_dir) / run.name
+    since = began_at(is_supervised) if fresh else 0.0
+    injector = Injector(faults, world.rank, run_dir, since, orders)
     with join_world(world, run.train.peer_timeout_s):
         try:
+<<<<<<< HEAD
             if not loop.train(open_run(run, world, fresh=fresh)):
                 leave_stopped(world.rank)
+=======
+            injector.at("init")
+            ready = open_run(run, world, fresh=fresh)
+            injector.listen(ready.runtime.clock.progress, None)
+            loop.train(ready)
+>>>>>>> ced5303565b863b59030ad561738f35058cfdf58
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
 

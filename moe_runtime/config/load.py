@@ -18,6 +18,7 @@ from moe_runtime.config.explain import explain, section_at
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.rules import cross_findings, parts_of
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.secrets import find_secrets
 from moe_runtime.config.tree import Tree, dump_text, read_file, read_overrides, shown
 from moe_runtime.errors import ConfigError
 
@@ -38,11 +39,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_file(file, _find_base)
     for override in read_overrides(tuple(overrides)):
         tree.merge(override)
+    _refuse_secrets(tree, shown(file))
     config, findings = _validate(tree.values)
     lines = [*tree.mistakes, *(_line(finding, tree, shown(file)) for finding in findings)]
     if lines or config is None:
         raise ConfigError("\n".join(lines))
     return config
+
+
+def _refuse_secrets(tree: Tree, file: str) -> None:
+    """Before anything else is said of them: other messages repeat what was given."""
+    found = [f"{tree.place(path, file)}: {'.'.join(path)}" for path in find_secrets(tree.values)]
+    if found:
+        text = "looks like a secret, and configs are written into run folders; set it in the environment"
+        raise ConfigError("\n".join(f"{where}: {text}, such as WANDB_API_KEY" for where in found))
 
 
 def sections_of(path: str | Path) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.record import finite_or_none, to_line
@@ -78,7 +79,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
-            self._console.say(text)
+            self._console.say(redact(text))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl: resume, checkpoint, skipped, stopped ...
@@ -89,7 +90,7 @@ class Recorder:
         """
         if not self._is_active:
             return
-        values = {key: finite_or_none(value) for key, value in fields.items()}
+        values = {key: _safe(value) for key, value in fields.items()}
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
         if kind != "warning":
@@ -126,3 +127,8 @@ class Recorder:
             self._warned.add(warning)
             self.event("warning", message=warning)
             self.say(f"warning: {warning}")
+
+
+def _safe(value: Any) -> Any:
+    """As JSON can hold it and a run folder may."""
+    return redact(value) if isinstance(value, str) else finite_or_none(value)

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,19 @@ class Peers:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def over_group_of_their_own(self, timeout_s: float) -> "Peers":
+        """The same ranks over a new group, for a thread beside the rank's own; a collective call.
+
+        Two threads may not share a group: their collectives would meet in an order of chance.
+
+        Args:
+            timeout_s: a collective that takes longer raises.
+        """
+        if self.world_size == 1:
+            return self
+        ranks, timeout = list(range(self.world_size)), timedelta(seconds=timeout_s)
+        return Peers(self.rank, self.world_size, dist.new_group(ranks, timeout=timeout, backend="gloo"))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

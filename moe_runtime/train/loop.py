@@ -5,23 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from moe_runtime.checkpoint.store import CheckpointStore, SaveFailed
-from moe_runtime.config.derive import tokens_before
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import CheckpointError, DataError, NumericsError
+from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
+from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.sample import sample_tokens
-from moe_runtime.train.saving import TrainingState, save_state
+from moe_runtime.train.saving import TrainingState
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
 from moe_runtime.train.tracing import TRACE_FILE, collect_trace
@@ -36,7 +35,6 @@ class Run:
         start: steps already done.
         end: steps to do in all.
         lock: keeps other processes out of the run folder as long as it lives; rank 0 only.
-        unsaved: why the newest save failed; None if it did not.
         latest: the newest validation, if it was made in this process.
     """
 
@@ -45,13 +43,12 @@ class Run:
     step: TrainStep
     tokenizer: Tokenizer
     validation: BatchLoader
-    store: CheckpointStore
+    checkpoints: RunCheckpoints
     recorder: Recorder
     start: int
     end: int
     lock: TextIO | None
     latest: Validation | None = None
-    unsaved: str | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -68,7 +65,11 @@ def train(run: Run) -> bool:
         CheckpointError: the last checkpoint could not be written.
     """
     with StopRequest() as stop, _watchdog(run):
-        steps_done = _loop(run, stop)
+        try:
+            steps_done = _loop(run, stop)
+        except (NumericsError, DataError):  # the ranks live: what they write is good
+            run.checkpoints.settle()
+            raise
     if steps_done == run.end:
         _finish(run)
     else:
@@ -76,8 +77,7 @@ def train(run: Run) -> bool:
         run.recorder.event("stopped", step=steps_done)
         run.recorder.say(message)
     run.recorder.close()
-    if run.unsaved is not None:  # a run that ends without its weights has not ended well
-        raise CheckpointError(f"{run.unsaved}; make room and run the same command: it continues")
+    run.checkpoints.check()
     return steps_done == run.end
 
 
@@ -104,6 +104,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
             run.latest = _validate(run)
             record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
         run.recorder.step(record)
+        run.checkpoints.tell()
         if record["skipped"]:
             message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
             run.recorder.event("skipped", step=step, grad_norm=record["grad_norm"])
@@ -112,9 +113,10 @@ def _loop(run: Run, stop: StopRequest) -> int:
         if every.sample_every and step % every.sample_every == 0 and not is_last:
             _sample(run, step)
         if is_last or stopping or (every.checkpoint_every and step % every.checkpoint_every == 0):
-            _save(run, step)
+            run.checkpoints.begin(step)
         if stopping:
             break
+    run.checkpoints.settle()
     return step
 
 
@@ -166,23 +168,6 @@ def _trace(run: Run, step: int) -> None:
         run.recorder.say(f"step {step}: no trace: {path} cannot be written ({error.strerror})")
     else:
         run.recorder.event("trace", step=step, path=str(path))
-
-
-def _save(run: Run, step: int) -> None:
-    """Write a checkpoint; a failure costs this checkpoint, not the run."""
-    run.unsaved = None
-    run.runtime.clock.progress.enters("save")
-    layout = run.runtime.layout
-    outcome = save_state(run.store, run.state, step, tokens_before(run.config, layout, step))
-    if isinstance(outcome, SaveFailed):
-        message = f"step {step}: no checkpoint: {outcome.message}"
-        run.recorder.event("checkpoint_failed", step=step, message=outcome.message)
-        run.recorder.say(message)
-        run.unsaved = message
-        return
-    run.recorder.event("checkpoint", step=step, path=str(outcome.path), bytes=outcome.num_bytes)
-    if outcome.warning:
-        run.recorder.say(outcome.warning)
 
 
 def _baseline(run: Run) -> float:

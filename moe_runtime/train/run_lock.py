@@ -11,14 +11,18 @@ from moe_runtime.errors import ConfigError
 LOCK_FILE = ".lock"
 
 
-def enter_run(run_dir: Path) -> TextIO | None:
+def enter_run(run_dir: Path, private: bool = True) -> TextIO | None:
     """Make the run folder and lock it, as `lock_run` does.
+
+    Args:
+        private: a folder that is made now can be entered by its owner alone.
 
     Raises:
         ConfigError: it cannot be written, or another process holds it.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
         return lock_run(run_dir)
     except OSError as error:
         text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"

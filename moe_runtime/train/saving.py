@@ -4,26 +4,32 @@ Everything else of the state is arithmetic on the step number (data order, sched
 moments), so a resumed run takes the same bits onward.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint
-from moe_runtime.checkpoint.optimizer import (
-    capture_partition,
-    check_same_partitions,
-    read_partitions,
-    restore_partition,
-)
-from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
+from moe_runtime.checkpoint.optimizer import capture_partition
+from moe_runtime.checkpoint.reshard import plan_cuts, restore_cut
+from moe_runtime.checkpoint.slices import SliceReader
+from moe_runtime.checkpoint.store import Contribution, SaveMeta
 from moe_runtime.checkpoint.tensors import read_tensors
-from moe_runtime.checkpoint.weights import check_same_model, load_weights, weights_to_save
+from moe_runtime.checkpoint.weights import (
+    check_same_model,
+    load_weights,
+    split_experts,
+    weights_to_save,
+)
+from moe_runtime.config.derive import sequences_before
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.ema import HostEma
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.position import rng_facts, schedules_at
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class TrainingState:
     peers: Peers
     tokenizer: Tokenizer
     ema: HostEma | None = None
+
+    @cached_property
+    def extras(self) -> dict[str, bytes]:
+        """Files that every checkpoint carries, by the one rank that writes them."""
+        return {TOKENIZER_FILE: self.tokenizer.to_json().encode()} if self.peers.is_first else {}
 
     @property
     def first_expert(self) -> int:
@@ -55,18 +66,28 @@ def with_ema(state: TrainingState, decay: float | None) -> TrainingState:
     return replace(state, ema=HostEma(owned, decay))
 
 
-def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: int) -> Saved | SaveFailed:
-    """Write a checkpoint after `step` steps; a collective call, alike on every rank."""
+def capture(state: TrainingState, owned: Collection[str]) -> Contribution:
+    """What this rank writes, live: the next step changes it.
+
+    Args:
+        owned: canonical names of the weights that this rank writes, from `weights_to_save`.
+    """
     client = state.optimizer.client
     partitions = [
         capture_partition(part, client.native_state(part.master), state.first_expert)  # type: ignore[attr-defined]
         for part in state.optimizer.partitions()
     ]
-    weights = weights_to_save(state.weights(), state.first_expert, state.peers)
-    extras = {TOKENIZER_FILE: state.tokenizer.to_json().encode()} if state.peers.is_first else {}
+    held = split_experts(state.weights(), state.first_expert)
+    weights = {name: tensor for name, tensor in held.items() if name in owned}
+    ema = state.ema.tensors() if state.ema else {}
+    return Contribution(weights, partitions, state.extras, ema)
+
+
+def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
+    """What a checkpoint after `step` steps says about the run; alike on every rank."""
     config, layout = state.runtime.config, state.runtime.layout
     separator = {"document_separator": state.tokenizer.eos_id} if config.data.document_mask else {}
-    meta = SaveMeta(
+    return SaveMeta(
         tokens=tokens,
         config=config.model_dump(mode="json"),
         layout={
@@ -77,33 +98,35 @@ def save_state(store: CheckpointStore, state: TrainingState, step: int, tokens: 
             "schedule": layout.schedule,
         },
         state={"tokenizer": state.tokenizer.name} | separator,
+        sequences=sequences_before(config, layout, step),
+        schedules=schedules_at(config, step, tokens),
+        rng=rng_facts(config),
     )
-    ema = state.ema.tensors() if state.ema else {}
-    return store.save(step, Contribution(weights, partitions, extras, ema), meta)
 
 
 def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
-    """Take everything from a verified checkpoint; gives the number of steps done.
+    """Take everything from a verified checkpoint of any layout; gives the number of steps done.
 
     Raises:
-        CheckpointError: another model, or another layout than this run's; on every rank alike.
+        CheckpointError: another model, or optimizer state that is not whole; on every rank alike.
     """
 
     def load() -> None:
-        check_same_model(checkpoint, state.runtime.config.model)
+        config = state.runtime.config
+        check_same_model(checkpoint, config.model)
         partitions = state.optimizer.partitions()
-        check_same_partitions(checkpoint, state.peers.rank, partitions, state.first_expert)
-        saved = read_partitions(checkpoint, state.peers.rank)
+        cuts = plan_cuts(checkpoint, partitions, config.optim.moments, state.first_expert)
         load_weights(state.weights(), checkpoint, state.first_expert)
-        for partition in partitions:
-            moments: dict = {}
-            restore_partition(saved[partition.group], partition, moments)
-            state.optimizer.client.load_native_state(partition.master, moments)  # type: ignore[attr-defined]
+        with SliceReader(checkpoint) as reader:
+            for cut in cuts:
+                restore_cut(reader, cut, state.optimizer.client)  # type: ignore[arg-type]
         state.runtime.weight_casts.drop()
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
-    return checkpoint.manifest.step
+    position = checkpoint.manifest.position
+    state.runtime.layout = replace(state.runtime.layout, taken_over=(position.step, position.tokens))
+    return position.step
 
 
 def _load_ema(ema: HostEma | None, checkpoint: Checkpoint) -> None:

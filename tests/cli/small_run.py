@@ -97,6 +97,15 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s
         time.sleep(0.02)
 
 
+def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen, timeout_s: float = 90.0) -> None:
+    """Wait until a running run has a checkpoint on disk."""
+    deadline = time.monotonic() + timeout_s
+    while not list((run_dir / "checkpoints").glob("step_*")):
+        assert process.poll() is None, f"the run ended early:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+
+
 def digests(run_dir: Path, step: int) -> dict[str, str]:
     """sha256 of every tensor file of a checkpoint."""
     manifest = json.loads((run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())

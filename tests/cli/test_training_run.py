@@ -11,7 +11,16 @@ import pytest
 
 from moe_runtime.metrics.record import NUMERICS_KEYS
 from moe_runtime.planner.hardware.save import cluster_text
-from tests.cli.small_run import digests, finish, run, start, steps_done, wait_for_step, write_config
+from tests.cli.small_run import (
+    digests,
+    finish,
+    run,
+    start,
+    steps_done,
+    wait_for_checkpoint,
+    wait_for_step,
+    write_config,
+)
 from tests.unit.planner.host.machine import made_up
 
 pytestmark = pytest.mark.launcher
@@ -78,7 +87,7 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_bits(
 ) -> None:
     config, run_dir = write_config(tmp_path), tmp_path / "runs" / "small"
     process = start("train", str(config))
-    wait_for_step(run_dir, 3, process)
+    wait_for_checkpoint(run_dir, process)
     ranks = _ranks(process.pid)
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)

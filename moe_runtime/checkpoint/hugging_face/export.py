@@ -32,8 +32,9 @@ from moe_runtime.checkpoint.hugging_face.end_ids import (
 from moe_runtime.checkpoint.hugging_face.json_file import object_bytes
 from moe_runtime.checkpoint.hugging_face.names import Parameter, empty_parts, parameters_of
 from moe_runtime.checkpoint.hugging_face.shard_reader import INDEX_FILE, SINGLE_FILE, ShardReader, index_of
-from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, Planned, split_in_files
+from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, split_in_files
 from moe_runtime.checkpoint.load import config_of
+from moe_runtime.checkpoint.tensor_file import Planned
 from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 from moe_runtime.errors import CheckpointError
 

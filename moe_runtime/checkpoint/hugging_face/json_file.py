@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.checkpoint.manifest import no_key_twice
 from moe_runtime.errors import CheckpointError
 
 MAX_JSON_BYTES = 256 << 20
@@ -19,7 +20,7 @@ def read_object(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, got {size}")
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a file, got none of that name") from None
     except OSError as error:
@@ -34,10 +35,3 @@ def read_object(path: Path) -> dict[str, Any]:
 def object_bytes(fields: dict[str, Any]) -> bytes:
     """The bytes of a JSON file."""
     return (json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return fields

@@ -17,7 +17,8 @@ from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_mod
 from moe_runtime.checkpoint.hugging_face.importing import ImportOptions, import_model
 from moe_runtime.checkpoint.hugging_face.json_file import object_bytes
 from moe_runtime.checkpoint.hugging_face.names import parameters_of
-from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, Planned, split_in_files
+from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, split_in_files
+from moe_runtime.checkpoint.tensor_file import Planned
 from moe_runtime.config.schema import ModelConfig
 from tests.unit.hugging_face.models import BASE
 

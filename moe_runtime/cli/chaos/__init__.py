@@ -1,0 +1,1 @@
+"""`moe-runtime chaos`: train under random faults, and hold the result against a clean run."""
