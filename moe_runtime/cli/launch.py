@@ -102,9 +102,9 @@ def _launch_train(options: argparse.Namespace) -> int:
         if config.device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
-<<<<<<< HEAD
     least, most = options.nnodes
     per_node = ranks_per_node(config, most, options.nproc)
+    read_faults(split_orders(parameters["inject"] or ())[0], per_node * most)
     fit_shape(config, least * per_node)
     machines = this_machine(options)
     job = Job(
@@ -118,27 +118,6 @@ def _launch_train(options: argparse.Namespace) -> int:
         config,
     )
     return _run(job)
-=======
-    per_node = ranks_per_node(config, options.nnodes, options.nproc)
-    read_faults(split_orders(parameters["inject"] or ())[0], per_node * options.nnodes)
-    check_rendezvous(options)
-    if per_node * options.nnodes == 1:
-        return _become(options.command)
-    host, port = _master(options)
-    address = network.address_towards(host)
-    interface = network.interface_of(address) if address else None
-    network_of_ranks = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
-    rendezvous = [
-        f"--nnodes={options.nnodes}",
-        f"--node-rank={options.node_rank}",
-        f"--nproc-per-node={per_node}",
-        f"--master-addr={host}",
-        f"--master-port={port}",
-        *([f"--local-addr={address}"] if address else []),
-        f"--rdzv-conf=timeout={math.ceil(config.train.peer_timeout_s)}",
-    ]
-    return _run_ranks(options, rendezvous, per_node, network_of_ranks)
->>>>>>> ced5303565b863b59030ad561738f35058cfdf58
 
 
 def _program(options: argparse.Namespace) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """The training loop: resume, step, validate, sample, save, until the end or until asked to stop."""
 
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +15,7 @@ from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
@@ -64,7 +67,7 @@ def train(run: Run) -> bool:
     Raises:
         CheckpointError: the last checkpoint could not be written.
     """
-    with StopRequest() as stop, _watchdog(run):
+    with StopRequest() as stop, nullcontext() if STATUS_DIR in os.environ else _watchdog(run):
         try:
             steps_done = _loop(run, stop)
         except (NumericsError, DataError):  # the ranks live: what they write is good
@@ -82,6 +85,7 @@ def train(run: Run) -> bool:
 
 
 def _watchdog(run: Run) -> Watchdog:
+    """For ranks without a launcher of ours, which would watch them from outside."""
     mesh, limit_s = run.runtime.mesh, run.config.train.watchdog_s
     place = f"pp {mesh.pp_rank}, dp {mesh.dp_rank}"
     return Watchdog(shared_store(), run.runtime.clock, mesh.rank, mesh.world_size, place, limit_s)

@@ -33,10 +33,13 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from moe_runtime.cli.supervise.hang import HangWatch, Verdict
+from moe_runtime.cli.supervise.hang_dump import dump_hang
 from moe_runtime.cli.supervise.job import Job
 from moe_runtime.cli.supervise.meeting_place import Change, MeetingPlace
-from moe_runtime.cli.supervise.outcome import STATUS_DIR, has_stopped
+from moe_runtime.cli.supervise.outcome import has_stopped
 from moe_runtime.cli.supervise.shrink import Shape, fit_shape
+from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.meeting import TOKEN
 from moe_runtime.parallel.world import ATTEMPT, RANKS_PER_NODE
 
@@ -56,6 +59,7 @@ class End:
         failed: exit codes of ranks that failed by themselves, negative for a signal; empty if all ended well.
         stopped: ranks ended well before the end of the run.
         change: of the machines, because of which ranks were ended.
+        hang: the rank that held the others up, because of which all were ended.
     """
 
     attempt: int
@@ -63,6 +67,7 @@ class End:
     failed: Mapping[int, int] = field(default_factory=dict)
     stopped: bool = False
     change: Change | None = None
+    hang: Verdict | None = None
 
 
 class Agent(LocalElasticAgent):
@@ -149,7 +154,7 @@ class Agent(LocalElasticAgent):
     def _watch(self) -> End:
         number = self._meeting.attempt
         folder = self._scratch / f"attempt{number}"
-        machines = _MachinesWatch(self._meeting)
+        machines, hangs = _MachinesWatch(self._meeting), self._hang_watch(folder)
         while True:
             time.sleep(_LOOK_S)
             codes = self._codes()
@@ -157,10 +162,32 @@ class Agent(LocalElasticAgent):
                 return End(number, folder, self._last_words())
             if all(code == 0 for code in codes.values()):
                 return End(number, folder, stopped=has_stopped(folder), change=machines.change)
+            if hangs is not None and (verdict := hangs.look()) is not None:
+                self._dump(hangs, verdict)
+                return End(number, folder, hang=verdict)
             if machines.look():
                 return End(number, folder, change=machines.change)
             if machines.asks_to_stop():
                 self._ask_to_stop()
+
+    def _hang_watch(self, folder: Path) -> HangWatch | None:
+        """Of this attempt; only training has heartbeats."""
+        config, workers = self._job.config, self._worker_group.workers
+        if config is None or self._pcontext is None:
+            return None
+        pids = {workers[local].global_rank: pid for local, pid in self._pcontext.pids().items()}
+        size = workers[0].world_size
+        return HangWatch(folder, pids, config.reliability, config.train.watchdog_s, size)
+
+    def _dump(self, watch: HangWatch, verdict: Verdict) -> None:
+        """Keep what is known of a hang; a full disk does not keep the run from its restart."""
+        if self._job.run_dir is None:
+            return
+        into = self._job.run_dir / "hangs" / f"attempt{self._meeting.attempt}-rank{verdict.rank}"
+        try:
+            dump_hang(watch, verdict, into, self._job.reliability.heartbeat_s)
+        except OSError as error:
+            print(f"{into}: {error.strerror}", file=sys.stderr, flush=True)
 
     def _ask_to_stop(self) -> None:
         """Let the ranks save and leave."""

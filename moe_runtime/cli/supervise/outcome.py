@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"
+from moe_runtime.parallel.heartbeat import STATUS_DIR
+
 _AGAIN = "train resumes from the last checkpoint by the same command"
 _STOPPED = "stopped"
 

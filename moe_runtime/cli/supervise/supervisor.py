@@ -61,9 +61,12 @@ class Supervisor:
 
     def _judge(self, end: End) -> Outcome | None:
         """What an end of all ranks means for the run; None: another attempt."""
-        if not end.failed:
+        if end.hang is not None:
+            outcome = Outcome(3, end.hang.text, rank=end.hang.rank)
+        elif end.failed:
+            outcome = explain_end(end.failed, read_statuses(end.status_dir), self._wishes.to_stop)
+        else:
             return self._leave(end)
-        outcome = explain_end(end.failed, read_statuses(end.status_dir), self._wishes.to_stop)
         step = self._journal.steps_done()
         if self._wishes.to_stop:
             return outcome
