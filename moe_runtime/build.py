@@ -52,6 +52,7 @@ from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.loop import Run
+from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.saving import TrainingState, with_ema
@@ -320,8 +321,12 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
-    said += resumed
-    recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
+    preempted = take_marker(run_dir) if peers.is_first else None
+    said += [preempted, *resumed] if preempted else resumed
+    recorder = peers.alike(
+        lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
+    )
+    recorder.event("attempt", step=start)
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
@@ -334,7 +339,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         RunCheckpoints(BackgroundSaver(store), state, recorder),
         recorder,
         start,
-        total_steps(config, layout),
+        total_steps(config, runtime.layout),
         lock,
     )
 
@@ -368,12 +373,12 @@ def _loader(config: RunConfig, dataset: TokenDataset, seed: int) -> BatchLoader:
     return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, seed, model.vocab_size)
 
 
-def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int) -> Recorder:
+def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start)
+        return Recorder(run_dir, config, peers, resume_step=start, attempt=attempt)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

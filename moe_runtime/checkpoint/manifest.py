@@ -6,7 +6,7 @@ made them. Its own first line is the SHA-256 of all the bytes that follow, so a 
 found like one flipped in a tensor:
 
     {"sha256": "9f0c...",
-     "format": 1, "step": 200, ...}
+     "format": 2, "position": {"step": 200, ...}, ...}
 
 A manifest may come from anywhere, so it is parsed as a stranger's: size bounded before it is read, no
 key twice, no key unknown, no file name that could leave the folder, no tensor larger than the file
@@ -17,15 +17,16 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from moe_runtime.checkpoint.formats import FORMAT, to_newest
 from moe_runtime.errors import CheckpointError
 
-FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 TENSOR_SUFFIX = ".safetensors"
@@ -133,21 +134,40 @@ class PartitionEntry(Entry):
     scalars: dict[str, int | float | bool] = {}
 
 
-class Manifest(Entry):
-    """All that a checkpoint says about itself.
+class Position(Entry):
+    """How far a run has come, whatever the layout.
 
     Args:
         step: optimizer steps done.
         tokens: tokens trained on.
+        sequences: sequences trained on, those of skipped ranges not among them.
+        skipped: ranges of sequences that training passes over: (first, how many), ascending.
+    """
+
+    step: Count
+    tokens: Count
+    sequences: Count = 0
+    skipped: tuple[tuple[Count, Count], ...] = ()
+
+
+class Manifest(Entry):
+    """All that a checkpoint says about itself.
+
+    Args:
+        position: steps, tokens and sequences done.
+        schedules: what the next step runs with, by name (lr, bias_gamma, mtp_lambda); for people, since
+            they follow from config and position.
+        rng: the seed, and what each use of randomness is counted by; no generator has a state.
         config: the whole resolved run configuration.
         layout: pp, dp, ep, world_size and schedule of the run that saved.
         state: counters and other JSON that the loop wants back.
         layouts: parameter layouts of flat optimizer groups, each stored once.
     """
 
-    format: Literal[1] = 1
-    step: Count
-    tokens: Count
+    format: Literal[2] = FORMAT
+    position: Position
+    schedules: dict[str, float] = {}
+    rng: dict[str, int | str] = {}
     config: dict[str, Any]
     layout: dict[str, int | str]
     state: dict[str, Any] = {}
@@ -187,16 +207,19 @@ class Manifest(Entry):
         return master is None or math.prod(master.shape) == part.end - part.start
 
     def _check_tiling(self) -> None:
-        """The partitions of one flat group lie side by side from its first element on."""
-        ends: dict[tuple[str, int], int] = {}
-        for part in sorted(self.partitions, key=lambda part: (part.start, part.end)):
-            group = part.group, part.layout
-            if part.start != ends.get(group, 0):
-                raise ValueError(
-                    f"group {part.group}: expected a partition from element {ends.get(group, 0)} on, "
-                    f"got {part.start}..{part.end} of rank {part.rank}"
-                )
-            ends[group] = part.end
+        """The partitions of one flat group lie side by side from its first element to one end.
+
+        A group of what first and last stage both hold is there once for each of them.
+        """
+        groups: dict[tuple[str, int], list[PartitionEntry]] = {}
+        for part in self.partitions:
+            groups.setdefault((part.group, part.layout), []).append(part)
+        for (group, _), parts in groups.items():
+            starts, ends = Counter(part.start for part in parts), Counter(part.end for part in parts)
+            loose = (starts - ends).keys() - {0}
+            if loose or len(ends - starts) > 1:
+                found = ", ".join(f"{part.start}..{part.end} of rank {part.rank}" for part in parts)
+                raise ValueError(f"group {group}: expected partitions side by side from 0 on, got {found}")
 
     def weights(self, kind: str = "weights") -> Iterator[tuple[str, str, TensorEntry]]:
         """(canonical name, file, entry) of every parameter and saved buffer, or (`ema`) of its average."""
@@ -204,6 +227,14 @@ class Manifest(Entry):
             if entry.kind == kind:
                 for name, tensor in entry.tensors.items():
                     yield name, file, tensor
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def tokens(self) -> int:
+        return self.position.tokens
 
     @property
     def total_bytes(self) -> int:
@@ -224,7 +255,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: it is damaged, of another format, or says what cannot be.
+        CheckpointError: it is damaged, of a format that this version does not read, or says what cannot be.
     """
     seal = _SEAL.match(text)
     if seal is None:
@@ -237,11 +268,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
     try:
         fields = json.loads(text, object_pairs_hook=no_key_twice)
         fields.pop("sha256")
-        if fields.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{where}: expected format {FORMAT}, got {fields.get('format')!r}: written by another version"
-            )
-        return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+        return Manifest.model_validate_json(json.dumps(to_newest(fields, where), allow_nan=False))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

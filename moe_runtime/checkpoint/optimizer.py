@@ -1,25 +1,25 @@
-"""Optimizer partitions between memory and the files of a checkpoint, bit for bit.
+"""Optimizer partitions on their way into a checkpoint, and one rank's as they were saved.
 
 Each rank owns one range of every flat group: the FP32 master weights and the optimizer's moments, in
 whatever form the optimizer stores them (FP32, BF16, or FP8 codes with their scales). They are written
 as they are, so that a run that resumes on the same layout goes on exactly. The manifest keeps which
-parameter lies where in each flat group, so that a reader with another layout can find every element.
+parameter lies where in each flat group, so that a reader with another layout finds every element
+(`reshard.py`).
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_runtime.checkpoint.folder import Checkpoint
 from moe_runtime.checkpoint.manifest import PartitionEntry, Slot
+from moe_runtime.checkpoint.stored_moments import MASTER
 from moe_runtime.checkpoint.tensors import read_file
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.zero_partition import Partition
 
-MASTER = "master"
 Scalar = int | float | bool
 
 
@@ -81,22 +81,6 @@ def slots_of(partition: Partition, first_expert: int = 0) -> tuple[Slot, ...]:
     )
 
 
-def restore_partition(saved: PartitionState, partition: Partition, moments: MutableMapping[str, Any]) -> None:
-    """Put a saved partition back, bit for bit.
-
-    Args:
-        saved: from `read_partitions`, checked by `check_same_partitions`.
-        partition: from the ZeRO adapter; its master is overwritten.
-        moments: the client optimizer's state of `partition.master`; replaced key by key.
-    """
-    with torch.no_grad():
-        partition.master.copy_(saved.tensors[MASTER])
-    for key, tensor in saved.tensors.items():
-        if key != MASTER:
-            moments[key] = tensor.to(partition.master.device)
-    moments.update(saved.scalars)
-
-
 def read_partitions(checkpoint: Checkpoint, rank: int) -> dict[str, PartitionState]:
     """The partitions that `rank` saved, by the name of their group.
 
@@ -105,36 +89,6 @@ def read_partitions(checkpoint: Checkpoint, rank: int) -> dict[str, PartitionSta
     """
     owned = [part for part in checkpoint.manifest.partitions if part.rank == rank]
     return {part.group: _read_partition(checkpoint, part) for part in owned}
-
-
-def check_same_partitions(
-    checkpoint: Checkpoint, rank: int, partitions: Sequence[Partition], first_expert: int = 0
-) -> None:
-    """Refuse optimizer state that was cut otherwise than this run cuts it.
-
-    Args:
-        checkpoint: a verified checkpoint.
-        rank: this global rank.
-        partitions: this run's own, from the ZeRO adapter.
-        first_expert: global number of this rank's first local expert.
-
-    Raises:
-        CheckpointError: names the group and both cuts.
-    """
-    manifest = checkpoint.manifest
-    saved = {part.group: part for part in manifest.partitions if part.rank == rank}
-    for mine in partitions:
-        part = saved.get(mine.group)
-        layout = slots_of(mine, first_expert)
-        cut = None if part is None else (part.start, part.end, manifest.layouts[part.layout])
-        if cut != (mine.start, mine.end, layout):
-            got = "nothing" if part is None else f"{part.start}..{part.end}"
-            saved_with = ", ".join(f"{key} {value}" for key, value in manifest.layout.items())
-            raise CheckpointError(
-                f"{checkpoint.path}: optimizer group {mine.group} of rank {rank}: expected elements "
-                f"{mine.start}..{mine.end} of {len(layout)} parameters, got {got}; it was saved with "
-                f"{saved_with}: resume with that layout"
-            )
 
 
 def _read_partition(checkpoint: Checkpoint, part: PartitionEntry) -> PartitionState:

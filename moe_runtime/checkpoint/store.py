@@ -41,8 +41,9 @@ from moe_runtime.checkpoint.folder import (
     find_latest_good,
     step_name,
 )
+from moe_runtime.checkpoint.formats import FORMAT
 from moe_runtime.checkpoint.header import about_file
-from moe_runtime.checkpoint.manifest import FORMAT, MANIFEST_NAME, FileEntry, Kind, Manifest, optimizer_file
+from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Kind, Manifest, optimizer_file
 from moe_runtime.checkpoint.optimizer import PartitionState
 from moe_runtime.checkpoint.retain import prune, remove_all, remove_leftovers
 from moe_runtime.errors import CheckpointError
@@ -93,12 +94,19 @@ class SaveMeta:
         config: the whole resolved run configuration, as JSON.
         layout: pp, dp, ep, world_size, schedule.
         state: counters and other JSON that the loop wants back.
+        sequences: sequences trained on.
+        skipped: ranges of sequences that training passes over: (first, how many).
+        schedules, rng: see `Manifest`.
     """
 
     tokens: int
     config: dict[str, Any]
     layout: dict[str, int | str]
     state: dict[str, Any] = field(default_factory=dict)
+    sequences: int = 0
+    skipped: Sequence[tuple[int, int]] = ()
+    schedules: dict[str, float] = field(default_factory=dict)
+    rng: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -295,8 +303,14 @@ def _join(step: int, written: list[Any], meta: SaveMeta) -> Manifest:
             partitions.append({**part, "rank": rank, "layout": layouts.index(part["layout"])})
     fields = {
         "format": FORMAT,
-        "step": step,
-        "tokens": meta.tokens,
+        "position": {
+            "step": step,
+            "tokens": meta.tokens,
+            "sequences": meta.sequences,
+            "skipped": [list(span) for span in meta.skipped],
+        },
+        "schedules": meta.schedules,
+        "rng": meta.rng,
         "config": meta.config,
         "layout": meta.layout,
         "state": meta.state,

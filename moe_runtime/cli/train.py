@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.orphan import stop_with_parent
+from moe_runtime.cli.supervise.outcome import leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
@@ -68,7 +69,8 @@ def _train(
             ready.checkpoints.saver.store.at = lambda point: injector.at(f"save_{point}")
             follow(ready.runtime.clock.progress)
             injector.listen(ready.runtime.clock.progress, None)
-            loop.train(ready)
+            if not loop.train(ready):
+                leave_stopped(world.rank)
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
     for text in injector.left():

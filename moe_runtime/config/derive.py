@@ -4,6 +4,10 @@ The batch ramp is piecewise constant: the ideal size grows linearly with the tok
 to the nearest size that the layout admits. So the step at which each size begins, and the tokens
 before it, follow by integer arithmetic from level to level; no running sum over steps is kept, and the
 answer for a step is the same on every rank and after every restart.
+
+Another layout may admit other sizes, and a user may resume with another batch. Counting then goes on from
+where the checkpoint stood (`ResolvedLayout.taken_over`), so that no data is seen twice or left out; under an
+unchanged config that is the count from the beginning.
 """
 
 from collections.abc import Iterator
@@ -102,7 +106,7 @@ def _level_at(config: RunConfig, layout: ResolvedLayout, step: int) -> _Level:
 def _levels(config: RunConfig, layout: ResolvedLayout) -> Iterator[_Level]:
     """The levels of the ramp in order; each lasts as long as the nearest admissible size stays the same."""
     batch, quantum = config.batch, layout.batch_quantum
-    step, tokens = 0, 0
+    step, tokens = layout.taken_over
     size = admissible_size(batch, quantum, layout.smallest_batch, tokens)
     yield _Level(step, tokens, size)
     while size < batch.global_batch_size and batch.ramp_start_size is not None:

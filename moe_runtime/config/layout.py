@@ -33,6 +33,7 @@ class ResolvedLayout:
         num_microbatches: microbatches of one lane in a step after the ramp, both directions together.
         num_microbatches_start: the same in the first step.
         layers: the layers of each stage, in order of stage.
+        taken_over: (steps, tokens) that the run had done when it took up a checkpoint under this layout.
     """
 
     pp: int
@@ -48,6 +49,7 @@ class ResolvedLayout:
     num_microbatches_start: int
     placement: Placement
     layers: tuple[range, ...]
+    taken_over: tuple[int, int] = (0, 0)
 
     @property
     def num_stages(self) -> int:

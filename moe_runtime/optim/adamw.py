@@ -26,6 +26,7 @@ its block of 128 loses its moments, for the scale was taken from something infin
 """
 
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -223,6 +224,38 @@ class AdamW(torch.optim.Optimizer):
         self.state[param] = {STEP: native[STEP].detach().clone().cpu()} | {
             name: native[name].detach().clone().to(param.device) for name in expected
         }
+
+    @torch.no_grad()
+    def load_moments(self, param: Tensor, step: int, windows: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Store moments that come as numbers, in this optimizer's own form.
+
+        Args:
+            param: as in `param_groups`; under ZeRO a flat partition.
+            step: steps done.
+            windows: (m, v) of consecutive elements of the flattened parameter, FP32; of each window but the
+                last the length is a multiple of 128.
+
+        Raises:
+            CheckpointError: they are not as many as the parameter has elements.
+        """
+        group = self._group_of(param)
+        storage = moment_storage(group["moments"])
+        state = {STEP: torch.tensor(float(step))} | storage.blank(param.detach())
+        key = derive_key(group["seed"], step, group["group_id"], STREAM_LOAD)
+        noise, start = Noise(key, self._offset_of(param, group)), 0
+        for mean, square in windows:
+            storage.write(state, start, mean.to(param.device), square.to(param.device), noise)
+            start += mean.numel()
+        if start != param.numel():
+            raise CheckpointError(
+                f"optimizer state: expected moments of {param.numel()} elements, got {start}"
+            )
+        self.state[param] = state
+
+    def _offset_of(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Place of a parameter's first element in the whole flat group."""
+        before = takewhile(lambda other: other is not param, group["params"])
+        return int(group["offset"]) + sum(other.numel() for other in before)
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self._all_groups:

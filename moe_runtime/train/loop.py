@@ -58,8 +58,11 @@ class Run:
         return self.state.runtime
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from where the run stands to its end; call within `join_world` on every rank.
+
+    Returns:
+        Whether the end was reached; else it was stopped, and is saved.
 
     Raises:
         CheckpointError: the last checkpoint could not be written.
@@ -78,6 +81,7 @@ def train(run: Run) -> None:
         run.recorder.say(message)
     run.recorder.close()
     run.checkpoints.check()
+    return steps_done == run.end
 
 
 def _watchdog(run: Run) -> Watchdog:

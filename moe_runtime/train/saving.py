@@ -11,12 +11,9 @@ from functools import cached_property
 from torch import Tensor
 
 from moe_runtime.checkpoint.folder import TOKENIZER_FILE, Checkpoint
-from moe_runtime.checkpoint.optimizer import (
-    capture_partition,
-    check_same_partitions,
-    read_partitions,
-    restore_partition,
-)
+from moe_runtime.checkpoint.optimizer import capture_partition
+from moe_runtime.checkpoint.reshard import plan_cuts, restore_cut
+from moe_runtime.checkpoint.slices import SliceReader
 from moe_runtime.checkpoint.store import Contribution, SaveMeta
 from moe_runtime.checkpoint.tensors import read_tensors
 from moe_runtime.checkpoint.weights import (
@@ -25,12 +22,14 @@ from moe_runtime.checkpoint.weights import (
     split_experts,
     weights_to_save,
 )
+from moe_runtime.config.derive import sequences_before
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.ema import HostEma
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.position import rng_facts, schedules_at
 
 
 @dataclass(frozen=True)
@@ -99,31 +98,35 @@ def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
             "schedule": layout.schedule,
         },
         state={"tokenizer": state.tokenizer.name} | separator,
+        sequences=sequences_before(config, layout, step),
+        schedules=schedules_at(config, step, tokens),
+        rng=rng_facts(config),
     )
 
 
 def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
-    """Take everything from a verified checkpoint; gives the number of steps done.
+    """Take everything from a verified checkpoint of any layout; gives the number of steps done.
 
     Raises:
-        CheckpointError: another model, or another layout than this run's; on every rank alike.
+        CheckpointError: another model, or optimizer state that is not whole; on every rank alike.
     """
 
     def load() -> None:
-        check_same_model(checkpoint, state.runtime.config.model)
+        config = state.runtime.config
+        check_same_model(checkpoint, config.model)
         partitions = state.optimizer.partitions()
-        check_same_partitions(checkpoint, state.peers.rank, partitions, state.first_expert)
-        saved = read_partitions(checkpoint, state.peers.rank)
+        cuts = plan_cuts(checkpoint, partitions, config.optim.moments, state.first_expert)
         load_weights(state.weights(), checkpoint, state.first_expert)
-        for partition in partitions:
-            moments: dict = {}
-            restore_partition(saved[partition.group], partition, moments)
-            state.optimizer.client.load_native_state(partition.master, moments)  # type: ignore[attr-defined]
+        with SliceReader(checkpoint) as reader:
+            for cut in cuts:
+                restore_cut(reader, cut, state.optimizer.client)  # type: ignore[arg-type]
         state.runtime.weight_casts.drop()
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
-    return checkpoint.manifest.step
+    position = checkpoint.manifest.position
+    state.runtime.layout = replace(state.runtime.layout, taken_over=(position.step, position.tokens))
+    return position.step
 
 
 def _load_ema(ema: HostEma | None, checkpoint: Checkpoint) -> None:

@@ -7,18 +7,11 @@ import torch
 
 from moe_runtime.checkpoint.folder import find_latest_good, open_checkpoint
 from moe_runtime.checkpoint.manifest import Slot
-from moe_runtime.checkpoint.optimizer import (
-    PartitionState,
-    check_same_partitions,
-    read_partitions,
-    restore_partition,
-)
+from moe_runtime.checkpoint.optimizer import PartitionState
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveMeta
 from moe_runtime.checkpoint.tensors import read_tensors
 from moe_runtime.checkpoint.weights import weights_to_save
-from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
-from moe_runtime.parallel.zero_partition import FlatEntry, Partition
 from tests.ranks import run_ranks
 
 META = SaveMeta(tokens=1, config={"model": {}}, layout={"dp": 2, "ep": 2})
@@ -68,34 +61,6 @@ def test_two_ranks_write_each_weight_once_and_one_process_reads_it_whole(tmp_pat
     for expert in range(4):
         assert torch.equal(read[f"layers.1.moe.experts.{expert}.down"], EXPERTS[expert])
     assert len(checkpoint.manifest.layouts) == 1, "equal layouts are stored once"
-
-
-def _zero_partition(rank: int, num_owners: int = 2) -> Partition:
-    size = 12 // num_owners
-    layout = (FlatEntry("norm.weight", (3, 4), 0, 12),)
-    master = torch.zeros(size)
-    return Partition("dense", False, layout, rank * size, (rank + 1) * size, rank, num_owners, master)
-
-
-def test_partitions_come_back_to_the_rank_that_saved_them(tmp_path: Path) -> None:
-    run_ranks(_save, 2, str(tmp_path))
-    checkpoint = open_checkpoint(tmp_path)
-    for rank in range(2):
-        partition, moments = _zero_partition(rank), {"step": 0}
-        check_same_partitions(checkpoint, rank, [partition])
-        restore_partition(read_partitions(checkpoint, rank)["dense"], partition, moments)
-        assert torch.equal(partition.master, _partition(rank).tensors["master"])
-        assert torch.equal(moments["m"], _partition(rank).tensors["m"]) and moments["step"] == 3
-
-
-def test_optimizer_state_of_another_layout_is_refused_with_both_cuts(tmp_path: Path) -> None:
-    run_ranks(_save, 2, str(tmp_path))
-    try:
-        check_same_partitions(open_checkpoint(tmp_path), 1, [_zero_partition(1, num_owners=4)])
-    except CheckpointError as error:
-        said = str(error)
-    assert "group dense of rank 1: expected elements 3..6 of 1 parameters, got 6..12" in said
-    assert "dp 2, ep 2" in said
 
 
 def _save_where_one_rank_fails(rank: int, world_size: int, folder: str) -> Any:

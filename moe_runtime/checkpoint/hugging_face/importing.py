@@ -47,7 +47,7 @@ from moe_runtime.checkpoint.hugging_face.json_file import read_object
 from moe_runtime.checkpoint.hugging_face.names import Parameter, parameters_of
 from moe_runtime.checkpoint.hugging_face.shard_reader import ShardReader, open_shards
 from moe_runtime.checkpoint.hugging_face.shard_writer import FilesWriter, split_in_files
-from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from moe_runtime.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, Position, TensorEntry
 from moe_runtime.checkpoint.tensor_file import Planned, bytes_of
 from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 from moe_runtime.config.schema import ModelConfig, RunConfig
@@ -237,8 +237,7 @@ def _write_manifest(
     for name, data in {**options.extras, MODEL_FILE: model_text.encode()}.items():
         entries[name] = write_bytes(tmp / name, data)
     manifest = Manifest(
-        step=0,
-        tokens=0,
+        position=Position(step=0, tokens=0),
         config=config.model_dump(mode="json"),
         layout=_LAYOUT,
         state=dict(options.state),

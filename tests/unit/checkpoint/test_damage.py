@@ -190,7 +190,9 @@ def test_a_tensor_larger_than_its_file_is_refused_before_anything_is_allocated(r
         ('"step": 20', '"step": NaN', "not a manifest"),
         ('"step": 20', '"step": 20, "step": 21', "a key occurs twice"),
         ('"step": 20', '"step": 20, "extra": 1', "extra"),
-        ('"format": 1', '"format": 2', "expected format 1, got 2"),
+        ('"format": 2', '"format": 3', "format 3: written by a newer version; this one reads formats 1 to 2"),
+        ('"format": 2', '"format": 0', "expected format 1 to 2, got 0"),
+        ('"format": 2', '"format": true', "expected format 1 to 2, got True"),
         ('"F32"', '"C64"', "dtype"),
     ],
 )
@@ -207,7 +209,7 @@ def test_strict_parsing_refuses_what_it_does_not_know(run_dir: Path, old: str, n
 
 def test_a_manifest_is_json_that_any_tool_reads(run_dir: Path) -> None:
     fields = json.loads((newest(run_dir) / "manifest.json").read_text())
-    assert fields["step"] == 20 and set(fields["files"]) == {WEIGHTS, OPTIMIZER, "tokenizer.json"}
+    assert fields["position"]["step"] == 20 and set(fields["files"]) == {WEIGHTS, OPTIMIZER, "tokenizer.json"}
 
 
 def test_a_huge_manifest_is_refused_unread(run_dir: Path) -> None:
@@ -220,7 +222,7 @@ def test_a_huge_manifest_is_refused_unread(run_dir: Path) -> None:
 def test_deep_nesting_is_refused_without_a_crash(tmp_path: Path) -> None:
     import hashlib
 
-    body = b'"format": 1, "state": ' + b"[" * 100_000 + b"\n"
+    body = b'"format": 2, "state": ' + b"[" * 100_000 + b"\n"
     text = b'{"sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'",\n' + body
     with pytest.raises(CheckpointError, match="not a manifest"):
         parse_manifest(text, tmp_path)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from moe_runtime.checkpoint.folder import open_checkpoint
-from moe_runtime.checkpoint.optimizer import capture_partition, read_partitions, restore_partition
+from moe_runtime.checkpoint.optimizer import capture_partition
+from moe_runtime.checkpoint.reshard import plan_cuts, restore_cut
+from moe_runtime.checkpoint.slices import SliceReader
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved
 from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.adamw import AdamW
@@ -46,11 +48,12 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, moments: str) -
     assert isinstance(outcome, Saved)
 
     resumed, other = make(2, moments)
-    saved = read_partitions(open_checkpoint(tmp_path), 0)["experts"]
-    assert saved.layout[0].first_expert == 4
-    native: dict = {}
-    restore_partition(saved, other, native)
-    resumed.load_native_state(other.master, native)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.manifest.layouts[0][0].first_expert == 4
+    (cut,) = plan_cuts(checkpoint, [other], moments, first_expert=4)
+    assert cut.equal is not None
+    with SliceReader(checkpoint) as reader:
+        restore_cut(reader, cut, resumed)
     for number in range(3, 6):
         step(optimizer, partition, number)
         step(resumed, other, number)

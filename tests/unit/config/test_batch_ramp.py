@@ -1,5 +1,6 @@
 """Sizes and tokens of every step are those of walking the ramp step by step."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -71,6 +72,26 @@ def test_a_ramp_is_its_steps_one_after_another(
         assert size % layout.batch_quantum == 0
         assert max(layout.smallest_batch, before) <= size <= config.batch.global_batch_size
         tokens, before = tokens + size * seq_len, size
+    for step in (1, 7, 31):  # taken over from a checkpoint of that step, nothing changes
+        resumed = replace(layout, taken_over=(step, tokens_before(config, layout, step)))
+        for later in (step, step + 1, step + 20):
+            assert batch_size_at(config, resumed, later) == batch_size_at(config, layout, later)
+            assert tokens_before(config, resumed, later) == tokens_before(config, layout, later)
+
+
+def test_a_layout_of_other_sizes_counts_on_from_what_was_seen() -> None:
+    ramp = {"seq_len": 4, "global_batch_size": 24, "ramp_start_size": 1, "ramp_tokens": 2000}
+    fine = build(layout={"dp": 1}, batch=ramp)
+    coarse = build(layout={"dp": 6}, batch=ramp)
+    seen = tokens_before(fine, check_layout(fine), 10)
+    layout = check_layout(coarse)
+    assert seen != tokens_before(coarse, layout, 10), "the case must tell the two apart"
+    resumed = replace(layout, taken_over=(10, seen))
+    for step in range(10, 60):
+        assert tokens_before(coarse, resumed, step) == seen
+        size = batch_size_at(coarse, resumed, step)
+        assert size == _walked_size(coarse, layout, seen)
+        seen += size * 4
 
 
 def test_without_a_ramp_every_step_is_alike() -> None:
