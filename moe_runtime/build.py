@@ -103,8 +103,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    starved, sink = own_starvation(ranks_per_node), WeightGradSink()
-    clock = Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
+    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -278,6 +277,11 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     """The phases up to the final norm; all of them in a chunk without a head."""
     ends = [i for i, phase in enumerate(phases) if isinstance(phase, Compute) and "hidden" in phase.outputs]
     return phases[: ends[0] + 1] if ends else phases
+
+
+def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
+    starved = own_starvation(ranks_per_node)
+    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
 
 
 def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
