@@ -14,7 +14,9 @@ from moe_runtime.checkpoint.stored_moments import stored_form
 from moe_runtime.train.saving import TrainingState
 from tests.dist.layout_case import Case
 from tests.cli.small_run import write_config
-from tests.dist.resume_case import Live, advance, digests, join, live, load, open_state, save
+from tests.dist.resume_case import Live, advance, digests, join, live, load, open_state, save, with_layout
+from tests.dist.golden_checkpoint import CASES
+from tests.unit.checkpoint.test_golden import RUNS
 from tests.dist.test_ema_layouts import averages, short_run
 from tests.ranks import run_ranks
 
@@ -38,11 +40,9 @@ LAYOUTS: dict[str, dict] = {
     "pp4 dp2 ep2 dualpipe": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipe"},
 }
 # From, to, moments there, moments here.
-FEW = [
-    ("pp2 dp2 ep2 dualpipe", "dp4 ep4", "fp8", "fp8"),
-    ("pp2 dp2 ep2 1f1b", "pp4 dualpipe", "bf16", "fp32"),
-]
+FEW = [("pp2 dp2 ep2 1f1b", "pp4 dualpipe", "bf16", "fp32")]
 MANY = [
+    ("pp2 dp2 ep2 dualpipe", "dp4 ep4", "fp8", "fp8"),
     ("pp4 dp2 ep2 dualpipe", "one", "fp32", "fp32"),
     ("one", "pp4 dp2 ep2 dualpipe", "fp8", "fp8"),
     ("pp4 dp2 ep2 dualpipe", "pp2 dp4 ep4 1f1b", "fp8", "fp8"),
@@ -172,6 +172,21 @@ def test_state_of_one_layout_goes_on_in_another(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_state_goes_through_more_than_twenty_pairs_of_layouts(tmp_path: Path) -> None:
     check_pairs(MANY, str(tmp_path), sequences=16)
+
+
+def _load_golden(rank: int, world_size: int, runs: list[Path]) -> list[dict[str, str]]:
+    """What each golden checkpoint is in a single process."""
+    said = []
+    for run in runs:
+        state = open_state(with_layout(CASES[run.name], {}, 8), rank)
+        load(state, str(run))
+        said.append(digests(live(state)))
+    return said
+
+
+def test_golden_checkpoints_of_every_format_go_on_in_a_single_process() -> None:
+    (said,) = run_ranks(_load_golden, 1, RUNS)
+    assert said == [json.loads((run / "state.json").read_text()) for run in RUNS]
 
 
 def _begin(rank: int, world_size: int, case: Case, folder: str) -> tuple[Live, list[float]]:
