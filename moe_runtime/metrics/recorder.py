@@ -1,6 +1,6 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.record import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+
+# `Recorder.tell`, for those that find something and need to know no more of records.
+Tell = Callable[..., None]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -31,6 +34,7 @@ class Recorder:
         resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
         console: where the console sink writes; standard output if None.
+        attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
 
     Raises:
         OSError: metrics.jsonl or events.jsonl cannot be opened (rank 0 only).
@@ -43,7 +47,9 @@ class Recorder:
         peers: Peers,
         resume_step: int = 0,
         console: Console | None = None,
+        attempt: int = 1,
     ) -> None:
+        self._attempt = attempt
         self._warned: set[str] = set()
         self._is_active = peers.is_first
         self._wandb: WandbSink | None = None
@@ -51,7 +57,7 @@ class Recorder:
             return
         run_dir = Path(run_dir)
         train, metrics = config.train, config.metrics
-        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console)
+        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
         self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
         if metrics.wandb != "off":
@@ -73,6 +79,18 @@ class Recorder:
             self._wandb.log(fields, record["step"])
             self._note_wandb(self._wandb)
 
+    def roll_back(self, step: int) -> None:
+        """Take the records of later steps out of metrics.jsonl, as a resume would.
+
+        W&B keeps them: what comes after has steps that it has seen, and it leaves those out until a new one.
+        """
+        if not self._is_active:
+            return
+        try:
+            self._metrics.keep_to(step)
+        except OSError as error:
+            self._note(f"{METRICS_FILE}: later steps stay in it: {error.strerror}")
+
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
@@ -89,9 +107,14 @@ class Recorder:
             return
         values = {key: _safe(value) for key, value in fields.items()}
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        failure = self._events.append({"time": time, "kind": kind, **values})
+        failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
         if kind != "warning":
             self._note(failure)
+
+    def tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
+        """Add an event of a step, and print its message."""
+        self.event(kind, step=step, message=message, **fields)
+        self.say(f"step {step}: {message}")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""

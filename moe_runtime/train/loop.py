@@ -1,6 +1,8 @@
 """The training loop: resume, step, validate, sample, save, until the end or until asked to stop."""
 
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,11 +15,15 @@ from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
 from moe_runtime.train.checkpoints import RunCheckpoints
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import StateDamaged
+from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState
@@ -45,6 +51,8 @@ class Run:
     validation: BatchLoader
     checkpoints: RunCheckpoints
     recorder: Recorder
+    guard: Guard
+    roll_back: RollBack
     start: int
     end: int
     lock: TextIO | None
@@ -55,13 +63,16 @@ class Run:
         return self.state.runtime
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from where the run stands to its end; call within `join_world` on every rank.
+
+    Returns:
+        Whether the end was reached; else it was stopped, and is saved.
 
     Raises:
         CheckpointError: the last checkpoint could not be written.
     """
-    with StopRequest() as stop, _watchdog(run):
+    with StopRequest() as stop, nullcontext() if STATUS_DIR in os.environ else _watchdog(run):
         try:
             steps_done = _loop(run, stop)
         except (NumericsError, DataError):  # the ranks live: what they write is good
@@ -75,9 +86,11 @@ def train(run: Run) -> None:
         run.recorder.say(message)
     run.recorder.close()
     run.checkpoints.check()
+    return steps_done == run.end
 
 
 def _watchdog(run: Run) -> Watchdog:
+    """For ranks without a launcher of ours, which would watch them from outside."""
     mesh, limit_s = run.runtime.mesh, run.config.train.watchdog_s
     place = f"pp {mesh.pp_rank}, dp {mesh.dp_rank}"
     return Watchdog(shared_store(), run.runtime.clock, mesh.rank, mesh.world_size, place, limit_s)
@@ -85,35 +98,52 @@ def _watchdog(run: Run) -> Watchdog:
 
 def _loop(run: Run, stop: StopRequest) -> int:
     """Step until the end or the wish to stop; gives the steps done."""
-    every, step = run.config.train, run.start
-    while step < run.end:
-        record = run.step(step)
-        step += 1
-        _tell_choice(run)
-        if step == run.start + 1:
-            _tell_fp8(run)
-        if step == run.config.metrics.trace_step:
-            _trace(run, step)
-        stopping = run.state.peers.any_true(stop.wanted)
-        is_last = step == run.end
-        if is_last or (every.eval_every and step % every.eval_every == 0):
-            run.latest = _validate(run)
-            record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
-        run.recorder.step(record)
-        run.checkpoints.tell()
-        if record["skipped"]:
-            message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
-            run.recorder.event("skipped", step=step, grad_norm=record["grad_norm"])
-            run.recorder.say(message)
-        _check_numerics(run, step, record.get("optim_numerics"))
-        if every.sample_every and step % every.sample_every == 0 and not is_last:
-            _sample(run, step)
-        if is_last or stopping or (every.checkpoint_every and step % every.checkpoint_every == 0):
-            run.checkpoints.begin(step)
-        if stopping:
-            break
+    step, stopping = run.start, False
+    while step < run.end and not stopping:
+        try:
+            step, stopping = _advance(run, step, stop)
+        except StateDamaged as damage:
+            step = run.roll_back.same_data(step, str(damage))
     run.checkpoints.settle()
     return step
+
+
+def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
+    """One step and what is due after it; gives the steps done, fewer after a roll-back, and whether to stop.
+
+    Raises:
+        StateDamaged: optimizer state is not what it was.
+    """
+    every = run.config.train
+    record = run.step(step)
+    step += 1
+    _tell_choice(run)
+    _tell_stragglers(run, step)
+    if step == run.start + 1:
+        _tell_fp8(run)
+    if step == run.config.metrics.trace_step:
+        _trace(run, step)
+    stopping = run.state.peers.any_true(stop.wanted)
+    is_last = step == run.end
+    if is_last or (every.eval_every and step % every.eval_every == 0):
+        run.latest = _validate(run)
+        record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
+    run.recorder.step(record)
+    run.checkpoints.tell()
+    if run.guard.finds_spike(record, run.step.blames):
+        back = run.roll_back.past_data(step)
+        if back is not None:
+            return back, stopping
+    _check_numerics(run, step, record.get("optim_numerics"))
+    if every.sample_every and step % every.sample_every == 0 and not is_last:
+        _sample(run, step)
+    is_due = every.checkpoint_every > 0 and step % every.checkpoint_every == 0
+    saving = is_last or stopping or is_due
+    if run.step.integrity.is_compared(step, saving):
+        run.step.integrity.compare(step)
+    if saving:
+        run.checkpoints.begin(step)
+    return step, stopping
 
 
 def _check_numerics(run: Run, step: int, report: Report | None) -> None:
@@ -132,6 +162,17 @@ def _check_numerics(run: Run, step: int, report: Report | None) -> None:
     for message in warnings:
         run.recorder.event("optim_numerics", step=step, message=message, stops=False)
         run.recorder.say(f"step {step}: warning: {message}")
+
+
+def _tell_stragglers(run: Run, step: int) -> None:
+    """Ranks that have become slow, or are so no more: they slow down all others, and only this says which."""
+    for found in run.step.stragglers:
+        what = "is slow" if found.is_slow else "is no longer slow"
+        message = (
+            f"rank {found.rank} {what}: its own work takes {found.ratio:.1f} times as long as its peers'"
+        )
+        run.recorder.event("straggler", step=step, rank=found.rank, ratio=found.ratio, is_slow=found.is_slow)
+        run.recorder.say(f"step {step}: {message}")
 
 
 def _tell_choice(run: Run) -> None:
