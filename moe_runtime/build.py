@@ -46,6 +46,7 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
+from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -55,6 +56,7 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
+from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.saving import TrainingState, with_ema
@@ -105,7 +107,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
+    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -281,6 +283,11 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
+def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
+    starved = own_starvation(ranks_per_node)
+    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
+
+
 def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
     """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
     return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
@@ -323,8 +330,12 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
-    said += resumed
-    recorder = peers.alike(lambda: _open_recorder(run_dir, config, peers, start), (ConfigError,))
+    preempted = take_marker(run_dir) if peers.is_first else None
+    said += [preempted, *resumed] if preempted else resumed
+    recorder = peers.alike(
+        lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
+    )
+    recorder.event("attempt", step=start)
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
@@ -377,12 +388,12 @@ def _loader(config: RunConfig, dataset: TokenDataset, seed: int) -> BatchLoader:
     return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, seed, model.vocab_size)
 
 
-def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int) -> Recorder:
+def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start)
+        return Recorder(run_dir, config, peers, resume_step=start, attempt=attempt)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

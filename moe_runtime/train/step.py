@@ -32,6 +32,7 @@ from moe_runtime.train.guard.skips import Blame, gather_blame
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, record_step
+from moe_runtime.train.straggler import Straggler, StragglerWatch, peers_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class TrainStep:
         self.loader = loader
         self.blames: list[Blame] = []
         self._programs: dict[int, Program] = {}
+        self._watch = _straggler_watch(runtime)
+        self.stragglers: list[Straggler] = []
 
     def plan(self, step: int) -> StepPlan:
         """Everything that is due at `step`, by arithmetic alone."""
@@ -205,7 +208,20 @@ class TrainStep:
             seconds=seconds,
             microbatches=plan.num_microbatches * self.runtime.mesh.dp,
         )
-        return record_step(self.runtime, facts, scalars, total)
+        record, work_s = record_step(self.runtime, facts, scalars, total)
+        # The first step of a process says nothing: kernels are compiled and buffers made in it.
+        if self._watch is not None and not self.runtime.clock.progress.is_first_step:
+            self.stragglers = self._watch.update(work_s)
+            record["straggler_ratio"] = self._watch.worst
+        return record
+
+
+def _straggler_watch(runtime: Runtime) -> StragglerWatch | None:
+    """None where there is nobody to compare with, or nothing to compare by."""
+    mesh, ratio = runtime.mesh, runtime.config.reliability.straggler_ratio
+    if ratio is None or mesh.world_size == 1 or runtime.device.type != "cpu":
+        return None
+    return StragglerWatch(peers_of(mesh.data_groups(), mesh.world_size), ratio)
 
 
 def objective_weights(runtime: Runtime, num_microbatches: int, mtp_lambda: float) -> ObjectiveWeights:
