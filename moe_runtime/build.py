@@ -339,7 +339,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
-    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
