@@ -13,7 +13,6 @@ import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
-from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
 from moe_runtime.checkpoint.background import BackgroundSaver
@@ -37,7 +36,7 @@ from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.groups import parameter_groups
-from moe_runtime.parallel.clock import Clock
+from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
@@ -46,11 +45,14 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
-from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.checkpoints import RunCheckpoints
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import Integrity
+from moe_runtime.train.guard.roll_back import RollBack
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
@@ -103,7 +105,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
+    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -279,16 +281,6 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
-    starved = own_starvation(ranks_per_node)
-    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
-
-
-def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
-    """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
-    return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
-
-
 def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
     if mesh.pp == 1:
         return None
@@ -321,7 +313,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
@@ -334,14 +327,20 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
+    integrity.take()
+    checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.ema),
+        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
         tokenizer,
         validation_loader,
-        RunCheckpoints(BackgroundSaver(store), state, recorder),
+        checkpoints,
         recorder,
+        guard,
+        RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
         lock,
