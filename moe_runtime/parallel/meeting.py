@@ -19,7 +19,6 @@ from moe_runtime.errors import ConfigError, PeerLost
 TOKEN = "MOE_RUNTIME_TOKEN"
 _TOKEN_KEY = "moe_runtime/token"
 _BACKLOG = 1024
-_TOKEN_WAIT_S = 10.0
 
 
 def host_store(address: str, port: int, timeout_s: float, token: str | None = None) -> dist.TCPStore:
@@ -65,18 +64,19 @@ def join_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def check_token(store: dist.Store, token: str, where: str) -> None:
+def check_token(store: dist.Store, token: str, where: str, wait_s: float = 10.0) -> None:
     """Whether the store is that of this run.
 
     Args:
         where: HOST:PORT, for the message.
+        wait_s: for the store's first word.
 
     Raises:
         ConfigError: it is another run's.
         PeerLost: it has no token: not a store of this program, or its host went.
     """
     try:
-        store.wait([_TOKEN_KEY], timedelta(seconds=_TOKEN_WAIT_S))
+        store.wait([_TOKEN_KEY], timedelta(seconds=wait_s))
         found = store.get(_TOKEN_KEY).decode()
     except (dist.DistError, RuntimeError) as error:
         raise PeerLost(f"{where}: no run of moe-runtime answers there; check host and port") from error

@@ -31,14 +31,14 @@ def main() -> None:
     """Does the deed."""
     deed = _deed()
     if deed == "sleep":
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         print(f"rank {os.environ['RANK']} ready", flush=True)
         time.sleep(60)
         sys.exit(1)
     if deed == "hang":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("ready", flush=True)
+        os.write(1, b"ready\n")  # whole, beside the other rank
         time.sleep(60)
     if deed == "kill":
         time.sleep(0.5)

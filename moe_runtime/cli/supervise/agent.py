@@ -159,7 +159,10 @@ class Agent(LocalElasticAgent):
             time.sleep(_LOOK_S)
             codes = self._codes()
             if any(codes.values()):
-                return End(number, folder, self._last_words())
+                failed = self._last_words()
+                if machines.asked:  # one that was still starting ends by the signal
+                    failed = {rank: code for rank, code in failed.items() if code != -signal.SIGTERM}
+                return End(number, folder, failed, change=machines.change)
             if all(code == 0 for code in codes.values()):
                 return End(number, folder, stopped=has_stopped(folder), change=machines.change)
             if hangs is not None and (verdict := hangs.look()) is not None:
@@ -194,7 +197,7 @@ class Agent(LocalElasticAgent):
         assert self._pcontext is not None
         for pid in self._pcontext.pids().values():
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
+                os.kill(pid, signal.SIGTERM)
 
     def _last_words(self) -> dict[int, int]:
         """Exit codes of all ranks that fail by themselves within a moment of the first one."""
@@ -227,12 +230,13 @@ class _MachinesWatch:
 
     Attributes:
         change: what was seen last.
+        asked: ranks were asked to stop.
     """
 
     def __init__(self, meeting: MeetingPlace) -> None:
         self._meeting = meeting
         self._next_s = self._lost_s = 0.0
-        self._asked = False
+        self.asked = False
         self.change: Change | None = None
 
     def look(self) -> bool:
@@ -253,7 +257,7 @@ class _MachinesWatch:
 
     def asks_to_stop(self) -> bool:
         """Whether ranks should save and leave, to go on with one more machine; true once."""
-        if self._asked or self.change is not Change.CAME:
+        if self.asked or self.change is not Change.CAME:
             return False
-        self._asked = True
+        self.asked = True
         return True

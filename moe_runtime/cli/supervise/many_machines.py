@@ -14,6 +14,8 @@ Machine 0 is the one that the run does not survive: the others wait for it to co
 
 import json
 import os
+import secrets
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousStoreInfo,
@@ -31,10 +34,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousSettings,
     RendezvousTimeout,
     _NodeDesc,
-    _RendezvousState,
 )
 
 from moe_runtime.cli.supervise.job import Machines
+from moe_runtime.cli.supervise.lookout import Lookout, current_state
 from moe_runtime.cli.supervise.meeting_place import Change
 from moe_runtime.cli.supervise.outcome import Outcome
 from moe_runtime.cli.supervise.round_state import JsonStateHolder
@@ -67,7 +70,8 @@ class ManyMachines(RendezvousHandler):
         self._machines, self._config = machines, config
         self._timeout_s, self._rejoin_s = timeout_s, rejoin_s
         self.token, self.attempt = "", 0
-        self._opened = self._world = 0
+        self._world = 0
+        self._lookout: Lookout | None = None
         self._round: dist.Store | None = None
         self._ranks_store: dist.TCPStore | None = None
         self._open()
@@ -91,9 +95,8 @@ class ManyMachines(RendezvousHandler):
         )
         backend = C10dRendezvousBackend(self._store, _RUN_ID)
         holder = JsonStateHolder(backend, settings)
-        self._opened += 1
-        # Machines are numbered in the order of these names.
-        self._node = _NodeDesc(f"{self._machines.rank:06d}", os.getpid(), self._opened)
+        # Machines are numbered in the order of these names; the last number tells one's lives apart.
+        self._node = _NodeDesc(f"{self._machines.rank:06d}", os.getpid(), secrets.randbits(31))
         self._torch = DynamicRendezvousHandler(self._node, settings, "c10d", self._store, holder)
         # torch would make a store for the ranks, on all interfaces.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -109,14 +112,9 @@ class ManyMachines(RendezvousHandler):
             time.sleep(_HEARTBEAT_S)
 
     def _has_twin(self) -> bool:
-        state = self._state()
+        state = current_state(self._torch)
         present = {*state.participants, *state.wait_list, *state.redundancy_list}
         return any(node.addr == self._node.addr and node != self._node for node in present)
-
-    def _state(self) -> _RendezvousState:
-        """The state as the store has it now."""
-        self._torch.num_nodes_waiting()
-        return self._torch._state_holder.state
 
     @property
     def use_agent_store(self) -> bool:
@@ -125,14 +123,19 @@ class ManyMachines(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """A new round; if machine 0 went, one with its next life."""
+        is_lost = self._lookout is not None and self._lookout.end() is Change.LOST
         while True:
             try:
+                if is_lost:
+                    self._open()
                 info = self._torch.next_rendezvous()
                 self.attempt = self._torch._state_holder.state.round + 1
                 self._round, self._world = info.store, info.world_size
-                return RendezvousInfo(info.store, info.rank, info.world_size, self._ranks_place(info))
+                place = self._ranks_place(info)
+                self._lookout = Lookout(self._torch, self._node, self._world, _SILENT_S)
+                return RendezvousInfo(info.store, info.rank, info.world_size, place)
             except (RendezvousConnectionError, dist.DistError):
-                self._open()
+                is_lost = True
 
     def _ranks_place(self, info: RendezvousInfo) -> RendezvousStoreInfo:
         """A store for the ranks of this round, which the first machine hosts."""
@@ -144,15 +147,8 @@ class ManyMachines(RendezvousHandler):
 
     def changed(self) -> Change | None:
         """Whether the round is still what it was."""
-        try:
-            state = self._state()
-        except (RendezvousConnectionError, dist.DistError):
-            return Change.LOST
-        if state.closed:
-            return Change.CLOSED
-        if len(state.participants) < self._world or self._node not in state.participants:
-            return Change.LEFT
-        return Change.CAME if state.wait_list else None
+        assert self._lookout is not None
+        return self._lookout.change()
 
     def all_done(self) -> bool:
         """Wait for the ranks of every machine; False if the round changes before that."""
@@ -169,6 +165,12 @@ class ManyMachines(RendezvousHandler):
 
     def tell(self, outcome: Outcome) -> None:
         """Say how the run ended, once; machine 0 stays until the others have read it."""
+        # Over a link that is cut the store does not come back.
+        telling = threading.Thread(target=self._tell, args=(outcome,), daemon=True)
+        telling.start()
+        telling.join(2 * _LINGER_S)
+
+    def _tell(self, outcome: Outcome) -> None:
         try:
             word = {"code": outcome.code, "cause": outcome.cause, "machine": self._machines.rank}
             self._store.compare_set(_VERDICT, "", json.dumps(word))
@@ -179,7 +181,7 @@ class ManyMachines(RendezvousHandler):
                 if self._store.add(_LEFT, 0) >= self._world:
                     return
                 time.sleep(_POLL_S)
-        except dist.DistError:
+        except (RendezvousError, dist.DistError):
             return
 
     def told(self) -> Outcome:

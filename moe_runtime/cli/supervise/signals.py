@@ -1,7 +1,7 @@
 """Signals to the launcher become wishes to its ranks: the first to save and leave, the second to go at once.
 
 Ranks sit in sessions of their own, so the terminal's Ctrl-C does not reach them by itself. The first
-signal reaches every rank as Ctrl-C; they agree on a step, save, and exit 0. A second one kills them. Signals
+signal reaches every rank as SIGTERM; they agree on a step, save, and exit 0. A second one kills them. Signals
 that come close together are one wish: a scheduler may tell a whole process group and the launcher as well.
 
 The launcher's main thread may be anywhere inside torch, in a rendezvous that lasts minutes, where no handler
@@ -67,7 +67,7 @@ class Wishes:
         if not (ranks := psutil.Process().children()):
             self._leave(b"stopped while no rank was running\n")
         _tell(b"stopping after this step; once more to stop at once\n")
-        _send(ranks, signal.SIGINT)
+        _send(ranks, signal.SIGTERM)  # which ends one that is still starting, without a word
 
     def _leave(self, text: bytes) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
