@@ -20,6 +20,7 @@ from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import total_steps
+from moe_runtime.config.difference import say_differences
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
@@ -46,10 +47,15 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
+from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.checkpoints import RunCheckpoints
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import Integrity
+from moe_runtime.train.guard.roll_back import RollBack
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
@@ -102,7 +108,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device))
+    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -278,6 +284,11 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
+def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
+    starved = own_starvation(ranks_per_node)
+    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
+
+
 def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
     """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
     return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
@@ -315,7 +326,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer), config.train.ema_decay)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
@@ -328,14 +340,20 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
+    integrity.take()
+    checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.ema),
+        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
         tokenizer,
         validation_loader,
-        RunCheckpoints(BackgroundSaver(store), state, recorder),
+        checkpoints,
         recorder,
+        guard,
+        RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
         lock,
@@ -387,4 +405,6 @@ def _check_same_config(config: RunConfig, peers: Peers) -> None:
     digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
-        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
+        configs = peers.gather_json(config.model_dump(mode="json"))
+        said = f"ranks {odd} have another config than rank 0: {say_differences(configs[0], configs[odd[0]])}"
+        raise ConfigError(f"{said}; start all with the same command")

@@ -15,7 +15,7 @@ one: a slot says which it holds, and a manifest that claims 10^15 of them costs 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_runtime.checkpoint.manifest import Manifest, PartitionEntry, Slot
@@ -44,6 +44,10 @@ class Span:
     def name(self) -> str:
         """For messages."""
         return self.param if self.expert is None else f"{self.param}, expert {self.expert}"
+
+    def whole(self) -> "Span":
+        """All of the canonical tensor, from place 0."""
+        return replace(self, begin=0, end=math.prod(self.shape), at=0)
 
 
 @dataclass(frozen=True)

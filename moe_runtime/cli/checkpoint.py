@@ -1,4 +1,4 @@
-"""`moe-runtime checkpoint`: list, verify, show and prune what a run has saved."""
+"""`moe-runtime checkpoint`: list, verify, show, compare and prune what a run has saved."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # torch takes seconds to import and `--help` should not: the room is imported by each command.
 
-app = typer.Typer(no_args_is_help=True, help="List, verify, show and prune checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="List, verify, show, compare and prune checkpoints.")
 
 Run = Annotated[Path, typer.Argument(help="run folder")]
 RunOrCheckpoint = Annotated[Path, typer.Argument(help="run folder or checkpoint folder")]
@@ -76,6 +76,31 @@ def prune(run: Run, keep: Annotated[int, typer.Option(min=1, help="how many good
         typer.echo(f"removed {path}")
 
 
+@app.command()
+def diff(
+    first: RunOrCheckpoint,
+    second: RunOrCheckpoint,
+    limit: Annotated[int, typer.Option(min=0, help="how many differing tensors to list")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Say how two checkpoints of any layouts differ; of a run, its newest. Exit 1 if a tensor does.
+
+    Weights, averages, master weights and moments are compared element by element, by canonical name.
+    """
+    from moe_runtime.checkpoint.difference import compare_checkpoints
+    from moe_runtime.checkpoint.folder import verify_checkpoint
+    from moe_runtime.cli.checkpoint_diff import as_dict, as_lines
+
+    old, new = (verify_checkpoint(_checkpoints_of(path)[0]) for path in (first, second))
+    found = compare_checkpoints(old, new)
+    if as_json:
+        typer.echo(json.dumps(as_dict(old, new, found)))
+    else:
+        typer.echo("\n".join(as_lines(old, new, found, limit)))
+    if found.differing:
+        raise typer.Exit(1)
+
+
 def _checkpoints_of(path: Path) -> list[Path]:
     """Checkpoint folders of a run, the newest first, or the checkpoint folder itself.
 
@@ -107,9 +132,15 @@ def _summary(path: Path, with_hash: bool) -> dict:
 def _description(path: Path, manifest: "Manifest") -> list[str]:
     weights = [entry for _, _, entry in manifest.weights()]
     layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items())
+    position = manifest.position
+    schedules = ", ".join(f"{key} {value:.6g}" for key, value in manifest.schedules.items())
     lines = [
         str(path),
-        f"step {manifest.step}, {manifest.tokens:,} tokens, saved with {layout}",
+        f"format {manifest.format}, step {position.step}, {position.tokens:,} tokens, "
+        f"{position.sequences:,} sequences, saved with {layout}",
+        *(f"passes over {count:,} sequences from {first:,} on" for first, count in position.skipped),
+        *([f"next step: {schedules}"] if schedules else []),
+        *([f"random numbers: {_rng_text(manifest.rng)}"] if manifest.rng else []),
         f"{len(weights)} weights, {sum(entry.num_bytes for entry in weights) / 1e6:,.1f} MB",
         f"{len(manifest.partitions)} optimizer partitions",
     ]
@@ -117,3 +148,8 @@ def _description(path: Path, manifest: "Manifest") -> list[str]:
         tensors = f", {len(entry.tensors)} tensors" if entry.tensors else ""
         lines.append(f"  {name}  {entry.bytes:,} bytes{tensors}  sha256 {entry.sha256[:16]}")
     return lines
+
+
+def _rng_text(rng: dict[str, int | str]) -> str:
+    """`seed 7; data_order by epoch and position; ...`."""
+    return "; ".join(f"{key} {value}" if key == "seed" else f"{key} by {value}" for key, value in rng.items())

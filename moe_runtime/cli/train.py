@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def _train(
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
+    from moe_runtime.train.guard.poison import poison
     from moe_runtime.train.inject import Injector
 
     world = read_world(run.device)
@@ -68,7 +70,8 @@ def _train(
             ready = open_run(run, world, fresh=fresh)
             ready.checkpoints.saver.store.at = lambda point: injector.at(f"save_{point}")
             follow(ready.runtime.clock.progress)
-            injector.listen(ready.runtime.clock.progress, None)
+            spoil = partial(poison, ready.runtime, ready.state.optimizer)
+            injector.listen(ready.runtime.clock.progress, spoil)
             if not loop.train(ready):
                 leave_stopped(world.rank)
         except (RuntimeError, CommError) as error:

@@ -52,8 +52,12 @@ class GuardConfig(Section):
     )
     spike_skip_steps: Count = Field(2, description="steps of data after the spike that are skipped too")
     spike_max: PositiveInt = Field(3, description="roll-backs that one run may do")
-    digest_every: Count = Field(50, description="steps between comparisons of replicas; 0: none")
+    digest_every: Count = Field(
+        50, description="steps between comparisons of replicas; 0: none, and no look at state at rest either"
+    )
     digest_action: Literal["stop", "heal"] = Field(
-        "stop", description="replicas differ: end the run, or write the weights again from their masters"
+        "heal",
+        description="bits that changed unbidden: end the run, or write weights again from their masters and "
+        "take optimizer state from the newest checkpoint; a rank that was healed before ends it either way",
     )
     replay_every: Count = Field(0, description="steps between steps that are run twice; 0: none")

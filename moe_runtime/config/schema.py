@@ -308,6 +308,9 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="of documents")
     fim_rate: Fraction = Field(0.0, description="share of documents rewritten prefix-suffix-middle")
     document_mask: bool = Field(False, description="attend within a document only")
+    skip: tuple[tuple[Count, PositiveInt], ...] = Field(
+        (), description="[first, count] of sequences, numbered from the start of training, to pass over"
+    )
 
 
 class TrainConfig(Section):
@@ -327,6 +330,9 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = Field(2, description="older ones are removed")
     log_every: PositiveInt = Field(10, description="steps between console lines")
     peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
+    skip_updates: tuple[PositiveInt, ...] = Field(
+        (), description="steps, from 1, whose update is not applied, as if their gradient were not finite"
+    )
     watchdog_s: PositiveFloat = Field(
         60.0, description="a rank so long in one phase of a program: every rank's action is printed"
     )

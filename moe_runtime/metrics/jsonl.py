@@ -31,11 +31,20 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o644)
-        good = _good_bytes(path, keep_to_step)
+        self._waiting = b""
+        self.keep_to(keep_to_step)
+
+    def keep_to(self, step: int | None) -> None:
+        """Remove a torn last line and lines with a larger `step`, those that wait for room too.
+
+        Raises:
+            OSError: the file cannot be read or cut.
+        """
+        waiting = [line for line in self._waiting.splitlines(keepends=True) if not _is_past(line, step)]
+        good, self._waiting = _good_bytes(self.path, step), b"".join(waiting)
         if good < os.fstat(self._file).st_size:
             os.ftruncate(self._file, good)  # lines are in order of step: one cut, whole or not at all
             os.fsync(self._file)
-        self._waiting = b""
 
     def append(self, fields: dict[str, Any]) -> str | None:
         """Write one line; the reason if it has to wait for room, None if it is written."""
@@ -72,6 +81,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for line, fields in _lines(path):
             if fields is not None and line.endswith(b"\n"):
                 yield fields
+
+
+def _is_past(line: bytes, step: int | None) -> bool:
+    return step is not None and json.loads(line).get("step", 0) > step
 
 
 def _good_bytes(path: Path, keep_to_step: int | None) -> int:

@@ -1,6 +1,6 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.record import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+
+# `Recorder.tell`, for those that find something and need to know no more of records.
+Tell = Callable[..., None]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -76,6 +79,18 @@ class Recorder:
             self._wandb.log(fields, record["step"])
             self._note_wandb(self._wandb)
 
+    def roll_back(self, step: int) -> None:
+        """Take the records of later steps out of metrics.jsonl, as a resume would.
+
+        W&B keeps them: what comes after has steps that it has seen, and it leaves those out until a new one.
+        """
+        if not self._is_active:
+            return
+        try:
+            self._metrics.keep_to(step)
+        except OSError as error:
+            self._note(f"{METRICS_FILE}: later steps stay in it: {error.strerror}")
+
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
@@ -95,6 +110,11 @@ class Recorder:
         failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
         if kind != "warning":
             self._note(failure)
+
+    def tell(self, kind: str, step: int, message: str, **fields: Any) -> None:
+        """Add an event of a step, and print its message."""
+        self.event(kind, step=step, message=message, **fields)
+        self.say(f"step {step}: {message}")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""

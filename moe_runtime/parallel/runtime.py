@@ -51,13 +51,17 @@ class Runtime:
     sampler: Executor
     chosen: str | None = None
 
+    @property
+    def peers(self) -> Peers:
+        """All ranks of the run."""
+        return Peers(self.mesh.rank, self.mesh.world_size, self.groups.control)
+
     def program(self, num_microbatches: int) -> Program:
         """This run's schedule for a number of microbatches a lane, checked, with transfers.
 
         A collective call: where a search chooses, rank 0 searches and tells the others.
         """
-        config, layout = self.config, self.layout
-        peers = Peers(self.mesh.rank, self.mesh.world_size, self.groups.control)
+        config, layout, peers = self.config, self.layout, self.peers
         said: list[str | None] = []
 
         def search() -> None:

@@ -25,7 +25,7 @@ DeepSpeed from its lists of parameters and here from the partitions, and the two
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from moe_runtime.errors import CheckpointError, ConfigError, NumericsError
+from moe_runtime.parallel.nonfinite import Culprit, GradientPart, find_culprits
 from moe_runtime.parallel.zero_groups import check_replicas, complete_groups, make_client, owners_of
 from moe_runtime.parallel.zero_partition import Partition, lay_out
 
@@ -57,12 +58,14 @@ class StepResult:
     Args:
         grad_norm: global norm before clipping; may be inf or NaN when skipped.
         clipped: gradients were scaled down.
-        skipped: gradients were not finite; nothing was changed, on no rank.
+        skipped: gradients were not finite, or the caller wanted no update; nothing was changed, on no rank.
+        culprits: where this rank's gradients are not finite; empty on a rank that is not to blame.
     """
 
     grad_norm: float
     clipped: bool
     skipped: bool
+    culprits: tuple[Culprit, ...] = ()
 
 
 class ZeroOptimizer:
@@ -205,10 +208,14 @@ class ZeroOptimizer:
             self._grad_norm = math.sqrt(self._square_sum())
         return self._grad_norm
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, apply: bool = True) -> StepResult:
         """Reduce, clip by the global norm, step the client optimizer, gather the updated weights.
 
         Gradients that are not finite are dropped and nothing is changed; all ranks decide alike.
+
+        Args:
+            lr: learning rate.
+            apply: False drops the gradients all the same.
 
         Raises:
             ConfigError: the model is FP64, for which there are no masters.
@@ -217,18 +224,42 @@ class ZeroOptimizer:
         if self._accum_dtype != torch.float32:
             raise ConfigError("precision: fp64 models can be compared but not stepped; use bf16 or fp32")
         norm = self.reduce()
-        skipped = not norm * norm < _LARGEST_SQUARE_SUM  # also when NaN
-        if not skipped:
+        is_usable = norm * norm < _LARGEST_SQUARE_SUM  # not when NaN
+        culprits = () if is_usable else tuple(find_culprits(self.gradients()))
+        if is_usable and apply:
             self._engine.norm_check = lambda theirs: _compare_norms(norm, theirs)
             self._engine.set_lr(lr)
             self._engine.step()
             self._weights_written()
         self.zero_grad()
-        return StepResult(norm, not skipped and 0.0 < self._grad_clip < norm + 1e-6, skipped)
+        skipped = not (is_usable and apply)
+        return StepResult(norm, not skipped and 0.0 < self._grad_clip < norm + 1e-6, skipped, culprits)
+
+    def gradients(self) -> Iterator[GradientPart]:
+        """This rank's gradients by parameter, until the step ends.
+
+        At stage 1 they are its own, also after `reduce`. At stage 2 they are what it owns of the sums over
+        ranks, complete after the last `end_microbatch`: who brought what can no longer be told.
+        """
+        if not self._partitions_grads:
+            names = {id(param): name for name, param in self._named}
+            for params, flat in zip(self._members, self._flat_accums, strict=True):
+                parts = flat.split([param.numel() for param in params])
+                for param, part in zip(params, parts, strict=True):
+                    yield GradientPart(names[id(param)], 0, part)
+            return
+        for idx, partition in enumerate(self._partitions):
+            flat = self._engine.reduced(idx)
+            for piece in partition.pieces():
+                yield GradientPart(piece.name, piece.begin, flat.narrow(0, piece.local, piece.numel))
 
     def partitions(self) -> list[Partition]:
         """What this rank owns, one entry per group; masters are live tensors."""
         return list(self._partitions)
+
+    def flat_weights(self) -> list[Tensor]:
+        """The model's weights as flat groups, padding included, live; one for each partition, in order."""
+        return list(self._engine.bit16_groups_flat)
 
     def load_partition(self, group: str, master: Tensor, native: Any) -> None:
         """Restore one group bit for bit; call `refresh_weights` when all are restored.

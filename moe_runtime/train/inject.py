@@ -60,7 +60,7 @@ class Injector:
     ) -> None:
         self._file = run_dir / FAULTS_FILE
         self._progress = Progress()
-        self._poison: Callable[[str, str], None] | None = None
+        self._poison: Callable[[str, str], object] | None = None
         self._factor = 1.0
         self._worked_s = 0.0  # thread time at the newest mark
         self._rank, self._orders = rank, orders
@@ -69,7 +69,7 @@ class Injector:
             self._append({"kind": _FRESH, "rank": rank})
         self._add(faults)
 
-    def listen(self, progress: Progress, poison: Callable[[str, str], None] | None) -> None:
+    def listen(self, progress: Progress, poison: Callable[[str, str], object] | None) -> None:
         """Follow a rank's marks.
 
         Args:

@@ -21,6 +21,9 @@ from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
 from moe_runtime.train.checkpoints import RunCheckpoints
+from moe_runtime.train.guard.guard import Guard
+from moe_runtime.train.guard.integrity import StateDamaged
+from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState
@@ -48,6 +51,8 @@ class Run:
     validation: BatchLoader
     checkpoints: RunCheckpoints
     recorder: Recorder
+    guard: Guard
+    roll_back: RollBack
     start: int
     end: int
     lock: TextIO | None
@@ -93,35 +98,52 @@ def _watchdog(run: Run) -> Watchdog:
 
 def _loop(run: Run, stop: StopRequest) -> int:
     """Step until the end or the wish to stop; gives the steps done."""
-    every, step = run.config.train, run.start
-    while step < run.end:
-        record = run.step(step)
-        step += 1
-        _tell_choice(run)
-        if step == run.start + 1:
-            _tell_fp8(run)
-        if step == run.config.metrics.trace_step:
-            _trace(run, step)
-        stopping = run.state.peers.any_true(stop.wanted)
-        is_last = step == run.end
-        if is_last or (every.eval_every and step % every.eval_every == 0):
-            run.latest = _validate(run)
-            record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
-        run.recorder.step(record)
-        run.checkpoints.tell()
-        if record["skipped"]:
-            message = f"step {step}: gradient norm {record['grad_norm']}, step skipped"
-            run.recorder.event("skipped", step=step, grad_norm=record["grad_norm"])
-            run.recorder.say(message)
-        _check_numerics(run, step, record.get("optim_numerics"))
-        if every.sample_every and step % every.sample_every == 0 and not is_last:
-            _sample(run, step)
-        if is_last or stopping or (every.checkpoint_every and step % every.checkpoint_every == 0):
-            run.checkpoints.begin(step)
-        if stopping:
-            break
+    step, stopping = run.start, False
+    while step < run.end and not stopping:
+        try:
+            step, stopping = _advance(run, step, stop)
+        except StateDamaged as damage:
+            step = run.roll_back.same_data(step, str(damage))
     run.checkpoints.settle()
     return step
+
+
+def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
+    """One step and what is due after it; gives the steps done, fewer after a roll-back, and whether to stop.
+
+    Raises:
+        StateDamaged: optimizer state is not what it was.
+    """
+    every = run.config.train
+    record = run.step(step)
+    step += 1
+    _tell_choice(run)
+    _tell_stragglers(run, step)
+    if step == run.start + 1:
+        _tell_fp8(run)
+    if step == run.config.metrics.trace_step:
+        _trace(run, step)
+    stopping = run.state.peers.any_true(stop.wanted)
+    is_last = step == run.end
+    if is_last or (every.eval_every and step % every.eval_every == 0):
+        run.latest = _validate(run)
+        record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
+    run.recorder.step(record)
+    run.checkpoints.tell()
+    if run.guard.finds_spike(record, run.step.blames):
+        back = run.roll_back.past_data(step)
+        if back is not None:
+            return back, stopping
+    _check_numerics(run, step, record.get("optim_numerics"))
+    if every.sample_every and step % every.sample_every == 0 and not is_last:
+        _sample(run, step)
+    is_due = every.checkpoint_every > 0 and step % every.checkpoint_every == 0
+    saving = is_last or stopping or is_due
+    if run.step.integrity.is_compared(step, saving):
+        run.step.integrity.compare(step)
+    if saving:
+        run.checkpoints.begin(step)
+    return step, stopping
 
 
 def _check_numerics(run: Run, step: int, report: Report | None) -> None:
@@ -140,6 +162,17 @@ def _check_numerics(run: Run, step: int, report: Report | None) -> None:
     for message in warnings:
         run.recorder.event("optim_numerics", step=step, message=message, stops=False)
         run.recorder.say(f"step {step}: warning: {message}")
+
+
+def _tell_stragglers(run: Run, step: int) -> None:
+    """Ranks that have become slow, or are so no more: they slow down all others, and only this says which."""
+    for found in run.step.stragglers:
+        what = "is slow" if found.is_slow else "is no longer slow"
+        message = (
+            f"rank {found.rank} {what}: its own work takes {found.ratio:.1f} times as long as its peers'"
+        )
+        run.recorder.event("straggler", step=step, rank=found.rank, ratio=found.ratio, is_slow=found.is_slow)
+        run.recorder.say(f"step {step}: {message}")
 
 
 def _tell_choice(run: Run) -> None:

@@ -29,6 +29,7 @@ from moe_runtime.optim.ema import HostEma
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.position import rng_facts, schedules_at
 
 
@@ -40,6 +41,7 @@ class TrainingState:
     optimizer: ZeroOptimizer
     peers: Peers
     tokenizer: Tokenizer
+    guard: GuardState
     ema: HostEma | None = None
 
     @cached_property
@@ -97,8 +99,9 @@ def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
             "world_size": layout.world_size,
             "schedule": layout.schedule,
         },
-        state={"tokenizer": state.tokenizer.name} | separator,
+        state={"tokenizer": state.tokenizer.name, "guard": state.guard.to_json()} | separator,
         sequences=sequences_before(config, layout, step),
+        skipped=state.guard.skipped_data.ranges,
         schedules=schedules_at(config, step, tokens),
         rng=rng_facts(config),
     )
@@ -124,8 +127,9 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
         _load_ema(state.ema, checkpoint)
 
     state.peers.alike(load, (CheckpointError,))
-    position = checkpoint.manifest.position
+    manifest, position = checkpoint.manifest, checkpoint.manifest.position
     state.runtime.layout = replace(state.runtime.layout, taken_over=(position.step, position.tokens))
+    state.guard.restore(manifest.state.get("guard", {}), position.skipped, position.sequences)
     return position.step
 
 

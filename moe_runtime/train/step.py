@@ -10,6 +10,7 @@ number alone.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,13 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.stage import ObjectiveWeights
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 from moe_runtime.schedule.action import Program
+from moe_runtime.train.guard.integrity import Integrity
+from moe_runtime.train.guard.replay import is_replayed, replay
+from moe_runtime.train.guard.skips import Blame, gather_blame
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, record_step
+from moe_runtime.train.straggler import Straggler, StragglerWatch, peers_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,9 @@ class StepPlan:
         step: from 0.
         tokens: trained on before this step.
         batch_size: sequences of this step over all lanes.
-        first_sequence: number of the first of them since the start of training.
+        first_sequence: position of the first of them, skipped data not counted.
         num_microbatches: per lane, over all directions.
+        applies: False if the config leaves out this step's update.
     """
 
     step: int
@@ -49,6 +56,7 @@ class StepPlan:
     lr: float
     gamma: float
     mtp_lambda: float
+    applies: bool
 
 
 class TrainStep:
@@ -58,7 +66,12 @@ class TrainStep:
         runtime: this rank's part of the run.
         optimizer: ZeRO over the runtime's parameters.
         loader: gives any sequence of training by its number.
+        guard: knows which data to pass over.
+        integrity: holds the state against what it was before each update.
         ema: average of the weights; the next update waits for it, nothing else does.
+
+    Attributes:
+        blames: of the newest step, which gradients were not finite, alike on every rank.
     """
 
     def __init__(
@@ -66,13 +79,20 @@ class TrainStep:
         runtime: Runtime,
         optimizer: ZeroOptimizer,
         loader: BatchLoader,
+        guard: GuardState,
+        integrity: Integrity,
         ema: HostEma | None = None,
     ) -> None:
         self.ema = ema
+        self.guard = guard
+        self.integrity = integrity
         self.runtime = runtime
         self.optimizer = optimizer
         self.loader = loader
+        self.blames: list[Blame] = []
         self._programs: dict[int, Program] = {}
+        self._watch = _straggler_watch(runtime)
+        self.stragglers: list[Straggler] = []
 
     def plan(self, step: int) -> StepPlan:
         """Everything that is due at `step`, by arithmetic alone."""
@@ -88,6 +108,7 @@ class TrainStep:
             lr=lr_at(config.recipe, config.optim.peak_lr, step, tokens),
             gamma=bias_gamma_at(config.recipe, tokens),
             mtp_lambda=mtp_lambda_at(config.recipe, tokens),
+            applies=step + 1 not in config.train.skip_updates,
         )
 
     def __call__(self, step: int) -> Record:
@@ -95,14 +116,13 @@ class TrainStep:
 
         Raises:
             ActionFailed: an action of the program raised.
-            NumericsError: DeepSpeed's gradient norm is not ours.
+            NumericsError: DeepSpeed's gradient norm is not ours, or a rank cannot be trusted.
+            StateDamaged: optimizer state is not what it was; nothing has been updated with it.
         """
         begun = time.perf_counter()
         plan, runtime = self.plan(step), self.runtime
         runtime.clock.progress.begins_step(step + 1)
-        self._start_clocks(keep_spans=step + 1 == self.runtime.config.metrics.trace_step)
-        scalars = self._forward_backward(plan)
-        runtime.clock.progress.enters("optimizer")
+        scalars = self._sound_gradients(plan)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
         optim, client = runtime.config.optim, self.optimizer.client
@@ -110,9 +130,13 @@ class TrainStep:
         client.collect_statistics = counts  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.join()
-        result = self.optimizer.step(plan.lr)
-        if not result.skipped:
+        result = self.optimizer.step(plan.lr, plan.applies)
+        self.blames = []
+        if result.skipped:
+            self.blames = gather_blame(result.culprits, runtime)
+        else:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
+            self.integrity.take()
             if self.ema is not None:
                 self.ema.start()
         record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
@@ -121,17 +145,35 @@ class TrainStep:
             record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
         return record
 
-    def _start_clocks(self, keep_spans: bool) -> None:
-        self.runtime.clock.restart(keep_spans)
-        self.runtime.dispatcher.traffic.snapshot(reset=True)
+    def _sound_gradients(self, plan: StepPlan) -> StepScalars:
+        """Forward and backward, again where the first time cannot be trusted; ends in phase `optimizer`."""
+        config, step = self.runtime.config.guard, plan.step + 1
+        if is_replayed(config.replay_every, step):
+            run = partial(self._forward_backward, plan)
+            scalars = replay(run, self.optimizer, self.runtime.peers, step, self.integrity.tell)
+        else:
+            scalars = self._forward_backward(plan)
+        while self.integrity.heals_weights(step):
+            scalars = self._forward_backward(plan)
+        return scalars
+
+    def _start(self, plan: StepPlan) -> None:
+        """Clear what a step counts and adds up."""
+        runtime = self.runtime
+        runtime.clock.restart(keep_spans=plan.step + 1 == runtime.config.metrics.trace_step)
+        runtime.dispatcher.traffic.snapshot(reset=True)
+        runtime.load.counts.zero_()
+        self.optimizer.zero_grad()
 
     def _forward_backward(self, plan: StepPlan) -> StepScalars:
         runtime, program = self.runtime, self.program(plan.num_microbatches)
-        self.optimizer.zero_grad()
+        self._start(plan)
         weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
         tokens = self._tokens(plan, program)
         runtime.clock.progress.enters("step")
-        return runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
+        scalars = runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
+        runtime.clock.progress.enters("optimizer")
+        return scalars
 
     def program(self, num_microbatches: int) -> Program:
         """What a step of so many microbatches a lane runs; a collective call when it is the first."""
@@ -142,7 +184,8 @@ class TrainStep:
     def _tokens(self, plan: StepPlan, program: Program) -> list[list[Tensor]]:
         mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size
         count = plan.num_microbatches * size
-        rows = self.loader.sequences(plan.first_sequence + mesh.dp_rank * count, count)
+        first = plan.first_sequence + mesh.dp_rank * count
+        rows = self.loader.rows(self.guard.skipped_data.numbers(first, count))
         return split_microbatches(rows.to(self.runtime.device), size, program.num_directions)
 
     def _sum_tied_embedding(self) -> None:
@@ -165,7 +208,20 @@ class TrainStep:
             seconds=seconds,
             microbatches=plan.num_microbatches * self.runtime.mesh.dp,
         )
-        return record_step(self.runtime, facts, scalars, total)
+        record, work_s = record_step(self.runtime, facts, scalars, total)
+        # The first step of a process says nothing: kernels are compiled and buffers made in it.
+        if self._watch is not None and not self.runtime.clock.progress.is_first_step:
+            self.stragglers = self._watch.update(work_s)
+            record["straggler_ratio"] = self._watch.worst
+        return record
+
+
+def _straggler_watch(runtime: Runtime) -> StragglerWatch | None:
+    """None where there is nobody to compare with, or nothing to compare by."""
+    mesh, ratio = runtime.mesh, runtime.config.reliability.straggler_ratio
+    if ratio is None or mesh.world_size == 1 or runtime.device.type != "cpu":
+        return None
+    return StragglerWatch(peers_of(mesh.data_groups(), mesh.world_size), ratio)
 
 
 def objective_weights(runtime: Runtime, num_microbatches: int, mtp_lambda: float) -> ObjectiveWeights:

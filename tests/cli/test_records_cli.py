@@ -90,9 +90,12 @@ def test_verify_says_good_or_names_what_is_damaged(run_dir: Path) -> None:
 
 def test_show_says_what_a_checkpoint_holds(run_dir: Path) -> None:
     text = call("checkpoint", "show", run_dir)
-    assert "step 20, 320 tokens, saved with pp 1, dp 1" in text and "weights-00000.safetensors" in text
+    assert (
+        "step 20, 320 tokens, 0 sequences, saved with pp 1, dp 1" in text
+        and "weights-00000.safetensors" in text
+    )
     fields = json.loads(call("checkpoint", "show", run_dir / "checkpoints" / "step_00000010", "--json"))
-    assert fields["step"] == 10
+    assert fields["position"]["step"] == 10
 
 
 def test_prune_keeps_the_newest_good_ones(run_dir: Path) -> None:

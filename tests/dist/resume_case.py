@@ -22,6 +22,7 @@ from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.optim.schedule import lr_at
 from moe_runtime.parallel.expert_load import move_biases
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.saving import TrainingState, capture, describe, load_state, with_ema
 from tests.dist.layout_case import Case, _sum_tied, batch, build, run_lane
 
@@ -34,7 +35,7 @@ def open_state(case: Case, rank: int, ema_decay: float | None = None) -> Trainin
     runtime = build(case, rank)
     optimizer = build_optimizer(runtime)
     peers = Peers(rank, dist.get_world_size(), runtime.groups.control)
-    return with_ema(TrainingState(runtime, optimizer, peers, ByteTokenizer()), ema_decay)
+    return with_ema(TrainingState(runtime, optimizer, peers, ByteTokenizer(), GuardState(8)), ema_decay)
 
 
 def advance(state: TrainingState, first: int, steps: int) -> list[float]:

@@ -17,6 +17,6 @@ def decisions_of(run_dir: Path) -> list[str]:
     """Overrides for `train`; empty if nothing was decided."""
     skipped = [line["step"] for line in read_jsonl(run_dir / METRICS_FILE) if line.get("skipped")]
     newest = list_steps(run_dir / CHECKPOINTS_DIR)
-    ranges = read_manifest(newest[0] / MANIFEST_NAME).state.get("skipped_data", []) if newest else []
+    ranges = read_manifest(newest[0] / MANIFEST_NAME).position.skipped if newest else ()
     overrides = [f"train.skip_updates={json.dumps(skipped)}"] if skipped else []
     return overrides + ([f"data.skip={json.dumps(ranges)}"] if ranges else [])

@@ -25,9 +25,9 @@ from pathlib import Path
 import psutil
 
 from moe_runtime.cli.supervise.stacks import ask_for_stacks, only_waits, stacks_file
-from moe_runtime.cli.supervise.starved import starved_s
 from moe_runtime.config.reliability import ReliabilityConfig
 from moe_runtime.parallel.beat import Beat, read_beat
+from moe_runtime.parallel.starved import starved_s
 
 _MISSED_BEATS = 2
 _STACKS_S = 0.3  # a signal handler in C has written by then

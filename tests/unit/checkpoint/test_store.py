@@ -1,9 +1,7 @@
 """Saving is whole or not at all; what comes back is bit for bit what went in."""
 
 import os
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,54 +150,6 @@ def test_a_folder_that_cannot_be_written_fails_the_save_with_the_reason(tmp_path
     outcome = store.save(10, contribution(10), META)
     assert isinstance(outcome, SaveFailed) and "checkpoints" in outcome.message
     assert "\n" not in outcome.message
-
-
-def _save_for_ever(run_dir: Path, ready: int) -> None:
-    store = open_store(run_dir, keep=2)
-    for step in range(11, 1_000_000):
-        store.save(step, contribution(step), META)
-        os.write(ready, b"!")
-
-
-def _kill_during_saves(run_dir: Path, delay_s: float) -> None:
-    """Let a child save checkpoint after checkpoint, and kill it `delay_s` after the first one."""
-    readable, ready = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            _save_for_ever(run_dir, ready)
-        finally:
-            os._exit(1)
-    os.read(readable, 1)
-    time.sleep(delay_s)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(readable)
-    os.close(ready)
-
-
-def _check_kills(run_dir: Path, kills: int) -> None:
-    save(run_dir, 10)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(kills):
-        _kill_during_saves(run_dir, 0.04 * float(torch.rand((), generator=generator)))
-        found = find_latest_good(run_dir / "checkpoints")
-        assert found.checkpoint is not None and not found.skipped
-        step = found.checkpoint.manifest.step
-        read = dict(read_tensors(found.checkpoint, ["embed.weight"]))
-        assert torch.equal(read["embed.weight"], weights(step)["embed.weight"])
-        assert step > 10
-        open_store(run_dir)
-        assert not [name for name in steps_on_disk(run_dir) if name.startswith(".")]
-
-
-def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    _check_kills(tmp_path, kills=8)
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_of_100_moments_of_a_save_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    _check_kills(tmp_path, kills=100)
 
 
 def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:

@@ -125,3 +125,22 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
         assert steps_in(folder / "m.jsonl") == list(range(1, 101))
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_roll_back_removes_later_steps_written_or_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = JsonLines(path)
+    for step in (1, 2, 3):
+        lines.append({"step": step})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        assert lines.append({"step": 4}) is not None, "the disk is full: the line waits"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    lines.keep_to(2)
+    lines.append({"step": 3})
+    lines.close()
+    assert steps_in(path) == [1, 2, 3]

@@ -1,0 +1,1 @@
+"""What is held against numbers that go wrong while a run trains."""

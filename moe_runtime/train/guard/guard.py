@@ -1,0 +1,68 @@
+"""Judges every step by its record: skipped steps in a row, and losses that stand out."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moe_runtime.config.reliability import GuardConfig
+from moe_runtime.errors import NumericsError
+from moe_runtime.metrics.recorder import Tell
+from moe_runtime.train.guard.skips import Blame, check_row, describe
+from moe_runtime.train.guard.spike import robust_z
+from moe_runtime.train.guard.state import GuardState
+
+
+class Guard:
+    """Decides from records and from its own state alone, so all ranks decide alike without asking.
+
+    Args:
+        config: the guard section.
+        state: what is remembered over steps.
+        tell: called with the kind of an event, its step, its message and fields.
+        left_out: steps, from 1, whose update the config leaves out.
+    """
+
+    def __init__(
+        self, config: GuardConfig, state: GuardState, tell: Tell, left_out: Collection[int] = ()
+    ) -> None:
+        self.config, self.state, self._tell = config, state, tell
+        self._left_out = frozenset(left_out)
+
+    def finds_spike(self, record: Mapping[str, Any], blames: list[Blame]) -> bool:
+        """Take a step into account; True if its loss is a spike and the run is to roll back.
+
+        Raises:
+            NumericsError: too many steps in a row were skipped; on every rank alike.
+        """
+        if record["skipped"]:
+            self._judge_skip(record, blames)
+        else:
+            self.state.skips_in_row = 0
+        return self._judge_loss(record["step"], record["loss"])
+
+    def _judge_skip(self, record: Mapping[str, Any], blames: list[Blame]) -> None:
+        step, norm = record["step"], record["grad_norm"]
+        if step in self._left_out:
+            self._tell("skipped", step, "update left out, as train.skip_updates says", grad_norm=norm)
+            return
+        self.state.skips_in_row += 1
+        what, row = describe(blames), self.state.skips_in_row
+        message = f"gradient norm {norm}, step skipped ({row} in a row): {what}"
+        self._tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
+        try:
+            check_row(row, self.config.max_skips, what)
+        except NumericsError as error:
+            self._tell("stopped", step, str(error))
+            raise
+
+    def _judge_loss(self, step: int, loss: float) -> bool:
+        limit, losses = self.config.spike_z, self.state.losses
+        z = robust_z(losses, loss)
+        is_judged = limit is not None and len(losses) == losses.maxlen
+        if math.isfinite(loss):
+            losses.append(loss)
+        if not is_judged or not z > limit:  # type: ignore[operator]
+            return False
+        rolls_back = self.config.spike_action == "roll_back" and self.state.roll_backs < self.config.spike_max
+        self._tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)
+        return rolls_back
