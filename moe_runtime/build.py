@@ -19,6 +19,7 @@ from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import total_steps
+from moe_runtime.config.difference import say_differences
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
@@ -392,4 +393,6 @@ def _check_same_config(config: RunConfig, peers: Peers) -> None:
     digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
-        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")
+        configs = peers.gather_json(config.model_dump(mode="json"))
+        said = f"ranks {odd} have another config than rank 0: {say_differences(configs[0], configs[odd[0]])}"
+        raise ConfigError(f"{said}; start all with the same command")
