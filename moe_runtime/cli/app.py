@@ -1,10 +1,8 @@
 """The `moe-runtime` command: registers the sub-commands, and turns errors into one line and a code."""
 
-import json
 import os
 import sys
 import traceback
-from pathlib import Path
 
 import typer
 
@@ -26,7 +24,7 @@ from moe_runtime.cli import (
 from moe_runtime.cli.ablate import command as ablate
 from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.plan import command as plan
-from moe_runtime.cli.torchrun import STATUS_DIR
+from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.config.secrets import redact
 from moe_runtime.errors import MoeRuntimeError
@@ -79,10 +77,7 @@ def _leave(code: int, message: str) -> None:
     """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
     message = redact(message)
     rank = os.environ.get("RANK", "0")
-    status = os.environ.get(STATUS_DIR)
-    if status:
-        Path(status, f"rank{rank}.json").write_text(json.dumps({"code": code, "message": message}))
-    elif rank == "0" or code != MoeRuntimeError.exit_code:
+    if not leave_status(rank, code, message) and (rank == "0" or code != MoeRuntimeError.exit_code):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.

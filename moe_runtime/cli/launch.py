@@ -7,7 +7,6 @@ process, several under torchrun, and with a hostfile under the `deepspeed` launc
 
 import argparse
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -16,8 +15,11 @@ from typing import Any
 
 import typer
 
-from moe_runtime.cli import generate, network, torchrun, train
+from moe_runtime.cli import generate, network, train
 from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.cli.supervise.job import Job, Machines
+from moe_runtime.cli.supervise.run import run_ranks
+from moe_runtime.cli.supervise.shrink import fit_shape
 from moe_runtime.cli.usage import OneLineParser, run_typer
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
@@ -33,7 +35,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         UsageMistake: an option is unknown, wrong, or does not go with the others or the command.
     """
     parser = OneLineParser(prog="launch.sh", allow_abbrev=False, description="Runs moe-runtime commands.")
-    parser.add_argument("--nnodes", type=_count, default=1, help="machines; start the same command on each")
+    parser.add_argument(
+        "--nnodes",
+        type=_counts,
+        default=(1, 1),
+        metavar="N|MIN:MAX",
+        help="machines; the same command on each",
+    )
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--master", metavar="HOST:PORT", help="machine 0, and a free port on it")
     parser.add_argument("--hostfile", type=Path, help="lines `host slots=N`; starts all through deepspeed")
@@ -60,8 +68,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> tuple[int, int]:
+    """`4` or `2:4`: the fewest machines that will do, and all of them."""
+    least, colon, most = text.partition(":")
+    pair = _count(least), _count(most if colon else least)
+    if pair[0] > pair[1]:
+        raise argparse.ArgumentTypeError(f"expected MIN:MAX with MIN not above MAX, got {text!r}")
+    return pair
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code (see `torchrun.run_ranks`)."""
+    """Runs a command; returns its exit code (see `run_ranks`)."""
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         if options.command[:1] == ["train"]:
@@ -69,9 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         processes = parse_generate(options.command[1:]) if options.command[:1] == ["generate"] else 1
         if processes == 1:
             return _become(options.command)
-        rendezvous = ["--nnodes=1", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
-        rendezvous.append(f"--master-port={network.free_port()}")
-        return _run_ranks(options, rendezvous, processes, {})
+        job = Job(_program(options), processes, _environment(processes, "127.0.0.1"))
+        return _run(job)
     except MoeRuntimeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -86,41 +102,43 @@ def _launch_train(options: argparse.Namespace) -> int:
         if config.device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
-    per_node = ranks_per_node(config, options.nnodes, options.nproc)
-    read_faults(split_orders(parameters["inject"] or ())[0], per_node * options.nnodes)
-    check_rendezvous(options)
-    if per_node * options.nnodes == 1:
-        return _become(options.command)
-    host, port = _master(options)
-    address = network.address_towards(host)
-    interface = network.interface_of(address) if address else None
-    network_of_ranks = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
-    rendezvous = [
-        f"--nnodes={options.nnodes}",
-        f"--node-rank={options.node_rank}",
-        f"--nproc-per-node={per_node}",
-        f"--master-addr={host}",
-        f"--master-port={port}",
-        *([f"--local-addr={address}"] if address else []),
-        f"--rdzv-conf=timeout={math.ceil(config.train.peer_timeout_s)}",
-    ]
-    return _run_ranks(options, rendezvous, per_node, network_of_ranks)
+    least, most = options.nnodes
+    per_node = ranks_per_node(config, most, options.nproc)
+    read_faults(split_orders(parameters["inject"] or ())[0], per_node * most)
+    fit_shape(config, least * per_node)
+    machines = this_machine(options)
+    job = Job(
+        _program(options),
+        per_node,
+        _environment(per_node, machines.address if machines else "127.0.0.1"),
+        config.reliability,
+        Path(config.out_dir) / config.name,
+        config.train.peer_timeout_s,
+        machines,
+        config,
+    )
+    return _run(job)
 
 
-def _run_ranks(
-    options: argparse.Namespace, rendezvous: list[str], per_node: int, environment: dict[str, str]
-) -> int:
-    """The command on `per_node` ranks under torchrun; what the user should read is printed."""
-    shared = {
+def _program(options: argparse.Namespace) -> tuple[str, ...]:
+    return ("-m", "moe_runtime", *options.command)
+
+
+def _environment(per_node: int, address: str) -> dict[str, str]:
+    """What ranks find in their environment, unless the user has set it otherwise."""
+    interface = network.interface_of(address)
+    return {
         # Else every rank would take all cores and they would slow each other down.
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // per_node)),
-        # With gloo, torchrun's own store hands a restarted rank the addresses of the dead ones.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # Else the store warns, for every connection, that the address has no name.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface}),
     }
-    program = ["-m", "moe_runtime", *options.command]
-    outcome = torchrun.run_ranks(rendezvous, program, shared | environment)
+
+
+def _run(job: Job) -> int:
+    """The exit code of a job; what the user should read is printed."""
+    outcome = run_ranks(job)
     if outcome.message:
         print(outcome.message, file=sys.stderr)
     return outcome.code
@@ -196,23 +214,33 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def check_rendezvous(options: argparse.Namespace) -> None:
-    """Raises ConfigError unless the machines can find each other."""
-    if not 0 <= options.node_rank < options.nnodes:
-        raise ConfigError(f"--node-rank: expected 0 to {options.nnodes - 1}, got {options.node_rank}")
-    if options.nnodes > 1 and options.master is None:
-        raise ConfigError("--master: expected HOST:PORT of machine 0, for there is more than one; got none")
-    if options.master is not None:
-        host, colon, port = options.master.rpartition(":")
-        if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-            raise ConfigError(f"--master: expected HOST:PORT, such as 10.0.0.1:29500, got {options.master}")
+def this_machine(options: argparse.Namespace) -> Machines | None:
+    """This machine among the others; None if there are none.
 
-
-def _master(options: argparse.Namespace) -> tuple[str, int]:
+    Raises:
+        ConfigError: the machines could not find each other.
+    """
+    least, most = options.nnodes
+    if not 0 <= options.node_rank < most:
+        raise ConfigError(f"--node-rank: expected 0 to {most - 1}, got {options.node_rank}")
     if options.master is None:
-        return "127.0.0.1", network.free_port()
-    host, _, port = options.master.rpartition(":")
-    return host, int(port)
+        if most > 1:
+            raise ConfigError(
+                "--master: expected HOST:PORT of machine 0, for there is more than one; got none"
+            )
+        return None
+    host, colon, port = options.master.rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"--master: expected HOST:PORT, such as 10.0.0.1:29500, got {options.master}")
+    if most == 1:
+        return None
+    address = network.address_towards(host)
+    if address is None:
+        raise ConfigError(f"--master: {host} has no address, or there is no route to it; give another name")
+    if network.is_public(host):
+        text = f"warning: --master {host} is a public address; whoever reaches it can disturb the run"
+        print(f"{text}: use a network of your own", file=sys.stderr)
+    return Machines(least, most, options.node_rank, host, int(port), address)
 
 
 def _become(command: list[str]) -> int:
@@ -225,4 +253,7 @@ def _become_program(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that waits on a link that was cut would hold up, or abort, a plain exit

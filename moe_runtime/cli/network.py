@@ -1,5 +1,6 @@
 """Addresses of this machine, found without asking a name server."""
 
+import ipaddress
 import socket
 
 import psutil
@@ -39,3 +40,8 @@ def address_towards(host: str) -> str | None:
             return str(probe.getsockname()[0])
     except OSError:
         return None
+
+
+def is_public(host: str) -> bool:
+    """Whether the address of a name is one of the open internet."""
+    return ipaddress.ip_address(socket.gethostbyname(host)).is_global

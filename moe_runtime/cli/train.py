@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +12,14 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.orphan import stop_with_parent
-from moe_runtime.cli.torchrun import STATUS_DIR
+from moe_runtime.cli.supervise.outcome import leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
+from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, PeerLost
-from moe_runtime.train.fault import read_faults, split_orders
+from moe_runtime.parallel.heartbeat import STATUS_DIR, Heartbeat
+from moe_runtime.parallel.progress import Progress
+from moe_runtime.train.fault import Fault, read_faults, split_orders
 
 
 def train(
@@ -35,6 +40,18 @@ def train(
     run = load_config(config, overrides or ())
     texts, orders = split_orders(inject or ())
     faults = read_faults(texts)
+    with _supervised(run.reliability.heartbeat_s) as follow:
+        _train(run, fresh, faults, orders, follow)
+
+
+def _train(
+    run: RunConfig,
+    fresh: bool,
+    faults: list[Fault],
+    orders: Path | None,
+    follow: Callable[[Progress], None],
+) -> None:
+    """Train as one rank; `follow` is given its marks."""
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
@@ -42,25 +59,37 @@ def train(
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
     from moe_runtime.train.guard.poison import poison
-    from moe_runtime.train.inject import Injector, began_at
+    from moe_runtime.train.inject import Injector
 
-    is_supervised = STATUS_DIR in os.environ
-    if is_supervised:
-        stop_with_parent()
     world = read_world(run.device)
     check_layout(run, world.world_size)
-    run_dir = Path(run.out_dir) / run.name
-    since = began_at(is_supervised) if fresh else 0.0
-    injector = Injector(faults, world.rank, run_dir, since, orders)
+    injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh, orders)
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
             ready = open_run(run, world, fresh=fresh)
+            ready.checkpoints.saver.store.at = lambda point: injector.at(f"save_{point}")
+            follow(ready.runtime.clock.progress)
             spoil = partial(poison, ready.runtime, ready.state.optimizer)
             injector.listen(ready.runtime.clock.progress, spoil)
-            loop.train(ready)
+            if not loop.train(ready):
+                leave_stopped(world.rank)
         except (RuntimeError, CommError) as error:
             raise _explain(error, world.rank) from error
+    for text in injector.left():
+        print(f"rank {world.rank}: --inject {text}: never came to its place", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _supervised(heartbeat_s: float) -> Iterator[Callable[[Progress], None]]:
+    """Tell this rank's launcher how it goes, if it has one of ours; gives what is to be told its marks."""
+    folder = os.environ.get(STATUS_DIR)
+    if folder is None:
+        yield lambda progress: None
+        return
+    stop_with_parent()
+    with Heartbeat(Path(folder), int(os.environ["RANK"]), heartbeat_s) as heartbeat:
+        yield heartbeat.follow
 
 
 def _explain(error: Exception, rank: int) -> Exception:

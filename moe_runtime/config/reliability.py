@@ -30,6 +30,9 @@ class ReliabilityConfig(Section):
     limits: TimeLimits = TimeLimits()
     restarts: Count = Field(3, description="restarts in a row that reach no new checkpoint; 0: none at all")
     back_off_s: PositiveFloat = Field(1.0, description="before the second restart in a row; doubles up to 60")
+    rejoin_s: PositiveFloat = Field(
+        30.0, description="wait for machines that left, or never came, before going on with fewer"
+    )
     private: bool = Field(True, description="a new run folder can be entered by its owner alone")
     straggler_ratio: Annotated[float, Field(gt=1.0)] | None = Field(
         1.5, description="a rank whose own work takes so many times the median's is told; null: none"

@@ -25,6 +25,7 @@ class ConsoleSink:
         total_steps, total_tokens: where the run ends; whichever comes first. None: no such end.
         log_every: steps between plain lines; evaluation steps and the last one always have a line.
         console: where to write; standard output if None.
+        attempt: number of the launcher's attempt; from the second on it stands in every line.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class ConsoleSink:
         total_tokens: int | None,
         log_every: int,
         console: Console | None = None,
+        attempt: int = 1,
     ) -> None:
+        self._head = [f"attempt {attempt}"] if attempt > 1 else []
         self._total_steps, self._total_tokens, self._log_every = total_steps, total_tokens, log_every
         self._console = console or Console(soft_wrap=True)
         self._first: tuple[float, float] | None = None  # (time, fraction done) when progress began
@@ -79,7 +82,7 @@ class ConsoleSink:
 
     def _line(self, record: Mapping[str, Any], left_s: float | None) -> str:
         end = f"/{self._total_steps}" if self._total_steps else ""
-        parts = [f"step {record['step']}{end}"]
+        parts = [*self._head, f"step {record['step']}{end}"]
         parts += [form.format(record[key]) for key, form in _SHOWN if record.get(key) is not None]
         if left_s is not None:
             parts.append(f"{clock(left_s)} left")

@@ -4,6 +4,8 @@ Every line goes to the kernel in one write as soon as it exists, so a killed pro
 it had finished. A write that fails (full disk) is undone and tried again with the next line: training
 goes on, and the file is complete once there is room. W&B's own file is flushed by blocks of 32 KiB and
 loses the last steps of a killed run, which is why it is a copy and this is the original.
+
+Lines are appended wherever the file ends: launchers add to the events of a run as well.
 """
 
 import json
@@ -28,7 +30,7 @@ class JsonLines:
     def __init__(self, path: Path, keep_to_step: int | None = None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o644)
         self._waiting = b""
         self.keep_to(keep_to_step)
 
@@ -39,9 +41,10 @@ class JsonLines:
             OSError: the file cannot be read or cut.
         """
         waiting = [line for line in self._waiting.splitlines(keepends=True) if not _is_past(line, step)]
-        self._end, self._waiting = _good_bytes(self.path, step), b"".join(waiting)
-        if self._end < os.fstat(self._file).st_size:
-            os.ftruncate(self._file, self._end)  # lines are in order of step: one cut, whole or not at all
+        self._waiting = b"".join(waiting)
+        good = _good_bytes(self.path, step)
+        if good < os.fstat(self._file).st_size:
+            os.ftruncate(self._file, good)  # lines are in order of step: one cut, whole or not at all
             os.fsync(self._file)
 
     def append(self, fields: dict[str, Any]) -> str | None:
@@ -63,14 +66,14 @@ class JsonLines:
         os.close(self._file)
 
     def _write(self) -> None:
+        end, rest = os.fstat(self._file).st_size, self._waiting
         try:
-            done = self._end
-            while self._waiting[done - self._end :]:
-                done += os.pwrite(self._file, self._waiting[done - self._end :], done)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
         except OSError:
-            os.ftruncate(self._file, self._end)
+            os.ftruncate(self._file, end)
             raise
-        self._end, self._waiting = done, b""
+        self._waiting = b""
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

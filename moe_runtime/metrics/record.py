@@ -31,6 +31,7 @@ KEYS = {
     "comm_rows_inter": "rows sent between nodes; in two_hop a token counts once for each node",
     "comm_rows_intra": "rows sent between ranks of a node; in two_hop a token counts once for each rank",
     "comm_rows_self": "rows that stayed on their rank",
+    "straggler_ratio": "own work of the slowest rank over that of its peers, median of the last steps",
     "max_violation": "mean over MoE layers of (max load - mean) / mean",
     "optim_numerics": "FP8 moments by parameter group, on reporting steps: see NUMERICS_KEYS",
     "layers": "per MoE layer, by its canonical prefix: see LAYER_KEYS",

@@ -34,6 +34,7 @@ class Recorder:
         resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
         console: where the console sink writes; standard output if None.
+        attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
 
     Raises:
         OSError: metrics.jsonl or events.jsonl cannot be opened (rank 0 only).
@@ -46,7 +47,9 @@ class Recorder:
         peers: Peers,
         resume_step: int = 0,
         console: Console | None = None,
+        attempt: int = 1,
     ) -> None:
+        self._attempt = attempt
         self._warned: set[str] = set()
         self._is_active = peers.is_first
         self._wandb: WandbSink | None = None
@@ -54,7 +57,7 @@ class Recorder:
             return
         run_dir = Path(run_dir)
         train, metrics = config.train, config.metrics
-        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console)
+        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
         self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
         if metrics.wandb != "off":
@@ -104,7 +107,7 @@ class Recorder:
             return
         values = {key: _safe(value) for key, value in fields.items()}
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        failure = self._events.append({"time": time, "kind": kind, **values})
+        failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
         if kind != "warning":
             self._note(failure)
 

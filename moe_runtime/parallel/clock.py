@@ -24,6 +24,7 @@ import torch
 from moe_comm.lane import Lane
 
 from moe_runtime.parallel.progress import Progress
+from moe_runtime.parallel.starved import own_starvation
 
 T = TypeVar("T")
 Span = tuple[str, str, float, float]  # lane, name, start, end
@@ -37,30 +38,52 @@ class Clock:
         exchange_wait_s: waited for expert exchanges.
         transfer_wait_s: waited for pipeline neighbours.
         exchange_s: expert exchanges were under way, those at the same time counted once.
+        worked_s: this rank's own work in the program, without its waits and without `starved`.
         peak_live: most microbatches alive at once.
         spans: of the step, if they are kept; else None.
         progress: what is under way now.
         has_exchanges: expert exchanges go to other ranks; else they are computation like any other.
         arrivals: waits for exchanges beside the rank's own thread, so that the moment of arrival is known
             also where the rank comes later; None: an exchange seems to fly until the rank comes.
+        starved: seconds in which the rank's own thread was ready and had no processor.
     """
 
     exchange_wait_s: float = 0.0
     transfer_wait_s: float = 0.0
     exchange_s: float = 0.0
+    worked_s: float = 0.0
     peak_live: int = 0
     spans: list[Span] | None = None
     progress: Progress = field(default_factory=Progress)
     has_exchanges: bool = True
     arrivals: Lane | None = None
+    starved: Callable[[], float] = float
+    _working_since: float = 0.0
+    _idle_since: float = 0.0
     _live: int = 0
     _flown_until: float = 0.0
 
     def restart(self, keep_spans: bool = False) -> None:
         """Begin a step: all sums from zero."""
-        self.exchange_wait_s = self.transfer_wait_s = self.exchange_s = 0.0
+        self.exchange_wait_s = self.transfer_wait_s = self.exchange_s = self.worked_s = 0.0
         self.peak_live = self._live
         self.spans = [] if keep_spans else None
+
+    def program_begins(self) -> None:
+        """The rank works from now on, except while it waits."""
+        self._working_since = self._working_time()
+
+    def program_ends(self) -> None:
+        """The rank's own work is done."""
+        self.worked_s += self._working_time() - self._working_since
+
+    def wait_begins(self) -> float:
+        """The rank stands still from now on; gives the time, which `waited` takes."""
+        self._idle_since = self._working_time()
+        return time.perf_counter()
+
+    def _working_time(self) -> float:
+        return time.perf_counter() - self.starved()
 
     def ran(self, lane: str, name: str, start: float) -> None:
         """A span ends now."""
@@ -68,8 +91,9 @@ class Clock:
             self.spans.append((lane, name, start, time.perf_counter()))
 
     def waited(self, cause: str, start: float) -> None:
-        """The rank stood still from `start` to now for an `exchange` or a `transfer`."""
+        """A wait for an `exchange` or a `transfer`, that began at `start`, ends now."""
         seconds = time.perf_counter() - start
+        self.worked_s -= self._working_time() - self._idle_since
         if cause == "exchange":
             self.exchange_wait_s += seconds
         else:
@@ -88,7 +112,7 @@ class Clock:
             arrived = self.arrivals.submit(partial(_and_time, wait), torch.device("cpu")).wait
 
         def finish() -> T:
-            begun = time.perf_counter()
+            begun = self.wait_begins()
             value, end = arrived()
             self.waited("exchange", begun)
             self.flew(name, start, end)
@@ -112,6 +136,17 @@ class Clock:
         self._live += change
         self.peak_live = max(self.peak_live, self._live)
         self.ran("live", str(self._live), time.perf_counter())
+
+
+def open_clock(ep: int, device: torch.device, ranks_per_node: int) -> Clock:
+    """The clock of a rank; call it on the rank's own thread.
+
+    Args:
+        ep: ranks of its expert group.
+    """
+    # Where exchanges block a thread, one beside the rank's own learns when each has arrived.
+    arrivals = Lane("arrivals") if ep > 1 and device.type == "cpu" else None
+    return Clock(has_exchanges=ep > 1, arrivals=arrivals, starved=own_starvation(ranks_per_node))
 
 
 def _and_time(wait: Callable[[], T]) -> tuple[T, float]:

@@ -116,6 +116,7 @@ class Executor:
         Raises:
             ActionFailed: an action raised; every rank of the run must end.
         """
+        self._clock.program_begins()
         self._program = program
         self._tokens = tokens
         self._weights = weights
@@ -135,6 +136,7 @@ class Executor:
                 where += f", {self._clock.progress.part}" * bool(self._clock.progress.part)
                 raise ActionFailed(f"{where}: {type(error).__name__}: {error}") from error
         self._drain()
+        self._clock.program_ends()
         return _sum_up(self._recorded, self._kept)
 
     def _enter(self, entry: Entry) -> None:
@@ -147,7 +149,7 @@ class Executor:
     def _drain(self) -> None:
         """Wait for the sends; check that nothing is left over."""
         self._clock.progress.runs("the end of the program, where sends are waited for")
-        begun = time.perf_counter()
+        begun = self._clock.wait_begins()
         self._departures.wait()
         self._clock.waited("transfer", begun)
         self._clock.progress.runs("")
@@ -268,7 +270,8 @@ class Executor:
         if self._program.placement[action.direction][neighbour] == self._pp_rank:
             return made_here.pop((action.direction, neighbour, action.microbatch))
         transfer, buffer = self._arriving.pop((kind, _key(action)))
-        begun = self._clock.progress.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
+        self._clock.progress.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
+        begun = self._clock.wait_begins()
         transfer.wait()
         self._clock.waited("transfer", begun)
         return buffer

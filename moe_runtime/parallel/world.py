@@ -5,6 +5,7 @@ own over an in-memory store, so that nothing above has to ask whether there is o
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.errors import ConfigError, PeerLost
+from moe_runtime.parallel.meeting import TOKEN, check_token, host_store, join_store
+
+ATTEMPT = "MOE_RUNTIME_ATTEMPT"
+# Of a full machine: the last one of a shrunk run may have fewer.
+RANKS_PER_NODE = "MOE_RUNTIME_RANKS_PER_NODE"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class World:
         local_rank: rank on this machine; picks the GPU.
         ranks_per_node: processes on each machine.
         device: where the model lives.
+        attempt: which start of the run's processes by one launcher this is, from 1.
     """
 
     rank: int
@@ -33,6 +40,7 @@ class World:
     local_rank: int
     ranks_per_node: int
     device: torch.device
+    attempt: int = 1
 
 
 def read_world(wanted_device: str) -> World:
@@ -46,7 +54,7 @@ def read_world(wanted_device: str) -> World:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    per_node = int(os.environ.get(RANKS_PER_NODE, os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
     has_gpu = torch.cuda.is_available()
     if wanted_device == "cuda" and not has_gpu:
         raise ConfigError("device: expected a GPU, got none that torch can use; set device=cpu")
@@ -57,7 +65,8 @@ def read_world(wanted_device: str) -> World:
             f"for {per_node} processes on this machine; use more machines or set device=cpu"
         )
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
-    return World(int(os.environ.get("RANK", "0")), world_size, local_rank, per_node, device)
+    rank, attempt = int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "1"))
+    return World(rank, world_size, local_rank, per_node, device, attempt)
 
 
 @contextmanager
@@ -76,10 +85,10 @@ def join_world(world: World, timeout_s: float) -> Iterator[None]:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     try:
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = _open_store(world, timeout_s)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout
+        )
     except (dist.DistError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         raise PeerLost(
@@ -89,6 +98,23 @@ def join_world(world: World, timeout_s: float) -> Iterator[None]:
     yield
     # Not in a `finally`: after a failure the peers may be gone, and destroying would wait for them.
     dist.destroy_process_group()
+
+
+def _open_store(world: World, timeout_s: float) -> dist.Store:
+    """Where the ranks meet: at their launcher's store, or under another launcher at rank 0's."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if TOKEN in os.environ:
+        store = join_store(address, port, timeout_s)
+        check_token(store, os.environ[TOKEN], f"{address}:{port}")
+        return store
+    if world.rank == 0:
+        # A machine may know its own name as loopback, where no other machine reaches it.
+        is_alone = world.ranks_per_node == world.world_size
+        is_hidden = not is_alone and socket.gethostbyname(address).startswith("127.")
+        return host_store("0.0.0.0" if is_hidden else address, port, timeout_s)
+    return join_store(address, port, timeout_s)
 
 
 def shared_store() -> dist.Store:

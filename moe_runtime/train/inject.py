@@ -30,6 +30,7 @@ from moe_runtime.parallel.progress import Progress
 from moe_runtime.train.fault import RARE_PHASES, Fault, read_faults
 
 FAULTS_FILE = "faults.jsonl"
+_FRESH = "fresh"  # a line of this kind parts two lives of a run folder
 _FORWARD_ONLY = ("dispatch", "combine")
 _SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
 
@@ -45,7 +46,7 @@ class Injector:
         faults: of all ranks.
         rank: global.
         run_dir: where faults.jsonl is; made if missing.
-        since: `time.time()`; faults written before it were made in another life of the folder (`--fresh`).
+        fresh: forget the faults that struck this rank before.
         orders: a file of further faults, read again whenever a step begins; it may not exist yet.
     """
 
@@ -54,7 +55,7 @@ class Injector:
         faults: Sequence[Fault],
         rank: int,
         run_dir: Path,
-        since: float = 0.0,
+        fresh: bool = False,
         orders: Path | None = None,
     ) -> None:
         self._file = run_dir / FAULTS_FILE
@@ -62,8 +63,10 @@ class Injector:
         self._poison: Callable[[str, str], object] | None = None
         self._factor = 1.0
         self._worked_s = 0.0  # thread time at the newest mark
-        self._rank, self._since, self._orders = rank, since, orders
+        self._rank, self._orders = rank, orders
         self._left: dict[Fault, int] = {}
+        if fresh and (orders is not None or any(fault.rank == rank for fault in faults)):
+            self._append({"kind": _FRESH, "rank": rank})
         self._add(faults)
 
     def listen(self, progress: Progress, poison: Callable[[str, str], object] | None) -> None:
@@ -87,7 +90,8 @@ class Injector:
     def _add(self, faults: Sequence[Fault]) -> None:
         """Take up this rank's faults that are not known, as often as they have not struck yet."""
         own = [fault for fault in faults if fault.rank == self._rank and fault not in self._left]
-        struck = strikes(self._file, self._since) if own else Counter()
+        lines = read_strikes(self._file) if own else []
+        struck = Counter((line["fault"], line["nth"]) for line in lines)
         self._left |= {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
 
     def _on_mark(self, progress: Progress) -> None:
@@ -115,22 +119,27 @@ class Injector:
         return step >= fault.step if is_late else step == fault.step
 
     def _write_down(self, fault: Fault) -> None:
-        """Add the line of a fault to the file, and wait until it is on the disk."""
         progress = self._progress
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "fault": fault.text,
-            "nth": fault.nth,
-            "kind": fault.kind,
-            "rank": fault.rank,
-            "step": progress.step,
-            "phase": fault.phase,
-            "target": fault.target,
-            "entry": progress.entry,
-            "part": progress.part,
-            "pid": os.getpid(),
-        }
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._append(
+            {
+                "kind": fault.kind,
+                "rank": fault.rank,
+                "step": progress.step,
+                "phase": fault.phase,
+                "target": fault.target,
+                "entry": progress.entry,
+                "part": progress.part,
+                "fault": fault.text,
+                "nth": fault.nth,
+                "pid": os.getpid(),
+            }
+        )
+
+    def _append(self, fields: Mapping[str, Any]) -> None:
+        """Add a line to the file, and wait until it is on the disk; ranks do so in no order."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+        self._file.parent.parent.mkdir(parents=True, exist_ok=True)
+        self._file.parent.mkdir(mode=0o700, exist_ok=True)  # as the run itself would, were it first
         file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.write(file, json.dumps(line).encode() + b"\n")
@@ -163,19 +172,15 @@ def phases_of(progress: Progress) -> tuple[str, ...]:
     return ("forward", label) if label in _FORWARD_ONLY else ("forward",)
 
 
-def strikes(file: Path, since: float = 0.0) -> Counter[tuple[str, int]]:
-    """How often each fault has struck, by its text and number, from `since` (`time.time()`) on."""
-    lines: Sequence[Mapping[str, Any]] = list(read_jsonl(file))
-    times = [datetime.fromisoformat(line["time"]).timestamp() for line in lines]
-    return Counter(
-        (line["fault"], line["nth"]) for line, struck in zip(lines, times, strict=True) if struck >= since
-    )
-
-
-def began_at(supervised: bool) -> float:
-    """`time.time()` when this life of the run began: its launcher's start, or this process's own."""
-    process = psutil.Process(os.getppid() if supervised else os.getpid())
-    return process.create_time()
+def read_strikes(file: Path) -> list[dict[str, Any]]:
+    """The lines of faults that struck since their rank was last told to begin afresh."""
+    found: list[dict[str, Any]] = []
+    for line in read_jsonl(file):
+        if line["kind"] == _FRESH:
+            found = [other for other in found if other["rank"] != line["rank"]]
+        else:
+            found.append(line)
+    return found
 
 
 def _exit(fault: Fault) -> None:

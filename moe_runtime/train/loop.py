@@ -1,6 +1,8 @@
 """The training loop: resume, step, validate, sample, save, until the end or until asked to stop."""
 
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +15,7 @@ from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
+from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
@@ -60,13 +63,16 @@ class Run:
         return self.state.runtime
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from where the run stands to its end; call within `join_world` on every rank.
+
+    Returns:
+        Whether the end was reached; else it was stopped, and is saved.
 
     Raises:
         CheckpointError: the last checkpoint could not be written.
     """
-    with StopRequest() as stop, _watchdog(run):
+    with StopRequest() as stop, nullcontext() if STATUS_DIR in os.environ else _watchdog(run):
         try:
             steps_done = _loop(run, stop)
         except (NumericsError, DataError):  # the ranks live: what they write is good
@@ -80,9 +86,11 @@ def train(run: Run) -> None:
         run.recorder.say(message)
     run.recorder.close()
     run.checkpoints.check()
+    return steps_done == run.end
 
 
 def _watchdog(run: Run) -> Watchdog:
+    """For ranks without a launcher of ours, which would watch them from outside."""
     mesh, limit_s = run.runtime.mesh, run.config.train.watchdog_s
     place = f"pp {mesh.pp_rank}, dp {mesh.dp_rank}"
     return Watchdog(shared_store(), run.runtime.clock, mesh.rank, mesh.world_size, place, limit_s)
@@ -110,6 +118,7 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
     record = run.step(step)
     step += 1
     _tell_choice(run)
+    _tell_stragglers(run, step)
     if step == run.start + 1:
         _tell_fp8(run)
     if step == run.config.metrics.trace_step:
@@ -153,6 +162,17 @@ def _check_numerics(run: Run, step: int, report: Report | None) -> None:
     for message in warnings:
         run.recorder.event("optim_numerics", step=step, message=message, stops=False)
         run.recorder.say(f"step {step}: warning: {message}")
+
+
+def _tell_stragglers(run: Run, step: int) -> None:
+    """Ranks that have become slow, or are so no more: they slow down all others, and only this says which."""
+    for found in run.step.stragglers:
+        what = "is slow" if found.is_slow else "is no longer slow"
+        message = (
+            f"rank {found.rank} {what}: its own work takes {found.ratio:.1f} times as long as its peers'"
+        )
+        run.recorder.event("straggler", step=step, rank=found.rank, ratio=found.ratio, is_slow=found.is_slow)
+        run.recorder.say(f"step {step}: {message}")
 
 
 def _tell_choice(run: Run) -> None:

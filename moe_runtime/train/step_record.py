@@ -1,8 +1,8 @@
 """Turns what every rank saw of a step into one record, with one reduction.
 
 Each number has exactly one owner: sums over microbatches come from the ranks that ran the last stage,
-per-layer loads from one holder of each stage, bytes and waits from every rank. So one summed vector
-over all ranks carries everything.
+per-layer loads from one holder of each stage, bytes, waits and own work from every rank. So one summed
+vector over all ranks carries everything.
 """
 
 from dataclasses import dataclass
@@ -48,16 +48,21 @@ class StepFacts:
     microbatches: int
 
 
-def record_step(runtime: Runtime, facts: StepFacts, scalars: StepScalars, total: Tensor) -> Record:
-    """The record of one step, alike on every rank.
+def record_step(
+    runtime: Runtime, facts: StepFacts, scalars: StepScalars, total: Tensor
+) -> tuple[Record, list[float]]:
+    """The record of one step, and each rank's own work in seconds; alike on every rank.
 
     Args:
         scalars: this rank's sums.
         total: int64 [held MoE layers, experts], counts over the global batch.
     """
     layers = all_moe_layers(runtime)
-    vector = torch.zeros(len(HEAD) + len(layers) * len(PER_LAYER), dtype=torch.float64)
-    head, rows = vector[: len(HEAD)], vector[len(HEAD) :].view(len(layers), len(PER_LAYER))
+    sizes = [len(HEAD), len(layers) * len(PER_LAYER), runtime.mesh.world_size]
+    vector = torch.zeros(sum(sizes), dtype=torch.float64)
+    head, flat, work = vector.split(sizes)
+    rows = flat.view(len(layers), len(PER_LAYER))
+    work[runtime.mesh.rank] = runtime.clock.worked_s
     head.copy_(torch.tensor(_head(runtime, facts, scalars), dtype=torch.float64))
     if runtime.mesh.is_stage_owner:
         for layer, values in _held_layers(runtime, total).items():
@@ -65,7 +70,8 @@ def record_step(runtime: Runtime, facts: StepFacts, scalars: StepScalars, total:
     if runtime.mesh.world_size > 1:
         dist.all_reduce(vector, group=runtime.groups.control)
     by_layer = dict(zip(layers, rows.tolist(), strict=True))
-    return _as_record(runtime, facts, dict(zip(HEAD, head.tolist(), strict=True)), by_layer)
+    record = _as_record(runtime, facts, dict(zip(HEAD, head.tolist(), strict=True)), by_layer)
+    return record, work.tolist()
 
 
 def all_moe_layers(runtime: Runtime) -> list[str]:

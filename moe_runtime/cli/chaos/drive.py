@@ -131,26 +131,25 @@ class Drive:
 
     def _comes_back(self, struck: Struck, at: float, kind: str, rank: int) -> None:
         """A new attempt does a step."""
-        most = self._watch.most
         event = self._until(lambda: self._after(at, "fault"), f"{struck.fault} to be detected")[0]
+        reached = self._watch.look()
         struck.detected_s = _seconds(event) - at
         struck.said = str(event["cause"])
         struck.attributed = event["rank"] == rank and _SIGNS[kind] in struck.said
-        self._recovered(struck, at, max(most, self._watch.most))
+        self._recovered(struck, at, reached)
 
     def _preempt(self, struck: Struck) -> None:
         """Ask as a scheduler does, wait for the end, and start again."""
-        self._watch.look()
         at = time.time()
         self._stop()
-        most = self._watch.most
+        reached = self._watch.look()
         self._launch()
-        self._recovered(struck, at, most)
+        self._recovered(struck, at, reached)
 
-    def _recovered(self, struck: Struck, at: float, most: int) -> None:
+    def _recovered(self, struck: Struck, at: float, reached: int) -> None:
         resumed = self._until(lambda: self._after(at, "attempt"), f"an attempt after {struck.fault}")[-1]
         done = int(resumed["step"])
-        struck.lost_steps = max(0, most - done)
+        struck.lost_steps = max(0, reached - done)
 
         def steps() -> bool:
             self._watch.look()

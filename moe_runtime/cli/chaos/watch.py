@@ -23,13 +23,11 @@ class Watch:
     Args:
         run_dir: its folder; may not exist yet.
         step: newest step done.
-        most: largest step done ever, also by an attempt that was lost.
         stamps: step -> seconds of `time.time()` when it was first seen in the present attempt.
     """
 
     run_dir: Path
     step: int = 0
-    most: int = 0
     stamps: dict[int, float] = field(default_factory=dict)
     _offset: int = 0
 
@@ -49,7 +47,6 @@ class Watch:
             for line in whole.splitlines():
                 self.step = int(json.loads(line)["step"])
                 self.stamps.setdefault(self.step, now)
-                self.most = max(self.most, self.step)
         return self.step
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:

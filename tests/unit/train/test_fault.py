@@ -14,7 +14,7 @@ import pytest
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.progress import Progress
 from moe_runtime.train.fault import KINDS, PHASES, Fault, read_faults
-from moe_runtime.train.inject import FAULTS_FILE, InjectedFault, Injector, began_at, phases_of
+from moe_runtime.train.inject import FAULTS_FILE, InjectedFault, Injector, phases_of, read_strikes
 
 
 def test_every_kind_is_read_with_all_its_parts() -> None:
@@ -93,8 +93,10 @@ def test_each_mark_begins_the_phases_that_it_should() -> None:
     assert seen == expected
 
 
-def injector(folder: Path, *texts: str, rank: int = 0, since: float = 0.0) -> tuple[Injector, Progress, list]:
-    made, progress, struck = Injector(read_faults(texts), rank, folder, since), Progress(), []
+def injector(
+    folder: Path, *texts: str, rank: int = 0, fresh: bool = False
+) -> tuple[Injector, Progress, list]:
+    made, progress, struck = Injector(read_faults(texts), rank, folder, fresh), Progress(), []
     made.listen(progress, lambda kind, target: struck.append((progress.step, progress.phase, kind, target)))
     return made, progress, struck
 
@@ -121,8 +123,11 @@ def test_equal_faults_strike_each_and_a_new_life_of_the_folder_begins_anew(tmp_p
     made, progress, _ = injector(tmp_path, text, text)
     walk(progress, 2)
     assert made.left() == []
-    assert injector(tmp_path, text, text, since=time.time() + 1)[0].left() == [text, text]
-    assert time.time() - 86400 * 30 < began_at(supervised=True) <= began_at(supervised=False) + 1
+    assert len(read_strikes(tmp_path / FAULTS_FILE)) == 2
+    injector(tmp_path, "raise:rank1:step2:data", rank=1, fresh=True)
+    assert len(read_strikes(tmp_path / FAULTS_FILE)) == 2  # of rank 0
+    assert injector(tmp_path, text, text, fresh=True)[0].left() == [text, text]
+    assert read_strikes(tmp_path / FAULTS_FILE) == []
 
 
 def test_numbers_are_struck_as_often_as_asked_for(tmp_path: Path) -> None:

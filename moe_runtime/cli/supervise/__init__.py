@@ -1,0 +1,1 @@
+"""What the launcher does while ranks live: watches, restarts, shrinks, and says how it ended."""
