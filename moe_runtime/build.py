@@ -12,7 +12,6 @@ import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
-from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
 from moe_runtime.checkpoint.background import BackgroundSaver
@@ -36,7 +35,7 @@ from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.groups import parameter_groups
-from moe_runtime.parallel.clock import Clock
+from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
@@ -45,7 +44,6 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
-from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -107,7 +105,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
+    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -283,16 +281,6 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
-    starved = own_starvation(ranks_per_node)
-    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
-
-
-def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
-    """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
-    return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
-
-
 def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
     if mesh.pp == 1:
         return None
@@ -339,7 +327,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
-    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)

@@ -41,7 +41,8 @@ class JsonLines:
             OSError: the file cannot be read or cut.
         """
         waiting = [line for line in self._waiting.splitlines(keepends=True) if not _is_past(line, step)]
-        good, self._waiting = _good_bytes(self.path, step), b"".join(waiting)
+        self._waiting = b"".join(waiting)
+        good = _good_bytes(self.path, step)
         if good < os.fstat(self._file).st_size:
             os.ftruncate(self._file, good)  # lines are in order of step: one cut, whole or not at all
             os.fsync(self._file)

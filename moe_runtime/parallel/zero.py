@@ -257,6 +257,11 @@ class ZeroOptimizer:
         """What this rank owns, one entry per group; masters are live tensors."""
         return list(self._partitions)
 
+    def spoil(self) -> None:
+        """This rank's gradients are worth nothing: let the norm tell all ranks, which then drop theirs."""
+        flat = self._engine.reduced(0) if self._partitions_grads else self._flat_accums[0]
+        flat[:1] = math.nan
+
     def flat_weights(self) -> list[Tensor]:
         """The model's weights as flat groups, padding included, live; one for each partition, in order."""
         return list(self._engine.bit16_groups_flat)

@@ -16,7 +16,7 @@ ROLLS_BACK = (
     "guard.spike_skip_steps=1",
 )
 # A learning rate of nothing: what is left of the loss is how its batches differ, so one will stand out.
-FLAT = ("optim.peak_lr=1e-6", "train.total_steps=16")
+FLAT = ("optim.peak_lr=1e-6", "train.total_steps=14", "layout.dp=1", "layout.ep=1")
 TRIALS = (
     Trial("nan", strikes=(Strike("nan", "grad", rank=1, step=3, phase="optimizer"),)),
     Trial("left_out", ("train.skip_updates=[3]",)),
@@ -25,7 +25,6 @@ TRIALS = (
         ("guard.max_skips=3",),
         strikes=(Strike("inf", "grad", rank=2, step=3, phase="optimizer", times=5),),
     ),
-    Trial("spiky", (*ROLLS_BACK, *FLAT)),
 )
 
 
@@ -68,14 +67,15 @@ def test_steps_skipped_in_a_row_end_the_run_on_all_ranks(runs: tuple) -> None:
 
 def test_a_spike_rolls_back_and_goes_on_as_a_clean_run_without_that_data(runs: tuple) -> None:
     config, _ = runs
+    run_ranks(do_trials, 2, config, (Trial("spiky", (*ROLLS_BACK, *FLAT)),))
     (event,) = events(config, "spiky", "roll_back")
     steps = [record["step"] for record in records(config, "spiky")]
-    assert steps == list(range(1, 17)), "each step has one record, that of the run that counts"
+    assert steps == list(range(1, 15)), "each step has one record, that of the run that counts"
     assert 8 < event["step"] and event["to_step"] == (event["step"] - 1) // 2 * 2
     skipped = 8 * (event["step"] - event["to_step"] + 1)  # and the step that spike_skip_steps adds
     assert event["data_skip"] == [[8 * event["to_step"], skipped]]
     clean = Trial("clean", (*FLAT, f"data.skip={event['data_skip']}"))
-    run_ranks(do_trials, RANKS, config, (clean,))
+    run_ranks(do_trials, 2, config, (clean,))
     assert digests(config, "spiky") == digests(config, "clean")
     losses = [[record["loss"] for record in records(config, name)] for name in ("spiky", "clean")]
     assert losses[0] == losses[1]
