@@ -3,7 +3,6 @@
 Whatever one rank finds wrong here, all ranks say alike.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.store import CheckpointStore
 from moe_runtime.config.derive import total_steps
-from moe_runtime.config.difference import say_differences
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
@@ -55,6 +53,7 @@ from moe_runtime.train.open_data import open_data
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
+from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
@@ -295,7 +294,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
-    _check_same_config(config, peers)
+    check_same_config(config, peers)
     tokenizer, train_loader, validation_loader = open_data(config, peers)
     runtime = build_runtime(
         config,
@@ -364,13 +363,3 @@ def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, a
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error
-
-
-def _check_same_config(config: RunConfig, peers: Peers) -> None:
-    """Ranks with different settings would compute nonsense, or wait for each other for ever."""
-    digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        configs = peers.gather_json(config.model_dump(mode="json"))
-        said = f"ranks {odd} have another config than rank 0: {say_differences(configs[0], configs[odd[0]])}"
-        raise ConfigError(f"{said}; start all with the same command")
