@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.cli.testbed.links import Testbed, open_testbed, require_tools
+from moe_runtime.cli.testbed import links
 from moe_runtime.errors import ConfigError
 from tests.cli import far_link
 from tests.cli.small_run import ROOT, digests, run, steps_done, write_config
@@ -20,13 +20,15 @@ pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 _PORT = 29_517
 _LAYOUT = {"pp": 1, "dp": 2, "ep": 1}
+# With FP8 moments a change of layout moves the blocks that share a scale, which costs more than 1e-5.
+_EXACT = {"moments": "fp32", "peak_lr": 1e-3}
 _STEPS = 8
 
 
 @pytest.fixture(autouse=True)
 def _needs_namespaces() -> None:
     try:
-        require_tools()
+        links.require_tools()
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -39,18 +41,23 @@ def _losses(run_dir: Path) -> dict[int, float]:
 def _clean(folder: Path, steps: int) -> Path:
     """The same run on one machine, undisturbed."""
     folder.mkdir()
-    config = write_config(folder, layout=_LAYOUT, train__eval_every=0, train__checkpoint_every=0)
+    changes = {"layout": _LAYOUT, "optim": _EXACT, "train__eval_every": 0}
+    config = write_config(folder, train__checkpoint_every=0, **changes)
     code, output = run("train", str(config), f"train.total_steps={steps}")
     assert code == 0, output
     return folder / "runs" / "small"
 
 
 def test_machines_that_die_are_cut_off_and_come_back_cost_nothing_but_time(tmp_path: Path) -> None:
-    config = write_config(tmp_path, layout=_LAYOUT, train__eval_every=0, train__checkpoint_every=1)
+    changes = {"layout": _LAYOUT, "optim": _EXACT, "train__eval_every": 0}
+    config = write_config(tmp_path, train__checkpoint_every=1, **changes)
     command = ["train", str(config), "train.total_steps=100000", "reliability.rejoin_s=3"]
     options = ["--nnodes", "1:2", "--master", f"10.83.0.1:{_PORT}"]
     took: dict[str, float] = {}
-    with open_testbed(2, None) as testbed, two_machines(testbed, tmp_path, command, options) as machines:
+    with (
+        links.open_testbed(2, None) as testbed,
+        two_machines(testbed, tmp_path, command, options) as machines,
+    ):
         machines.goes_on(1)
         machines.kill(1)
         took["killed: fault told"] = machines.wait(lambda: machines.events("fault"), "the fault")
@@ -79,7 +86,7 @@ def test_machines_that_die_are_cut_off_and_come_back_cost_nothing_but_time(tmp_p
 
 
 @contextmanager
-def _far(testbed: Testbed, delay_ms: float, loss: float) -> Iterator[None]:
+def _far(testbed: links.Testbed, delay_ms: float, loss: float) -> Iterator[None]:
     holders = [str(holder) for holder in testbed.holders]
     command = [sys.executable, "-m", "tests.cli.far_link", *holders, str(delay_ms), str(loss)]
     pipe = subprocess.PIPE
@@ -103,11 +110,12 @@ def clean_digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_slow_or_lossy_link_changes_the_time_and_not_one_bit(
     delay_ms: float, loss: float, tmp_path: Path, clean_digests: dict[str, str]
 ) -> None:
-    config = write_config(tmp_path, layout=_LAYOUT, train__eval_every=0, train__checkpoint_every=0)
+    changes = {"layout": _LAYOUT, "optim": _EXACT, "train__eval_every": 0}
+    config = write_config(tmp_path, train__checkpoint_every=0, **changes)
     command = ["train", str(config), f"train.total_steps={_STEPS}"]
     options = ["--nnodes", "2", "--master", f"{far_link.address(0)}:{_PORT}"]
     with (
-        open_testbed(2, None) as testbed,
+        links.open_testbed(2, None) as testbed,
         _far(testbed, delay_ms, loss),
         two_machines(testbed, tmp_path, command, options) as machines,
     ):

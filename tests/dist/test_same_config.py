@@ -4,10 +4,10 @@ import time
 
 import torch.distributed as dist
 
-from moe_runtime.build import _check_same_config
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.train.same_config import check_same_config
 from tests.ranks import run_ranks
 
 
@@ -15,7 +15,7 @@ def _said(rank: int, world_size: int) -> tuple[str, float]:
     config = load_config("quickstart", ["seed=5", "train.total_steps=7"] if rank == 1 else [])
     begin = time.monotonic()
     try:
-        _check_same_config(config, Peers(rank, world_size, dist.group.WORLD))
+        check_same_config(config, Peers(rank, world_size, dist.group.WORLD))
     except ConfigError as error:
         return str(error), time.monotonic() - begin
     return "", 0.0
