@@ -3,7 +3,6 @@
 Whatever one rank finds wrong here, all ranks say alike.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
-from moe_comm.lane import Lane
 from moe_comm.placement import Placement
 
 from moe_runtime.checkpoint.background import BackgroundSaver
@@ -33,7 +31,7 @@ from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.groups import parameter_groups
-from moe_runtime.parallel.clock import Clock
+from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
@@ -42,7 +40,6 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
-from moe_runtime.parallel.starved import own_starvation
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
@@ -56,6 +53,7 @@ from moe_runtime.train.open_data import open_data
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
+from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
@@ -104,7 +102,7 @@ def build_runtime(
     casts = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), _clock(mesh, device, ranks_per_node)
+    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
     sink.install(param for _, param in named)
     layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
     load = ExpertLoad(layers, config.model.num_experts, device)
@@ -280,16 +278,6 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _clock(mesh: Mesh, device: torch.device, ranks_per_node: int) -> Clock:
-    starved = own_starvation(ranks_per_node)
-    return Clock(has_exchanges=mesh.ep > 1, arrivals=_arrivals(mesh, device), starved=starved)
-
-
-def _arrivals(mesh: Mesh, device: torch.device) -> Lane | None:
-    """Where exchanges block a thread, one beside the rank's own learns when each has arrived."""
-    return Lane("arrivals") if mesh.ep > 1 and device.type == "cpu" else None
-
-
 def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
     if mesh.pp == 1:
         return None
@@ -306,7 +294,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
-    _check_same_config(config, peers)
+    check_same_config(config, peers)
     tokenizer, train_loader, validation_loader = open_data(config, peers)
     runtime = build_runtime(
         config,
@@ -375,11 +363,3 @@ def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, a
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error
-
-
-def _check_same_config(config: RunConfig, peers: Peers) -> None:
-    """Ranks with different settings would compute nonsense, or wait for each other for ever."""
-    digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")

@@ -24,6 +24,7 @@ import torch
 from moe_comm.lane import Lane
 
 from moe_runtime.parallel.progress import Progress
+from moe_runtime.parallel.starved import own_starvation
 
 T = TypeVar("T")
 Span = tuple[str, str, float, float]  # lane, name, start, end
@@ -135,6 +136,17 @@ class Clock:
         self._live += change
         self.peak_live = max(self.peak_live, self._live)
         self.ran("live", str(self._live), time.perf_counter())
+
+
+def open_clock(ep: int, device: torch.device, ranks_per_node: int) -> Clock:
+    """The clock of a rank; call it on the rank's own thread.
+
+    Args:
+        ep: ranks of its expert group.
+    """
+    # Where exchanges block a thread, one beside the rank's own learns when each has arrived.
+    arrivals = Lane("arrivals") if ep > 1 and device.type == "cpu" else None
+    return Clock(has_exchanges=ep > 1, arrivals=arrivals, starved=own_starvation(ranks_per_node))
 
 
 def _and_time(wait: Callable[[], T]) -> tuple[T, float]:
