@@ -3,7 +3,6 @@
 Whatever one rank finds wrong here, all ranks say alike.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,7 @@ from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
-from moe_runtime.data.prepare import ensure_prepared
-from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import ConfigError, DataError
+from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
@@ -54,9 +49,11 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
+from moe_runtime.train.open_data import open_data
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
+from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
@@ -297,8 +294,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
-    _check_same_config(config, peers)
-    tokenizer, train_loader, validation_loader = _open_data(config, peers)
+    check_same_config(config, peers)
+    tokenizer, train_loader, validation_loader = open_data(config, peers)
     runtime = build_runtime(
         config,
         layout,
@@ -327,7 +324,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
-    guard = Guard(config.guard, state.guard, recorder.tell, config.train.skip_updates)
+    guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
@@ -357,25 +354,6 @@ def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fre
     return [begin_from(path, runtime, first_expert, peers)]
 
 
-def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader, BatchLoader]:
-    """Rank 0 prepares what is missing; then every rank opens the same shards, train and validation."""
-    peers.first_does(lambda: ensure_prepared(config.data, config.seed), (DataError,))
-
-    def open_all() -> tuple[Tokenizer, BatchLoader, BatchLoader]:
-        ensure_prepared(config.data, config.seed)
-        folder = Path(config.data.path)
-        train, validation = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
-        loaders = _loader(config, train, config.seed), _loader(config, validation, VALIDATION_SEED)
-        return train.load_tokenizer(), *loaders
-
-    return peers.alike(open_all, (DataError,))
-
-
-def _loader(config: RunConfig, dataset: TokenDataset, seed: int) -> BatchLoader:
-    model = config.model
-    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, seed, model.vocab_size)
-
-
 def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
@@ -385,11 +363,3 @@ def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, a
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error
-
-
-def _check_same_config(config: RunConfig, peers: Peers) -> None:
-    """Ranks with different settings would compute nonsense, or wait for each other for ever."""
-    digests = peers.gather_json(hashlib.sha256(dump_config(config).encode()).hexdigest())
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise ConfigError(f"ranks {odd} have another config than rank 0; start all with the same command")

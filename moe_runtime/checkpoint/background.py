@@ -89,8 +89,10 @@ class BackgroundSaver:
         Raises:
             RuntimeError: a collective of the save failed, most likely because a rank died.
         """
-        running, self._running = self._running, None
-        return None if running is None else running.result()
+        try:
+            return None if self._running is None else self._running.result()
+        finally:
+            self._running = None
 
     def latest_good(self) -> Found:
         """The newest checkpoint that verifies, alike on every rank; no save may be running."""

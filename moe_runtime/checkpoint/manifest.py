@@ -110,6 +110,12 @@ class Slot(Entry):
     offset: Count
     first_expert: Count | None = None
 
+    @model_validator(mode="after")
+    def _experts_are_stacked(self) -> Self:
+        if self.first_expert is not None and not self.shape:
+            raise ValueError(f"{self.param}: a stack of experts has an axis")
+        return self
+
 
 class PartitionEntry(Entry):
     """The share of one flat optimizer group that one rank owns.

@@ -273,6 +273,7 @@ class CheckpointStore:
         fsync_folder(tmp)
         self.at("rename")
         replace_folder(tmp, self.dir / step_name(step))
+        fsync_folder(self.dir.parent)  # the first checkpoint made the folder of all
 
 
 def _describe(part: PartitionState, file: str) -> dict[str, Any]:

@@ -253,4 +253,7 @@ def _become_program(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that waits on a link that was cut would hold up, or abort, a plain exit

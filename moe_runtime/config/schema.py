@@ -308,6 +308,9 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="of documents")
     fim_rate: Fraction = Field(0.0, description="share of documents rewritten prefix-suffix-middle")
     document_mask: bool = Field(False, description="attend within a document only")
+    bad: Literal["stop", "skip"] = Field(
+        "stop", description="an id that the model has no row for: end the run, or skip the step that read it"
+    )
     skip: tuple[tuple[Count, PositiveInt], ...] = Field(
         (), description="[first, count] of sequences, numbered from the start of training, to pass over"
     )

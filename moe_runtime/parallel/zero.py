@@ -142,7 +142,11 @@ class ZeroOptimizer:
             grad_clip=grad_clip,
             accum_dtype=self._accum_dtype,
             bucket_elements=bucket,
-            to_owners=min(bucket, largest // dist.get_world_size(dp_group)) >= _OWNER_MESSAGE,
+            to_owners=_all_agree(
+                min(bucket, largest // dist.get_world_size(dp_group)) >= _OWNER_MESSAGE,
+                norm_group,
+                self._named[0][1].device,
+            ),
         )
         self._partitions = [self._describe(i, lay_out(ps, names)) for i, ps in enumerate(self._members)]
         for own, partition in zip(self.client.param_groups, self._partitions, strict=True):
@@ -257,6 +261,11 @@ class ZeroOptimizer:
         """What this rank owns, one entry per group; masters are live tensors."""
         return list(self._partitions)
 
+    def spoil(self) -> None:
+        """This rank's gradients are worth nothing: let the norm tell all ranks, which then drop theirs."""
+        flat = self._engine.reduced(0) if self._partitions_grads else self._flat_accums[0]
+        flat[:1] = math.nan
+
     def flat_weights(self) -> list[Tensor]:
         """The model's weights as flat groups, padding included, live; one for each partition, in order."""
         return list(self._engine.bit16_groups_flat)
@@ -321,6 +330,18 @@ class ZeroOptimizer:
             num_owners=dist.get_world_size(owners),
             master=master,
         )
+
+
+def _all_agree(verdict: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """True if it is true on every rank of the group.
+
+    Stages must reduce in one way: another adds up in another order, and the two copies of a tied embedding
+    would no longer be the same bits.
+    """
+    flag = torch.tensor([int(verdict)], device=device)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())
 
 
 def _compare_norms(ours: float, theirs: float) -> None:

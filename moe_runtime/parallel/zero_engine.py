@@ -136,6 +136,10 @@ class ZeroEngine(DeepSpeedZeroOptimizer):
                 size, dtype = self.reduce_bucket_size, self.communication_data_type
                 bucket.buffer.append(torch.empty(size, dtype=dtype, device=self.device))
                 bucket.index = 0
+            if bucket.params and getattr(param, "is_tied", False):
+                # Alone in its bucket: where it begins decides in which order ranks are added up, and the two
+                # stages that hold a copy must come to the same bits.
+                self.reduce_ipg_grads()
             self.reduce_ready_partitions_and_remove_grads(param, self._group_of[id(param)])
             if param.numel() > self.reduce_bucket_size:
                 self.reduce_ipg_grads()  # it did not fit into the bucket, so it goes alone, now

@@ -1,9 +1,10 @@
-"""What a manifest says for people: the schedules' values at the next step, and what randomness hangs on.
+"""What a manifest says for people: layout, the schedules' values at the next step, what randomness hangs on.
 
-Nothing of it is read back. Schedules follow from config and position, and no random number depends on earlier
-ones of another step: each use hashes the seed with what it is used for.
+Nothing of it is needed to resume. Schedules follow from config and position, and no random number depends on
+earlier ones of another step: each use hashes the seed with what it is used for.
 """
 
+from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 
@@ -13,6 +14,17 @@ _COUNTED_BY = {
     "rounding_of_moments": "step, parameter group and element",
     "samples": "token; each sample begins anew",
 }
+
+
+def layout_facts(layout: ResolvedLayout) -> dict[str, int | str]:
+    """How ranks share the model."""
+    return {
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "ep": layout.ep,
+        "world_size": layout.world_size,
+        "schedule": layout.schedule,
+    }
 
 
 def schedules_at(config: RunConfig, step: int, tokens: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from moe_runtime.config.schema import YarnConfig
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
+from moe_runtime.train.position import layout_facts
 from moe_runtime.train.saving import TrainingState, load_state
 
 # Keys of the model that a run may change when it begins with given weights: YaRN, as context extension does.
@@ -77,4 +78,14 @@ def resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[i
     if found.checkpoint is None:
         return 0, said
     start = load_state(state, found.checkpoint)
-    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}"]
+    moved = other_layout(found.checkpoint, state)
+    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}{moved}"]
+
+
+def other_layout(checkpoint: Checkpoint, state: TrainingState) -> str:
+    """What to say where layout or form of moments are not those of the checkpoint; empty if they are."""
+    manifest = checkpoint.manifest
+    now = {**layout_facts(state.runtime.layout), "moments": state.runtime.config.optim.moments}
+    was = {**manifest.layout, "moments": manifest.config.get("optim", {}).get("moments")}
+    differing = [f"{key} {was.get(key)} -> {now[key]}" for key in now if was.get(key) != now[key]]
+    return f", saved in another layout: {', '.join(differing)}" if differing else ""

@@ -30,7 +30,7 @@ from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.zero import ZeroOptimizer
 from moe_runtime.train.guard.state import GuardState
-from moe_runtime.train.position import rng_facts, schedules_at
+from moe_runtime.train.position import layout_facts, rng_facts, schedules_at
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,7 @@ def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
     return SaveMeta(
         tokens=tokens,
         config=config.model_dump(mode="json"),
-        layout={
-            "pp": layout.pp,
-            "dp": layout.dp,
-            "ep": layout.ep,
-            "world_size": layout.world_size,
-            "schedule": layout.schedule,
-        },
+        layout=layout_facts(layout),
         state={"tokenizer": state.tokenizer.name, "guard": state.guard.to_json()} | separator,
         sequences=sequences_before(config, layout, step),
         skipped=state.guard.skipped_data.ranges,

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from moe_runtime.config.derive import batch_size_at, tokens_before
 from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.vocabulary import Ids
+from moe_runtime.errors import DataError
 from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 from moe_runtime.parallel.executor import StepScalars
@@ -90,6 +92,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.loader = loader
         self.blames: list[Blame] = []
+        self._bad_data: str | None = None
         self._programs: dict[int, Program] = {}
         self._watch = _straggler_watch(runtime)
         self.stragglers: list[Straggler] = []
@@ -133,7 +136,7 @@ class TrainStep:
         result = self.optimizer.step(plan.lr, plan.applies)
         self.blames = []
         if result.skipped:
-            self.blames = gather_blame(result.culprits, runtime)
+            self.blames = gather_blame(result.culprits, runtime, self._bad_data)
         else:
             move_biases(runtime.chunks, runtime.load, total, plan.gamma)
             self.integrity.take()
@@ -172,6 +175,8 @@ class TrainStep:
         tokens = self._tokens(plan, program)
         runtime.clock.progress.enters("step")
         scalars = runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
+        if self._bad_data is not None:
+            self.optimizer.spoil()
         runtime.clock.progress.enters("optimizer")
         return scalars
 
@@ -190,8 +195,17 @@ class TrainStep:
         mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size
         count = plan.num_microbatches * size
         first = plan.first_sequence + mesh.dp_rank * count
-        rows = self.loader.rows(self.guard.skipped_data.numbers(first, count))
+        rows = self._rows(self.guard.skipped_data.numbers(first, count))
         return split_microbatches(rows.to(self.runtime.device), size, program.num_directions)
+
+    def _rows(self, numbers: Ids) -> Tensor:
+        """Tokens of these sequences; zeros in place of bad ones, for the others wait for this rank."""
+        self._bad_data = None
+        try:
+            return self.loader.rows(numbers)
+        except DataError as error:
+            self._bad_data = str(error)
+            return torch.zeros(len(numbers), self.loader.row_tokens, dtype=torch.int64)
 
     def _sum_tied_embedding(self) -> None:
         """Both copies of a tied embedding get the sum of both gradients, and stay equal."""

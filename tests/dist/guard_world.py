@@ -14,7 +14,7 @@ import torch
 from moe_runtime.build import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.config.load import load_config
-from moe_runtime.errors import NumericsError
+from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.parallel.progress import Progress
 from moe_runtime.parallel.world import World
 from moe_runtime.train.guard.poison import poison
@@ -84,7 +84,7 @@ def _do(rank: int, world_size: int, config: str, trial: Trial) -> Outcome:
             _arm(run, strike, hit)
     try:
         train(run)
-    except NumericsError as error:
+    except (NumericsError, DataError) as error:
         return Outcome(str(error), hit)
     return Outcome(None, hit)
 

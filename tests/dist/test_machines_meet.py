@@ -26,9 +26,22 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
+_made: list[ManyMachines] = []
+
+
+@pytest.fixture(autouse=True)
+def _all_end() -> Iterator[None]:
+    """A thread that is inside the store when Python ends would abort it."""
+    yield
+    for machine in sorted(_made, key=lambda made: -made._machines.rank):  # machine 0 has the store
+        machine.shutdown()
+    _made.clear()
+
+
 def _machine(rank: int, port: int, least: int, config: dict[str, Any] = _CONFIG) -> ManyMachines:
     place = Machines(least, 2, rank, "127.0.0.1", port, "127.0.0.1")
-    return ManyMachines(place, config, timeout_s=20.0, rejoin_s=1.0)
+    _made.append(ManyMachines(place, config, timeout_s=20.0, rejoin_s=1.0))
+    return _made[-1]
 
 
 def _until(found: Callable[[], Any], limit_s: float = 30.0) -> Any:

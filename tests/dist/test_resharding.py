@@ -1,5 +1,6 @@
 """A checkpoint of any layout goes on in any other: state bit for bit, the next loss to 1e-6."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from moe_runtime.checkpoint.slices import SliceReader
 from moe_runtime.checkpoint.stored_moments import stored_form
 from moe_runtime.train.saving import TrainingState
 from tests.dist.layout_case import Case
-from tests.dist.resume_case import Live, advance, digests, join, live, load, open_state, save
+from tests.cli.small_run import write_config
+from tests.dist.resume_case import Live, advance, digests, join, live, load, open_state, save, with_layout
+from tests.dist.golden_checkpoint import CASES
+from tests.unit.checkpoint.test_golden import RUNS
+from tests.dist.test_ema_layouts import averages, short_run
 from tests.ranks import run_ranks
 
 STEPS = 2
@@ -35,11 +40,9 @@ LAYOUTS: dict[str, dict] = {
     "pp4 dp2 ep2 dualpipe": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipe"},
 }
 # From, to, moments there, moments here.
-FEW = [
-    ("pp2 dp2 ep2 dualpipe", "dp4 ep4", "fp8", "fp8"),
-    ("pp2 dp2 ep2 1f1b", "pp4 dualpipe", "bf16", "fp32"),
-]
+FEW = [("pp2 dp2 ep2 1f1b", "pp4 dualpipe", "bf16", "fp32")]
 MANY = [
+    ("pp2 dp2 ep2 dualpipe", "dp4 ep4", "fp8", "fp8"),
     ("pp4 dp2 ep2 dualpipe", "one", "fp32", "fp32"),
     ("one", "pp4 dp2 ep2 dualpipe", "fp8", "fp8"),
     ("pp4 dp2 ep2 dualpipe", "pp2 dp4 ep4 1f1b", "fp8", "fp8"),
@@ -171,6 +174,21 @@ def test_state_goes_through_more_than_twenty_pairs_of_layouts(tmp_path: Path) ->
     check_pairs(MANY, str(tmp_path), sequences=16)
 
 
+def _load_golden(rank: int, world_size: int, runs: list[Path]) -> list[dict[str, str]]:
+    """What each golden checkpoint is in a single process."""
+    said = []
+    for run in runs:
+        state = open_state(with_layout(CASES[run.name], {}, 8), rank)
+        load(state, str(run))
+        said.append(digests(live(state)))
+    return said
+
+
+def test_golden_checkpoints_of_every_format_go_on_in_a_single_process() -> None:
+    (said,) = run_ranks(_load_golden, 1, RUNS)
+    assert said == [json.loads((run / "state.json").read_text()) for run in RUNS]
+
+
 def _begin(rank: int, world_size: int, case: Case, folder: str) -> tuple[Live, list[float]]:
     """Two steps, a checkpoint, and two steps more as if nothing had happened."""
     state = open_state(case, rank)
@@ -201,3 +219,23 @@ def test_a_dualpipe_run_goes_on_alone_and_comes_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(middle[0][2], straight[2], rtol=1e-6)
     # After an update whose FP8 moments were rounded by other noise.
     np.testing.assert_allclose(back[0][2], straight[3], rtol=1e-3)
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_real_run_takes_up_its_data_and_average_in_another_layout(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, layout={}, optim__moments="fp32", train__eval_every=0))
+    two = ("layout.dp=2", "layout.ep=2")
+    run_ranks(short_run, 2, config, (*two, "name=straight", "train.total_steps=4"))
+    run_ranks(short_run, 2, config, (*two, "name=moved", "train.total_steps=2"))
+    run_ranks(short_run, 1, config, ("name=moved", "train.total_steps=4"))
+    straight, moved = (tmp_path / "runs" / name for name in ("straight", "moved"))
+    assert _losses(moved)[:2] == _losses(straight)[:2]
+    np.testing.assert_allclose(_losses(moved), _losses(straight), rtol=1e-5)
+    events = (moved / "events.jsonl").read_text()
+    assert "saved in another layout: dp 2 -> 1, ep 2 -> 1, world_size 2 -> 1" in events
+    first, second = averages(straight), averages(moved)
+    for name, average in first.items():
+        assert (average - second[name]).abs().mean() < 1e-6, name

@@ -44,7 +44,8 @@ class Lookout:
         self._seen: Change | None = None
         self._answered_s = time.monotonic()
         self._ended = threading.Event()
-        threading.Thread(target=self._look, name="lookout", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="lookout", daemon=True)
+        self._thread.start()
 
     def change(self) -> Change | None:
         """Whether the round is still what it was."""
@@ -55,6 +56,7 @@ class Lookout:
     def end(self) -> Change | None:
         """Look no longer; gives what was seen last."""
         self._ended.set()
+        self._thread.join(2 * _LOOK_S)
         return self.change()
 
     def _look(self) -> None:

@@ -72,6 +72,7 @@ class ManyMachines(RendezvousHandler):
         self.token, self.attempt = "", 0
         self._world = 0
         self._lookout: Lookout | None = None
+        self._left_behind: list[DynamicRendezvousHandler] = []
         self._round: dist.Store | None = None
         self._ranks_store: dist.TCPStore | None = None
         self._open()
@@ -102,6 +103,12 @@ class ManyMachines(RendezvousHandler):
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self._refuse_twin()
 
+    def _leave_behind(self) -> None:
+        """Let a rendezvous go whose store does not answer: its heartbeat may hang, and is not waited for."""
+        if (timer := self._torch._keep_alive_timer) is not None:
+            timer._ctx.stop_event.set()
+        self._left_behind.append(self._torch)  # else torch waits for the heartbeat's thread
+
     def _refuse_twin(self) -> None:
         """Refuse a number that another living machine has; one that has just died is soon forgotten."""
         deadline = time.monotonic() + _SILENT_S + 2 * _HEARTBEAT_S
@@ -127,7 +134,9 @@ class ManyMachines(RendezvousHandler):
         while True:
             try:
                 if is_lost:
+                    self._leave_behind()
                     self._open()
+                    is_lost = False
                 info = self._torch.next_rendezvous()
                 self.attempt = self._torch._state_holder.state.round + 1
                 self._round, self._world = info.store, info.world_size
@@ -174,7 +183,7 @@ class ManyMachines(RendezvousHandler):
         try:
             word = {"code": outcome.code, "cause": outcome.cause, "machine": self._machines.rank}
             self._store.compare_set(_VERDICT, "", json.dumps(word))
-            self._torch.shutdown()
+            self.shutdown()
             self._store.add(_LEFT, 1)
             until = time.monotonic() + _LINGER_S
             while self._machines.rank == 0 and time.monotonic() < until:
@@ -214,5 +223,7 @@ class ManyMachines(RendezvousHandler):
         return _RUN_ID
 
     def shutdown(self) -> bool:
-        """End the run for all."""
+        """End the run for all, and this machine's part in it."""
+        if self._lookout is not None:
+            self._lookout.end()
         return self._torch.shutdown()

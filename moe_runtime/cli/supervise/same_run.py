@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_runtime.cli.supervise.job import Machines
+from moe_runtime.config.difference import say_differences
 from moe_runtime.errors import ConfigError, PeerLost
 from moe_runtime.parallel.meeting import host_store, join_store
 
 _RUN = "moe_runtime/run"
 _FIRST_WORD_S = 10.0
 _CONNECT_S = 5.0
-_SHOWN = 5
 
 
 def meet(machines: Machines, config: dict[str, Any], timeout_s: float) -> tuple[dist.TCPStore, str]:
@@ -55,23 +55,10 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None
     if theirs.get("name") != ours.get("name"):
         text = f"expected run {ours.get('name')}, got run {theirs.get('name')}"
         raise ConfigError(f"{where}: {text}; choose another port, or start both with the same command")
-    differing = differences(theirs, ours)
-    if differing:
-        shown = "; ".join(differing[:_SHOWN])
-        more = f" and {len(differing) - _SHOWN} more keys" if len(differing) > _SHOWN else ""
-        raise ConfigError(
-            f"{where}: this machine has another config than machine 0: {shown}{more}; "
-            "start all with the same command"
-        )
-
-
-def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    """`key: expected THEIRS, got OURS` for every value that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*theirs, *(key for key in ours if key not in theirs)]
-        each = (differences(theirs.get(key), ours.get(key), f"{path}.{key}" if path else key) for key in keys)
-        return [line for lines in each for line in lines]
-    return [] if theirs == ours else [f"{path}: expected {json.dumps(theirs)}, got {json.dumps(ours)}"]
+    said = say_differences(theirs, ours)
+    if said:
+        text = f"this machine has another config than machine 0: {said}"
+        raise ConfigError(f"{where}: {text}; start all with the same command")
 
 
 def _reach(host: str, port: int, timeout_s: float) -> dist.TCPStore:

@@ -1,13 +1,13 @@
 """Judges every step by its record: skipped steps in a row, and losses that stand out."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from moe_runtime.config.reliability import GuardConfig
-from moe_runtime.errors import NumericsError
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.metrics.recorder import Tell
-from moe_runtime.train.guard.skips import Blame, check_row, describe
+from moe_runtime.train.guard.skips import Blame, check_data, check_row, describe
 from moe_runtime.train.guard.spike import robust_z
 from moe_runtime.train.guard.state import GuardState
 
@@ -16,28 +16,26 @@ class Guard:
     """Decides from records and from its own state alone, so all ranks decide alike without asking.
 
     Args:
-        config: the guard section.
+        config: of the run; its guard section, and what it leaves out or bears.
         state: what is remembered over steps.
         tell: called with the kind of an event, its step, its message and fields.
-        left_out: steps, from 1, whose update the config leaves out.
     """
 
-    def __init__(
-        self, config: GuardConfig, state: GuardState, tell: Tell, left_out: Collection[int] = ()
-    ) -> None:
-        self.config, self.state, self._tell = config, state, tell
-        self._left_out = frozenset(left_out)
+    def __init__(self, config: RunConfig, state: GuardState, tell: Tell) -> None:
+        self.config, self.state, self._tell = config.guard, state, tell
+        self._left_out, self._bad_data = frozenset(config.train.skip_updates), config.data.bad
 
     def finds_spike(self, record: Mapping[str, Any], blames: list[Blame]) -> bool:
         """Take a step into account; True if its loss is a spike and the run is to roll back.
 
         Raises:
             NumericsError: too many steps in a row were skipped; on every rank alike.
+            DataError: a rank read what the model cannot take, and the config says stop; likewise.
         """
         if record["skipped"]:
             self._judge_skip(record, blames)
-        else:
-            self.state.skips_in_row = 0
+            return False  # the loss of a step that left nothing behind says nothing of the next
+        self.state.skips_in_row = 0
         return self._judge_loss(record["step"], record["loss"])
 
     def _judge_skip(self, record: Mapping[str, Any], blames: list[Blame]) -> None:
@@ -50,8 +48,9 @@ class Guard:
         message = f"gradient norm {norm}, step skipped ({row} in a row): {what}"
         self._tell("skipped", step, message, grad_norm=norm, in_row=row, culprits=blames)
         try:
+            check_data(blames, self._bad_data)
             check_row(row, self.config.max_skips, what)
-        except NumericsError as error:
+        except (NumericsError, DataError) as error:
             self._tell("stopped", step, str(error))
             raise
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from moe_runtime.errors import NumericsError
+from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.parallel.nonfinite import Culprit
 from moe_runtime.parallel.runtime import Runtime
 
@@ -16,18 +16,22 @@ _SHOWN = 3  # parameters in a message; the event has all
 Blame = dict[str, Any]
 
 
-def gather_blame(culprits: Iterable[Culprit], runtime: Runtime) -> list[Blame]:
-    """Gradients that are not finite on any rank; a collective call.
+def gather_blame(culprits: Iterable[Culprit], runtime: Runtime, bad_data: str | None = None) -> list[Blame]:
+    """Why no rank could use the gradients of a step; a collective call.
+
+    Args:
+        culprits: of this rank.
+        bad_data: what this rank read that the model cannot take; its gradients say nothing then.
 
     Returns:
-        The fields of `Culprit`; `rank`, or null where only the sum over ranks is known; `expert`: the
-        global number of the first one hit, or null.
+        Either `rank` and `data`, what was read, or the fields of `Culprit` and `rank`, null where only the
+        sum over ranks is known, and `expert`, the global number of the first one hit, or null.
     """
     params = dict(runtime.named_params)
     rank = None if runtime.config.layout.zero_stage == 2 else runtime.mesh.rank  # it holds sums over ranks
     local = runtime.config.model.num_experts // runtime.mesh.ep
-    own = []
-    for culprit in culprits:
+    own: list[Blame] = [] if bad_data is None else [{"rank": runtime.mesh.rank, "data": bad_data}]
+    for culprit in culprits if bad_data is None else ():
         expert = None
         if getattr(params[culprit.name], "is_expert", False):
             per_expert = params[culprit.name].numel() // local
@@ -46,11 +50,24 @@ def describe(blames: list[Blame]) -> str:
 
 
 def _describe_one(blame: Blame) -> str:
+    if "data" in blame:
+        return f"rank {blame['rank']}: {blame['data']}"
     expert = "" if blame["expert"] is None else f" (expert {blame['expert']})"
     counts = {"NaN": blame["nans"], "infinite": blame["infs"]}
     what = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     where = "summed over ranks" if blame["rank"] is None else f"on rank {blame['rank']}"
     return f"{blame['name']}{expert} {where}: {what} of {blame['numel']}"
+
+
+def check_data(blames: list[Blame], action: str) -> None:
+    """End a run that read what its model cannot take, unless `data.bad` says to go on.
+
+    Raises:
+        DataError: on every rank alike.
+    """
+    bad = [blame for blame in blames if "data" in blame]
+    if bad and action == "stop":
+        raise DataError(f"{_describe_one(bad[0])}; or leave such steps out with data.bad=skip")
 
 
 def check_row(skips_in_row: int, limit: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of every released format load, whole and into another layout than wrote them."""
+"""Checkpoints of every released format are read, whole; `tests/dist/test_resharding.py` loads them."""
 
 import json
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_runtime.cli.supervise.same_run import check_same, differences
+from moe_runtime.cli.supervise.same_run import check_same
+from moe_runtime.config.difference import differences, say_differences
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError
 
@@ -26,6 +27,12 @@ def test_a_key_that_only_one_has_differs() -> None:
         "a.b: expected 1, got null",
         "a.c: expected null, got 2",
     ]
+
+
+def test_many_keys_are_counted() -> None:
+    theirs, ours = ({str(key): key + more for key in range(8)} for more in (0, 1))
+    assert say_differences(theirs, ours).endswith("4: expected 4, got 5 and 3 more keys")
+    assert say_differences(theirs, theirs) == ""
 
 
 def test_another_run_on_the_same_port_is_told() -> None:
