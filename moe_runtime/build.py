@@ -21,11 +21,7 @@ from moe_runtime.config.derive import total_steps
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
-from moe_runtime.data.prepare import ensure_prepared
-from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import ConfigError, DataError
+from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
@@ -53,6 +49,7 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
+from moe_runtime.train.open_data import open_data
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
@@ -298,7 +295,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    tokenizer, train_loader, validation_loader = _open_data(config, peers)
+    tokenizer, train_loader, validation_loader = open_data(config, peers)
     runtime = build_runtime(
         config,
         layout,
@@ -355,25 +352,6 @@ def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fre
     mesh = runtime.mesh
     first_expert = mesh.ep_rank * (config.model.num_experts // mesh.ep)
     return [begin_from(path, runtime, first_expert, peers)]
-
-
-def _open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader, BatchLoader]:
-    """Rank 0 prepares what is missing; then every rank opens the same shards, train and validation."""
-    peers.first_does(lambda: ensure_prepared(config.data, config.seed), (DataError,))
-
-    def open_all() -> tuple[Tokenizer, BatchLoader, BatchLoader]:
-        ensure_prepared(config.data, config.seed)
-        folder = Path(config.data.path)
-        train, validation = TokenDataset.open(folder, "train"), TokenDataset.open(folder, "validation")
-        loaders = _loader(config, train, config.seed), _loader(config, validation, VALIDATION_SEED)
-        return train.load_tokenizer(), *loaders
-
-    return peers.alike(open_all, (DataError,))
-
-
-def _loader(config: RunConfig, dataset: TokenDataset, seed: int) -> BatchLoader:
-    model = config.model
-    return BatchLoader(dataset, config.batch.seq_len, model.mtp_depth, seed, model.vocab_size)
 
 
 def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.checkpoint.manifest import FileEntry, no_key_twice
+from moe_runtime.errors import CheckpointError
 
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 FILE_KEY, STEP_KEY = "file", "step"
 # Of JSON around the tensors, and for each tensor: a name of 256 bytes, 8 sizes, 2 offsets, words between.
 _BASE_BYTES, _TENSOR_BYTES = 4096, 1024
@@ -24,6 +26,35 @@ _BASE_BYTES, _TENSOR_BYTES = 4096, 1024
 def about_file(name: str, step: int) -> dict[str, str]:
     """What a file of a checkpoint says of itself."""
     return {FILE_KEY: name, STEP_KEY: str(step)}
+
+
+def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
+    """The header of a safetensors file: `__metadata__` and the tensors by name.
+
+    The library takes the last of two entries of one name, other readers the first.
+
+    Args:
+        path: of the file.
+        limit: bytes that the header may have; nothing longer is read.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is too long, no JSON object, or has a key twice; begins with the file's name.
+    """
+    with path.open("rb") as file:
+        said = int.from_bytes(file.read(8), "little")
+        if said > limit:
+            raise CheckpointError(
+                f"{path.name}: expected a safetensors header of at most {limit} bytes, got {said}"
+            )
+        text = file.read(said)
+    try:
+        fields = json.loads(text, object_pairs_hook=no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: not a safetensors header: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path.name}: expected a safetensors header, got a {type(fields).__name__}")
+    return fields
 
 
 def header_fault(path: Path, entry: FileEntry, step: int) -> str | None:
@@ -36,21 +67,18 @@ def header_fault(path: Path, entry: FileEntry, step: int) -> str | None:
     """
     name = path.name
     data_bytes = sum(tensor.num_bytes for tensor in entry.tensors.values())
-    expected = entry.bytes - 8 - data_bytes
+    header_bytes = entry.bytes - 8 - data_bytes  # the data fills the rest, to the last byte
+    limit = min(header_bytes, _BASE_BYTES + _TENSOR_BYTES * len(entry.tensors))
     try:
         with path.open("rb") as file:
             said = int.from_bytes(file.read(8), "little")
-            if said != expected:
-                return f"{name}: expected a safetensors header of {expected} bytes, got {said}"
-            if said > _BASE_BYTES + _TENSOR_BYTES * len(entry.tensors):
-                return f"{name}: a header of {said} bytes for {len(entry.tensors)} tensors"
-            fields = json.loads(file.read(said), object_pairs_hook=no_key_twice)
+        if said != header_bytes:
+            return f"{name}: expected a safetensors header of {header_bytes} bytes, got {said}"
+        fields = read_header(path, limit)
     except OSError as error:
         return f"{name}: cannot be read: {error.strerror}"
-    except (ValueError, RecursionError) as error:
-        return f"{name}: not a safetensors header: {error}"
-    if not isinstance(fields, dict):
-        return f"{name}: expected a safetensors header, got a {type(fields).__name__}"
+    except CheckpointError as error:
+        return str(error)
     about = fields.pop("__metadata__", {})
     return _place_fault(name, about, step) or _tensors_fault(name, fields, entry)
 

@@ -31,7 +31,8 @@ class Snapshot:
     def wait(self) -> Contribution:
         """The contribution, when all of it has arrived."""
         if self.arrived is not None:
-            self.arrived.synchronize()
+            with torch.cuda.device(self.arrived.device):  # a new thread stands on GPU 0, whoever's that is
+                self.arrived.synchronize()
         return self.own
 
 

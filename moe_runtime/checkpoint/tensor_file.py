@@ -25,6 +25,7 @@ from moe_runtime.checkpoint.tensors import DTYPE_WORDS
 _ITEM_BYTES = ITEM_BYTES | {"F8_E8M0": 1}
 _WORDS = DTYPE_WORDS | {torch.float8_e8m0fnu: "F8_E8M0"}
 _ALIGN = 8
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class ShardWriter:
             self._put(bytes_of(tensor))
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            self._digest.update(piece)
+            self._file.write(piece)  # from the processor's cache, where hashing has left it
         self.num_bytes += len(data)

@@ -57,6 +57,7 @@ def _symbols(dataset: TokenDataset, tokenizer: Tokenizer, max_tokens: int) -> It
     total = min(max_tokens, dataset.num_tokens)
     for start in range(0, total, BLOCK_TOKENS):
         ids = dataset.read(start, min(BLOCK_TOKENS, total - start))
+        ids = ids[ids < lengths.size]  # a step that read others was left out of training too
         sizes = lengths[ids]
         # Place of each symbol in the table: first place of its id, plus how far into the id it is.
         ends = np.cumsum(sizes)

@@ -142,7 +142,11 @@ class ZeroOptimizer:
             grad_clip=grad_clip,
             accum_dtype=self._accum_dtype,
             bucket_elements=bucket,
-            to_owners=min(bucket, largest // dist.get_world_size(dp_group)) >= _OWNER_MESSAGE,
+            to_owners=_all_agree(
+                min(bucket, largest // dist.get_world_size(dp_group)) >= _OWNER_MESSAGE,
+                norm_group,
+                self._named[0][1].device,
+            ),
         )
         self._partitions = [self._describe(i, lay_out(ps, names)) for i, ps in enumerate(self._members)]
         for own, partition in zip(self.client.param_groups, self._partitions, strict=True):
@@ -326,6 +330,18 @@ class ZeroOptimizer:
             num_owners=dist.get_world_size(owners),
             master=master,
         )
+
+
+def _all_agree(verdict: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """True if it is true on every rank of the group.
+
+    Stages must reduce in one way: another adds up in another order, and the two copies of a tied embedding
+    would no longer be the same bits.
+    """
+    flag = torch.tensor([int(verdict)], device=device)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())
 
 
 def _compare_norms(ours: float, theirs: float) -> None:

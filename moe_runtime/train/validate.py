@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.loader import BatchLoader
+from moe_runtime.errors import DataError
 from moe_runtime.model.phase import LOSS
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.schedule.forward_only import forward_only
@@ -35,13 +36,16 @@ def validate(runtime: Runtime, loader: BatchLoader, counter: ByteCounter, wanted
     Args:
         loader: over the validation split; sequence numbers start at 0.
         counter: bytes of text that tokens stand for.
+
+    Raises:
+        DataError: a lane read what the model cannot take; on every rank alike.
     """
     mesh, size = runtime.mesh, runtime.config.batch.micro_batch_size
     directions = 2 if mesh.is_mirrored else 1
     per_lane = directions * math.ceil(wanted / (mesh.dp * size * directions))
     count = per_lane * size
     total = mesh.dp * count
-    rows = loader.sequences(mesh.dp_rank * count, count)
+    rows = runtime.peers.alike(lambda: loader.sequences(mesh.dp_rank * count, count), (DataError,))
     microbatches = split_microbatches(rows.to(runtime.device), size, directions)
     scalars = runtime.executor.run(forward_only(runtime.layout.placement, per_lane), microbatches, None)
     targets = rows[:, 1 : runtime.config.batch.seq_len + 1]

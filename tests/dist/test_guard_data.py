@@ -25,7 +25,7 @@ def spoil_sequence(config: str, copy: Path) -> str:
     ensure_prepared(run.data, run.seed)
     shutil.copytree(run.data.path, copy)
     loader = BatchLoader(TokenDataset.open(copy), run.batch.seq_len, run.model.mtp_depth, run.seed, 264)
-    where = loader.dataset.locate(int(loader._starts(np.array([SEQUENCE]))[0]))
+    where = loader.dataset.locate(int(loader.starts(np.array([SEQUENCE]))[0]))
     file, _, byte = where.rpartition(", byte ")
     ids = np.fromfile(file, "<u2")
     ids[int(byte) // 2] = 50_000

@@ -4,6 +4,7 @@ A file is mapped, so what is read of it counts as memory until it is closed: one
 are read before the first tensor; whatever does not fit is found there, before hours of copying.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_runtime.checkpoint.header import read_header
 from moe_runtime.checkpoint.hugging_face.json_file import read_object
+from moe_runtime.checkpoint.manifest import PICKLE_SUFFIXES
 from moe_runtime.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -85,6 +88,7 @@ class ShardReader:
 
     def _describe(self, file: str, index: Mapping[str, str]) -> None:
         try:
+            _check_header(self._folder / file)
             opened = self._file(file)
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 if index.get(name) != file:
@@ -111,7 +115,11 @@ def open_shards(folder: Path) -> ShardReader:
         return ShardReader(folder, _read_index(path))
     single = folder / SINGLE_FILE
     if not single.exists():
-        raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got neither")
+        pickles = sorted(file.name for file in folder.iterdir() if file.name.endswith(PICKLE_SUFFIXES))
+        found = (
+            f"{pickles[0]}, which can run code when it is loaded and is not read" if pickles else "neither"
+        )
+        raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {found}")
     return ShardReader(folder, index_of(folder, [SINGLE_FILE]))
 
 
@@ -124,6 +132,7 @@ def index_of(folder: Path, files: Iterable[str]) -> dict[str, str]:
     index: dict[str, str] = {}
     for file in files:
         try:
+            _check_header(folder / file)
             with safe_open(folder / file, framework="pt") as opened:
                 index |= dict.fromkeys(opened.keys(), file)
         except (OSError, SafetensorError) as error:
@@ -143,6 +152,19 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: weight_map.{name}: expected a .safetensors file of this folder, got {file!r:.80}"
             )
     return index
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that names a tensor twice, which the library would not notice.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it does, or is no header at all.
+    """
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.parent}{os.sep}{error}") from None
 
 
 def _more(names: list[str]) -> str:

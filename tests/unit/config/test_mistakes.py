@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from moe_runtime.config.explain import section_at, suggest_key
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.secrets import find_secrets
 from moe_runtime.errors import ConfigError
 from tests.unit.config.samples import refusal, values, write
 
@@ -62,7 +63,10 @@ def test_a_file_with_a_slip_in_any_key_is_refused_at_its_line(tmp_path: Path) ->
     sound = run.model_dump(mode="json")
     path = tmp_path / "b.yaml"
     for number, field in enumerate(_fields()):
-        typo = _typos(field)[number % 3]
+        typos = _typos(field)
+        # A slip may look like a secret (sample_token), which is refused before and with other words.
+        harmless = [typo for typo in typos if not list(find_secrets({typo: "here"}))]
+        typo = harmless[number % len(harmless)]
         path.write_text(_with_key(sound, (*field[:-1], typo)))
         line_number = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if "'here'" in text)
         (line,) = refusal(path)

@@ -263,7 +263,7 @@ def test_missing_and_damaged_shards_are_refused(many: Path) -> None:
     shard.write_bytes(data[: len(data) // 2])
     assert f"{shard.name}: cannot be read" in refusal(many)
     shard.write_bytes(b"\xff" * 8 + data[8:])
-    assert f"{shard.name}: cannot be read" in refusal(many)
+    assert f"{shard.name}: expected a safetensors header of at most 100000000 bytes" in refusal(many)
     shard.unlink()
     assert f"{shard.name}: expected a shard, got no such file" in refusal(many)
 
@@ -301,6 +301,29 @@ def test_a_folder_without_a_model_is_refused(hub: Path) -> None:
     assert "expected model.safetensors or model.safetensors.index.json, got neither" in refusal(hub)
     shutil.rmtree(hub)
     assert "config.json: expected a file, got none of that name" in refusal(hub)
+
+
+def test_a_pickle_in_the_place_of_shards_is_refused_by_name(hub: Path) -> None:
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    assert "got pytorch_model.bin, which can run code when it is loaded and is not read" in refusal(hub)
+
+
+@pytest.mark.parametrize("lie", ["twice", "pickle"])
+def test_a_header_that_lies_is_refused_before_the_file_is_mapped(hub: Path, lie: str) -> None:
+    shard = hub / "model.safetensors"
+    data = shard.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + size].decode().rstrip(), data[8 + size :]
+    name, first = next(item for item in json.loads(header).items() if item[0] != "__metadata__")
+    twice = f"{header[:-1]},{json.dumps(name)}:{json.dumps(first)}}}".encode()
+    shard.write_bytes(
+        {
+            "twice": len(twice).to_bytes(8, "little") + twice + rest,
+            "pickle": b"cposix\nsystem\n(S'exit'\ntR.",
+        }[lie]
+    )
+    said = {"twice": "a key occurs twice", "pickle": "at most 100000000"}
+    assert said[lie] in refusal(hub) and str(shard) in refusal(hub)
 
 
 def test_nothing_is_written_over(hub: Path, tmp_path: Path) -> None:
