@@ -2,7 +2,18 @@
 
 import pytest
 
-from tests.dist.guard_world import LAYOUTS, Outcome, Strike, Trial, digests, events, records, try_all, write
+from tests.dist.guard_world import (
+    LAYOUTS,
+    Outcome,
+    Strike,
+    Trial,
+    digests,
+    events,
+    records,
+    smallest_batch,
+    try_all,
+    write,
+)
 
 STEPS = 6
 WRITTEN = Strike("flip", "param", rank=1, step=4, phase="evaluate", is_written=True)
@@ -39,7 +50,11 @@ Runs = tuple[str, tuple[Strike, ...], dict[str, list[Outcome]]]
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ranks = request.param
     config = write(
-        tmp_path_factory.mktemp("bits"), LAYOUTS[ranks], train__eval_every=4, train__total_steps=STEPS
+        tmp_path_factory.mktemp("bits"),
+        LAYOUTS[ranks],
+        train__eval_every=4,
+        train__total_steps=STEPS,
+        batch__global_batch_size=smallest_batch(ranks),
     )
     return config, STRIKES[ranks], try_all(ranks, config, trials(ranks))
 
