@@ -78,7 +78,7 @@ def smallest_batch(ranks: int) -> int:
 
 def write(folder: Path, layout: dict[str, Any], **changes: Any) -> str:
     """The config of all runs of a test module."""
-    usual = {"train__eval_every": 0, "train__log_every": 100, "batch__global_batch_size": 8}
+    usual = {"train__eval_every": 0, "train__log_every": 100, "batch__global_batch_size": 8, "metrics__trace_step": None}
     path = write_config(folder, layout=layout, **(usual | changes))
     run = yaml.safe_load(path.read_text())
     run["model"]["expert_ffn_size"] = 64

@@ -28,7 +28,7 @@ ROLLS_BACK = (
 FLAT = ("optim.peak_lr=1e-6", "train.total_steps=12")
 TRIALS = (
     Trial("nan", strikes=(Strike("nan", "grad", rank=1, step=3, phase="optimizer"),)),
-    Trial("left_out", ("train.skip_updates=[3]",)),
+    Trial("left_out", ("train.skip_updates=[3]", "guard.replay_every=1")),
     Trial(
         "diverged",
         ("guard.max_skips=2",),
@@ -65,6 +65,7 @@ def test_a_skipped_step_is_that_of_a_clean_run_told_to_leave_it_out(runs: Runs) 
     config, outcomes = runs
     assert {outcome.error for outcome in outcomes["left_out"]} == {None}
     assert digests(config, "nan") == digests(config, "left_out")
+    assert not events(config, "left_out", "corruption"), "each step was run twice, to the same gradients"
     (event,) = events(config, "left_out", "skipped")
     assert event["step"] == 3 and "train.skip_updates" in event["message"]
 
@@ -109,3 +110,15 @@ def test_a_spike_rolls_back_and_goes_on_as_a_clean_run_without_that_data(ranks: 
     assert digests(config, "spiky") == digests(config, "clean")
     losses = [[record["loss"] for record in records(config, name)] for name in ("spiky", "clean")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_what_was_passed_over_survives_a_resume(tmp_path: Path) -> None:
+    config = write(tmp_path, LAYOUTS[1], batch__global_batch_size=2)
+    try_all(1, config, (Trial("spiky", (*ROLLS_BACK, *FLAT)),))
+    (event,) = events(config, "spiky", "roll_back")
+    longer = (*FLAT, "train.total_steps=16")
+    try_all(1, config, (Trial("spiky", (*ROLLS_BACK, *longer)),))
+    assert len(events(config, "spiky", "roll_back")) == 1, "the one that spike_max allows was counted"
+    try_all(1, config, (Trial("clean", (*longer, f"data.skip={event['data_skip']}")),))
+    assert digests(config, "spiky") == digests(config, "clean")
