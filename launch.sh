@@ -13,10 +13,14 @@ usage() {
 ./launch.sh test [--all] [PYTEST ...]    run the tests; --all with the slow ones
 
 One machine runs torchrun over as many processes as the config's layout needs: NCCL and one process
-per GPU where there are GPUs, gloo otherwise. Ctrl-C saves a checkpoint and ends with 0.
+per GPU where there are GPUs, gloo otherwise. Ranks that die or hang are started again from the last checkpoint (reliability.restarts).
+Ctrl-C or SIGTERM saves a checkpoint and ends with 0; once more ends at once, with 130. After SIGTERM the
+run folder has preempted.json, which the next start tells of and removes.
 
 Options, before the command, for `train`:
   --nnodes N --node-rank R --master HOST:PORT   one of N machines; the same command on each
+  --nnodes MIN:MAX ...                          goes on with MIN machines, as long as no more are there,
+                                                with fewer data-parallel replicas and the same batch
   --hostfile FILE                               start all of them from here with the deepspeed
                                                 launcher (ssh, pdsh); lines `host slots=PROCESSES`
   --nproc N                                     processes on each machine, if not what the layout says

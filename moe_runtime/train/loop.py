@@ -25,6 +25,7 @@ from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import StateDamaged
 from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.optim_numerics import Report, check_report
+from moe_runtime.train.preempted import leave_marker
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState
 from moe_runtime.train.step import TrainStep
@@ -86,6 +87,8 @@ def train(run: Run) -> bool:
         run.recorder.say(message)
     run.recorder.close()
     run.checkpoints.check()
+    if stop.is_preemption and STATUS_DIR not in os.environ and run.state.peers.is_first:
+        leave_marker(Path(run.config.out_dir) / run.config.name, steps_done)  # else the launcher does
     return steps_done == run.end
 
 

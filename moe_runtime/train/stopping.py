@@ -19,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.wanted = False
+        self.is_preemption = False  # SIGTERM, from a scheduler; a person's Ctrl-C is SIGINT
         self._first_s: float | None = None
         self._before: dict[int, object] = {}
 
@@ -35,4 +36,5 @@ class StopRequest:
         if self._first_s is not None and now - self._first_s > _SAME_WISH_S:
             os._exit(128 + number)
         self.wanted = True
+        self.is_preemption = number == signal.SIGTERM
         self._first_s = now if self._first_s is None else self._first_s

@@ -1,7 +1,7 @@
 """Runs jobs of `rank_program` under the launcher's agent, one after the other: `CASES FOLDER`.
 
 A program of its own because the launcher changes its process: signal handlers and environment. Prints a JSON
-list with exit code, message, seconds, and what was left alive, for each case.
+list with exit code, message, seconds, processes and open files that were left, for each case.
 """
 
 import json
@@ -25,7 +25,14 @@ def _run(case: dict, run_dir: Path) -> dict:
     outcome = run_ranks(Job(program, 2, reliability=reliability, run_dir=run_dir))
     seconds = time.monotonic() - begin
     left = [child.pid for child in psutil.Process().children(recursive=True)]
-    return {"code": outcome.code, "message": outcome.message, "seconds": seconds, "left": left}
+    files = psutil.Process().num_fds()
+    return {
+        "code": outcome.code,
+        "message": outcome.message,
+        "seconds": seconds,
+        "left": left,
+        "files": files,
+    }
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 from moe_runtime.cli import app as command_line
 from moe_runtime.cli import launch
 from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
-from moe_runtime.cli.network import free_port
+from moe_runtime.cli.network import free_port, is_public
 from moe_runtime.errors import ConfigError
 from tests.cli.small_run import ROOT, finish, run, start, steps_done, write_config
 
@@ -37,6 +37,14 @@ _QUICKSTART = ("train", "quickstart")
         (
             ("--nnodes", "2", "--node-rank", "2", "--master", "a:1", *_QUICKSTART),
             "--node-rank: expected 0 to 1, got 2",
+        ),
+        (
+            ("--nnodes", "2:1", "--master", "a:1", *_QUICKSTART),
+            "--nnodes: expected MIN:MAX with MIN not above MAX, got '2:1'",
+        ),
+        (
+            ("--nnodes", "2", "--master", "no-such-host.invalid:1", *_QUICKSTART),
+            "--master: no-such-host.invalid has no address, or there is no route to it",
         ),
         (("--nproc", "3", *_QUICKSTART), "layout: pp 2 x dp 2 needs 4 processes, got 3"),
         (
@@ -114,6 +122,14 @@ def test_help_of_the_script_lists_every_option(capsys: pytest.CaptureFixture) ->
     assert len(options) == 5 and all(option in script.stdout for option in options)
     for word in ("NCCL", "gloo", "TORCH_INDEX_URL", "PYTHON", "Ctrl-C", "--fresh", "test [--all]", "130"):
         assert word in script.stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [("127.0.0.1", False), ("10.0.0.1", False), ("192.168.3.4", False), ("8.8.8.8", True), ("1.1.1.1", True)],
+)
+def test_an_address_of_the_open_internet_is_known(host: str, public: bool) -> None:
+    assert is_public(host) is public
 
 
 @pytest.mark.parametrize("form", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3"]])

@@ -32,6 +32,12 @@ def _ranks(launcher: int) -> list[psutil.Process]:
     return [child for child in children if "-m moe_runtime train" in " ".join(child.cmdline())]
 
 
+def _listens_on(processes: list[psutil.Process]) -> set[str]:
+    """Addresses on which anybody may connect to these processes."""
+    found = [each for process in processes for each in process.net_connections("inet")]
+    return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
@@ -90,6 +96,7 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_bits(
     wait_for_checkpoint(run_dir, process)
     ranks = _ranks(process.pid)
     assert len(ranks) == 2
+    assert _listens_on([psutil.Process(process.pid), *ranks]) == {"127.0.0.1"}
     ranks[1].send_signal(signal.SIGKILL)
     code, output = finish(process, timeout_s=60)
     assert code == 0 and "rank 1 was ended by SIGKILL" in output and "attempt 2 | step 8/8" in output, output
@@ -98,8 +105,26 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_bits(
     assert digests(run_dir, 8) == digests(uninterrupted / "runs" / "small", 8)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     fault = next(event for event in events if event["kind"] == "fault")
-    assert (fault["rank"], fault["attempt"]) == (1, 1) and fault["step"] >= 3
+    assert (fault["rank"], fault["attempt"]) == (1, 1) and fault["step"] >= 2
     assert next(event for event in events if event["kind"] == "resume")["attempt"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["sigstop:rank1:step4:forward", "gil:rank0:step4:backward", "exit:rank1:init"]
+)
+def test_a_run_with_a_fault_of_another_kind_goes_on_to_the_same_bits(
+    fault: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    config, run_dir = write_config(tmp_path), tmp_path / "runs" / "small"
+    code, output = run("train", str(config), "--inject", fault, "train.watchdog_s=5")
+    assert code == 0 and "attempt 2 | step 8/8" in output, output
+    assert digests(run_dir, 8) == digests(uninterrupted / "runs" / "small", 8)
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    told = next(event for event in events if event["kind"] == "fault")
+    assert f"rank {told['rank']}" == fault.split(":")[1].replace("rank", "rank "), told
+    hangs = list((run_dir / "hangs").glob("*/verdict.json"))
+    assert len(hangs) == (0 if fault.startswith("exit") else 1)
 
 
 def test_sigterm_saves_and_leaves_a_marker_that_the_next_start_tells_of(tmp_path: Path) -> None:
