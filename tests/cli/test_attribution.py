@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moe_runtime.train.inject import FAULTS_FILE, read_strikes
 from tests.cli.forked_run import Ended, train_under_faults
 from tests.cli.small_run import write_config
 
@@ -112,3 +113,12 @@ def test_nineteen_of_twenty_faults_are_blamed_on_their_rank_phase_and_kind(
         child for child in psutil.Process().children(recursive=True) if "train" in " ".join(child.cmdline())
     ]
     assert left == []
+
+
+@pytest.mark.slow
+def test_a_slow_first_step_save_and_validation_raise_no_alarm(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train__checkpoint_every=2, train__eval_every=2)  # limits as they come
+    sleeps = ("sleep:rank1:step1:forward:60", "sleep:rank0:step2:save:60", "sleep:rank1:step2:evaluate:30")
+    injected = [word for fault in sleeps for word in ("--inject", fault)]
+    assert train_under_faults(config, tmp_path / "ranks", 2, *injected) is None
+    assert {line["fault"] for line in read_strikes(tmp_path / "runs" / "small" / FAULTS_FILE)} == set(sleeps)
