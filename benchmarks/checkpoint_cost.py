@@ -3,6 +3,8 @@
     PYTHONPATH=.:comm torchrun --standalone --nproc-per-node 4 benchmarks/checkpoint_cost.py \\
         configs/run/quickstart.yaml [--pairs 9] [a.b=c ...]
 
+A larger model: `model.hidden_size=512 model.ffn_size=2048 model.expert_ffn_size=512 model.num_experts=16`.
+
 A window with a checkpoint begins with one and ends when it is on disk and the ten steps are done, so a write
 that takes longer than ten steps counts as it would in a run. Of each pair either window comes first half of
 the time. `blocked_s` is the longest of all ranks; a window is timed by rank 0 between two barriers. Processor

@@ -31,6 +31,12 @@ class NumericsError(MoeRuntimeError):
     """A number went wrong: non-finite values, or two norms that must agree do not."""
 
 
+class MemoryEnded(MoeRuntimeError):
+    """This rank asked for more memory than there is; another attempt may find more."""
+
+    exit_code = 4
+
+
 class PeerLost(MoeRuntimeError):
     """Another rank died or stopped answering; this rank ends too."""
 

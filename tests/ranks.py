@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.preload"])
 
 
 def _run_rank(fn: Callable, rank: int, world_size: int, store: str, results: Any, args: tuple) -> None:
@@ -37,7 +37,7 @@ def _run_rank(fn: Callable, rank: int, world_size: int, store: str, results: Any
 
 
 def run_ranks(
-    fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0, context: Any = _context
+    fn: Callable, world_size: int, *args: Any, timeout_s: float = 120.0, context: Any = FORKED
 ) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on every rank of a fresh gloo world; results in rank order.
 

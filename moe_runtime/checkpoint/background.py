@@ -132,3 +132,5 @@ class _Save:
             self._outcome = SaveReport(self.step, outcome, blocked_s, time.perf_counter() - begun)
         except BaseException as error:  # raised again where the rank's own thread asks
             self._outcome = error
+        finally:
+            self._store.at("")

@@ -17,6 +17,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_runtime.checkpoint.formats import NewerFormatError
 from moe_runtime.checkpoint.header import header_fault
 from moe_runtime.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -134,24 +135,27 @@ def file_fault(folder: Path, name: str, entry: FileEntry, with_hash: bool = True
     return None
 
 
-def _inspect(folder: Path, rank: int, world_size: int, with_hash: bool) -> tuple[Manifest | None, str | None]:
-    """This rank's share of checking a folder: (manifest, fault)."""
+def _inspect(folder: Path, rank: int, world_size: int, with_hash: bool) -> Manifest:
+    """This rank's share of checking a folder.
+
+    Raises:
+        CheckpointError: what is wrong with it.
+    """
     if folder.is_symlink():
-        return None, "expected a folder, got a symbolic link"
-    try:
-        manifest = read_manifest(folder / MANIFEST_NAME)
-    except CheckpointError as error:
-        return None, str(error).removeprefix(f"{folder}{os.sep}")
+        raise CheckpointError("expected a folder, got a symbolic link")
+    manifest = read_manifest(folder / MANIFEST_NAME)
     named = step_of(folder.name)
     if named is not None and named != manifest.step:
-        return None, f"{MANIFEST_NAME}: expected step {named} as the folder says, got {manifest.step}"
+        raise CheckpointError(
+            f"{MANIFEST_NAME}: expected step {named} as the folder says, got {manifest.step}"
+        )
     for name, entry in sorted(manifest.files.items())[rank::world_size]:
         fault = file_fault(folder, name, entry, with_hash)
         if fault is None and entry.kind != "extra":
             fault = header_fault(folder / name, entry, manifest.step)
         if fault:
-            return None, fault
-    return manifest, None
+            raise CheckpointError(fault)
+    return manifest
 
 
 def verify_checkpoint(folder: Path, peers: Peers | None = None, with_hash: bool = True) -> Checkpoint:
@@ -164,15 +168,21 @@ def verify_checkpoint(folder: Path, peers: Peers | None = None, with_hash: bool 
 
     Raises:
         CheckpointError: something is missing or damaged; says which file, expected and got.
+        NewerFormatError: a newer version of this program wrote it.
     """
     peers = peers or Peers()
-    manifest, fault = _inspect(folder, peers.rank, peers.world_size, with_hash)
+    manifest, fault, is_newer = None, None, False
+    try:
+        manifest = _inspect(folder, peers.rank, peers.world_size, with_hash)
+    except CheckpointError as error:
+        fault, is_newer = str(error).removeprefix(f"{folder}{os.sep}"), isinstance(error, NewerFormatError)
     seen = None if manifest is None else [manifest.step, manifest.total_bytes]
-    said = peers.gather_json([fault, seen])
-    for rank, (text, _) in enumerate(said):
+    said = peers.gather_json([fault, is_newer, seen])
+    for rank, (text, newer, _) in enumerate(said):
         if text is not None:
-            raise CheckpointError(f"{folder}: {text}" + (f" (seen by rank {rank})" if rank else ""))
-    if manifest is None or any(other != said[0][1] for _, other in said):
+            kind = NewerFormatError if newer else CheckpointError
+            raise kind(f"{folder}: {text}" + (f" (seen by rank {rank})" if rank else ""))
+    if manifest is None or any(other != said[0][-1] for *_, other in said):
         raise CheckpointError(f"{folder}: ranks see different manifests: a shared file system is needed")
     return Checkpoint(folder, manifest)
 
@@ -183,6 +193,10 @@ def find_latest_good(checkpoints_dir: Path, peers: Peers | None = None) -> Found
     Args:
         checkpoints_dir: the folder that holds `step_*` folders; may be missing.
         peers: ranks that share the work; None checks alone.
+
+    Raises:
+        NewerFormatError: the newest that is not damaged was written by a newer version. It is no damage that
+            an older checkpoint could stand in for: the run would go back, and write over what it has done.
     """
     peers = peers or Peers()
     names = peers.first_says([path.name for path in list_steps(checkpoints_dir)])
@@ -190,6 +204,8 @@ def find_latest_good(checkpoints_dir: Path, peers: Peers | None = None) -> Found
     for name in names:
         try:
             return Found(verify_checkpoint(checkpoints_dir / name, peers), tuple(skipped))
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             skipped.append(Damaged(checkpoints_dir / name, str(error)))
     return Found(None, tuple(skipped))

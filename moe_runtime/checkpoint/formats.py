@@ -17,6 +17,10 @@ FORMAT: Literal[2] = 2
 Fields = dict[str, Any]
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version of this program wrote."""
+
+
 def to_newest(fields: Fields, where: Path) -> Fields:
     """The fields of a manifest of any released format as those of the newest; nothing is checked yet.
 
@@ -25,13 +29,14 @@ def to_newest(fields: Fields, where: Path) -> Fields:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: no format, or one that this version does not know.
+        CheckpointError: no format.
+        NewerFormatError: one that this version does not know.
     """
     found = fields.get("format")
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{where}: expected format 1 to {FORMAT}, got {found!r}")
     if found > FORMAT:
-        raise CheckpointError(
+        raise NewerFormatError(
             f"{where}: format {found}: written by a newer version; this one reads formats 1 to {FORMAT}: "
             "update moe_runtime"
         )

@@ -146,7 +146,8 @@ class CheckpointStore:
         peers: all ranks of the run.
         keep: how many checkpoints stay.
         at: called by every rank's `save` as `write`, in the middle of its first file, and as `rename`, when
-            nothing but the rename is left; may raise.
+            nothing but the rename is left; may raise. A save behind the training calls it with nothing when
+            it is done.
 
     Raises:
         CheckpointError: the folder cannot be written; on every rank.

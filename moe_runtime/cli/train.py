@@ -3,11 +3,11 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +16,13 @@ from moe_runtime.cli.supervise.outcome import leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
-from moe_runtime.errors import ConfigError, PeerLost
+from moe_runtime.errors import ConfigError, MemoryEnded, PeerLost
 from moe_runtime.parallel.heartbeat import STATUS_DIR, Heartbeat
-from moe_runtime.parallel.progress import Progress
 from moe_runtime.train.fault import Fault, read_faults, split_orders
+
+if TYPE_CHECKING:
+    from moe_runtime.train.inject import Injector
+    from moe_runtime.train.loop import Run
 
 
 def train(
@@ -40,8 +43,8 @@ def train(
     run = load_config(config, overrides or ())
     texts, orders = split_orders(inject or ())
     faults = read_faults(texts)
-    with _supervised(run.reliability.heartbeat_s) as follow:
-        _train(run, fresh, faults, orders, follow)
+    with _supervised(run.reliability.heartbeat_s) as heartbeat:
+        _train(run, fresh, faults, orders, heartbeat)
 
 
 def _train(
@@ -49,9 +52,9 @@ def _train(
     fresh: bool,
     faults: list[Fault],
     orders: Path | None,
-    follow: Callable[[Progress], None],
+    heartbeat: Heartbeat | None,
 ) -> None:
-    """Train as one rank; `follow` is given its marks."""
+    """Train as one rank."""
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
@@ -64,38 +67,56 @@ def _train(
     world = read_world(run.device)
     check_layout(run, world.world_size)
     injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh, orders)
+    ready: Run | None = None
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
             ready = open_run(run, world, fresh=fresh)
-            ready.checkpoints.saver.store.at = lambda point: injector.at(f"save_{point}")
-            follow(ready.runtime.clock.progress)
+            ready.checkpoints.saver.store.at = partial(_writes, heartbeat, injector)
+            if heartbeat is not None:
+                heartbeat.follow(ready.runtime.clock.progress)
             spoil = partial(poison, ready.runtime, ready.state.optimizer)
             injector.listen(ready.runtime.clock.progress, spoil)
             if not loop.train(ready):
                 leave_stopped(world.rank)
-        except (RuntimeError, CommError) as error:
-            raise _explain(error, world.rank) from error
+        except (RuntimeError, MemoryError, CommError) as error:
+            raise _explain(error, world.rank, ready) from error
     for text in injector.left():
         print(f"rank {world.rank}: --inject {text}: never came to its place", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _supervised(heartbeat_s: float) -> Iterator[Callable[[Progress], None]]:
-    """Tell this rank's launcher how it goes, if it has one of ours; gives what is to be told its marks."""
+def _supervised(heartbeat_s: float) -> Iterator[Heartbeat | None]:
+    """Tell this rank's launcher how it goes, if it has one of ours."""
     folder = os.environ.get(STATUS_DIR)
     if folder is None:
-        yield lambda progress: None
+        yield None
         return
     stop_with_parent()
     with Heartbeat(Path(folder), int(os.environ["RANK"]), heartbeat_s) as heartbeat:
-        yield heartbeat.follow
+        yield heartbeat
 
 
-def _explain(error: Exception, rank: int) -> Exception:
+def _writes(heartbeat: Heartbeat | None, injector: "Injector", point: str) -> None:
+    """A checkpoint that is written behind the training comes to a point; empty: it is done."""
+    if heartbeat is not None:
+        heartbeat.writes(point)
+    if point:
+        injector.at(f"save_{point}")
+
+
+def _explain(error: Exception, rank: int, run: "Run | None") -> Exception:
     """A broken connection is a lost peer, too many rows a matter of the config; the rest stays as it is."""
     from moe_comm.errors import ReceiveOverflow
 
+    from moe_runtime.train.memory_end import explain_memory_end, is_memory_end
+
+    if is_memory_end(error):
+        if run is None:
+            return MemoryEnded(f"rank {rank}: memory ended before the first step: {_root(error)}")
+        state, program = run.state, run.step.newest_program
+        said = explain_memory_end(error, state.runtime, state.optimizer, program)
+        return MemoryEnded(f"rank {rank}: {said}")
     root = _root(error)
     if isinstance(root, ReceiveOverflow):
         return ConfigError(f"layout.max_rows: {root} (layout.overflow=rounds)")

@@ -1,9 +1,9 @@
 """Where a rank is, in a small file that others read: the file outlives the rank.
 
 The file is mapped into memory, so a mark costs some microseconds and no system call, and what a rank did last
-stands there also after it was killed. Two writers share it and touch different bytes: the rank's own thread
-writes its mark, a thread beside it the time of its beat. A reader takes a mark only if the count before and
-the count behind it agree.
+stands there also after it was killed. Its writers touch different bytes: the rank's own thread writes its
+mark, threads beside it the time of a beat and the point that a checkpoint is at. A reader takes a mark only
+if the count before and the count behind it agree.
 
 Rejected: a line appended at every beat. The last mark before a death would be up to a beat old, and a full
 disk would look like a dead rank.
@@ -18,11 +18,11 @@ from pathlib import Path
 from moe_runtime.parallel.progress import Progress
 
 _BEAT = struct.Struct("<d")  # the newest beat, `time.monotonic()`, which all processes of a machine share
-_HEAD = struct.Struct(
-    "<8sqQqq"
-)  # version, pid, ident of the rank's thread, its native id, the beats' thread's
+# version, pid, ident of the rank's thread, native ids of it and of the thread that beats
+_HEAD = struct.Struct("<8sqQqq")
 _MARK = struct.Struct("<Qdq?16s64s160sQ")  # count, time, step, is_first_step, phase, entry, part, count
-_HEAD_AT, _MARK_AT = 64, 128
+_WRITES = struct.Struct("<16s")  # the point that a checkpoint behind the training is at
+_WRITES_AT, _HEAD_AT, _MARK_AT = 16, 64, 128
 _VERSION = b"beat 1  "
 _SIZE = 512
 _TRIES = 20  # a mark is written in about a microsecond; a reader that meets twenty of them reads no file
@@ -38,6 +38,7 @@ class Beat:
         native_ids: of the rank's own thread and of the one that beats, as the kernel counts threads.
         beaten_s: `time.monotonic()` of the newest beat.
         marked_s: of the newest mark.
+        writes: the point that a checkpoint is at (`write`, `rename`), or empty.
         count, step, is_first_step, phase, entry, part: as in `Progress`.
     """
 
@@ -46,6 +47,7 @@ class Beat:
     native_ids: tuple[int, int]
     beaten_s: float
     marked_s: float
+    writes: str
     count: int
     step: int
     is_first_step: bool
@@ -82,6 +84,10 @@ class BeatFile:
         """A beat, at `time.monotonic()`."""
         self._bytes[: _BEAT.size] = _BEAT.pack(now_s)
 
+    def writes(self, point: str) -> None:
+        """A checkpoint that is written behind the training comes to a point; empty: it is done."""
+        self._bytes[_WRITES_AT : _WRITES_AT + _WRITES.size] = _WRITES.pack(point.encode())
+
     def marks(self, progress: Progress, now_s: float) -> None:
         """A mark, at `time.monotonic()`."""
         self._bytes[_MARK_AT : _MARK_AT + _MARK.size] = _MARK.pack(
@@ -114,8 +120,12 @@ def read_beat(path: Path) -> Beat | None:
             return None
         count, marked_s, step, is_first, phase, entry, part, again = _MARK.unpack_from(data, _MARK_AT)
         if count == again:
-            words = (text.rstrip(b"\0").decode(errors="replace") for text in (phase, entry, part))
-            (beaten_s,) = _BEAT.unpack_from(data)
-            own = (native_ids[0], native_ids[1])
-            return Beat(pid, thread, own, beaten_s, marked_s, count, step, is_first, *words)
+            (beaten_s,), (writes,) = _BEAT.unpack_from(data), _WRITES.unpack_from(data, _WRITES_AT)
+            times, place = (beaten_s, marked_s), (_text(phase), _text(entry), _text(part))
+            ids = (native_ids[0], native_ids[1])
+            return Beat(pid, thread, ids, *times, _text(writes), count, step, is_first, *place)
     return None
+
+
+def _text(padded: bytes) -> str:
+    return padded.rstrip(b"\0").decode(errors="replace")

@@ -68,6 +68,10 @@ class Heartbeat:
         self._on_mark(progress)
         progress.listeners.insert(0, self._on_mark)
 
+    def writes(self, point: str) -> None:
+        """Pass on the point that a checkpoint is at, which another thread writes; empty: it is done."""
+        self._file.writes(point)
+
     def _on_mark(self, progress: Progress) -> None:
         self._file.marks(progress, time.monotonic())
 

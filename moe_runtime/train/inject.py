@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from moe_runtime.metrics.jsonl import read_jsonl
+from moe_runtime.parallel.beat import Beat
 from moe_runtime.parallel.progress import Progress
 from moe_runtime.train.fault import RARE_PHASES, Fault, read_faults
 
@@ -65,7 +66,7 @@ class Injector:
         self._worked_s = 0.0  # thread time at the newest mark
         self._rank, self._orders = rank, orders
         self._left: dict[Fault, int] = {}
-        if fresh and (orders is not None or any(fault.rank == rank for fault in faults)):
+        if fresh and (faults or orders is not None):
             self._append({"kind": _FRESH, "rank": rank})
         self._add(faults)
 
@@ -160,7 +161,7 @@ class Injector:
             _DEEDS[fault.kind](fault)
 
 
-def phases_of(progress: Progress) -> tuple[str, ...]:
+def phases_of(progress: Progress | Beat) -> tuple[str, ...]:
     """The phases of faults that begin with a mark; a part of an overlapped entry has its own direction."""
     if progress.phase != "step":
         return () if progress.entry else (progress.phase,)

@@ -180,6 +180,11 @@ class TrainStep:
         runtime.clock.progress.enters("optimizer")
         return scalars
 
+    @property
+    def newest_program(self) -> Program | None:
+        """The last one that was new; None before the first step."""
+        return next(reversed(self._programs.values()), None)
+
     def program(self, num_microbatches: int) -> Program:
         """What a step of so many microbatches a lane runs; a collective call when it is the first."""
         if num_microbatches not in self._programs:

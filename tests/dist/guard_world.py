@@ -1,7 +1,8 @@
-"""Short real runs on four ranks, with a number spoiled on the way: what the tests of the guards share.
+"""Short real runs with a number spoiled on the way: what the tests of the guards share.
 
-One world does several runs after another, in one run folder each. All four ranks hold the dense weights of
-both stages (mirrored rows of DualPipe, two lanes), pairs of them the same experts.
+One world does several runs after another, in one run folder each. All ranks hold the dense weights of both
+stages (mirrored rows of DualPipe, and two lanes on four ranks), and pairs of them the same experts; experts
+are the largest tensors here, so it is one of them that is struck.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from moe_runtime.build import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
@@ -20,9 +22,14 @@ from moe_runtime.parallel.world import World
 from moe_runtime.train.guard.poison import poison
 from moe_runtime.train.loop import Run, train
 from tests.cli.small_run import write_config
+from tests.ranks import run_ranks
 
-RANKS = 4
-LAYOUT = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"}
+# By number of ranks. Mirrored rows alone are the cheap form of a world with replicas.
+LAYOUTS: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"pp": 2, "schedule": "dualpipe"},
+    4: {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"},
+}
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,20 @@ class Outcome:
     hit: list[str]
 
 
-def write(folder: Path, **changes: Any) -> str:
+def write(folder: Path, layout: dict[str, Any], **changes: Any) -> str:
     """The config of all runs of a test module."""
-    layout: Any = changes.pop("layout", LAYOUT)
-    return str(write_config(folder, layout=layout, batch__global_batch_size=8, **changes))
+    quiet = {"train__eval_every": 0, "train__log_every": 100}
+    path = write_config(folder, layout=layout, batch__global_batch_size=8, **(quiet | changes))
+    run = yaml.safe_load(path.read_text())
+    run["model"]["expert_ffn_size"] = 64
+    path.write_text(yaml.safe_dump(run))
+    return str(path)
+
+
+def try_all(ranks: int, config: str, trials: tuple[Trial, ...]) -> dict[str, list[Outcome]]:
+    """All trials in one world; what each rank saw, by name."""
+    outcomes = run_ranks(do_trials, ranks, config, trials)
+    return {trial.name: [seen[i] for seen in outcomes] for i, trial in enumerate(trials)}
 
 
 def do_trials(rank: int, world_size: int, config: str, trials: tuple[Trial, ...]) -> list[Outcome]:

@@ -12,8 +12,7 @@ from moe_runtime.config.load import load_config
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.prepare import ensure_prepared
 from moe_runtime.data.shards import TokenDataset
-from tests.dist.guard_world import Outcome, Trial, digests, do_trials, events, records, write
-from tests.ranks import run_ranks
+from tests.dist.guard_world import Outcome, Trial, digests, events, records, try_all, write
 
 STEP = 3
 SEQUENCE = 21  # of the eight that step 3 reads, 16 to 23, one of the second lane
@@ -40,16 +39,15 @@ def spoil_sequence(config: str, copy: Path) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, dict[str, list[Outcome]]]:
     folder = tmp_path_factory.mktemp("data")
-    config = write(folder, layout={"dp": 2}, train__eval_every=0, train__log_every=100)
+    config = write(folder, {"dp": 2}, train__total_steps=4)
     where = spoil_sequence(config, folder / "bad")
-    bad = (f"data.path={folder / 'bad'}", "data.source=null", "train.total_steps=4")
+    bad = (f"data.path={folder / 'bad'}", "data.source=null")
     trials = (
         Trial("stop", bad),
         Trial("skip", (*bad, "data.bad=skip")),
-        Trial("left_out", (f"train.skip_updates=[{STEP}]", "train.total_steps=4")),
+        Trial("left_out", (f"train.skip_updates=[{STEP}]",)),
     )
-    outcomes = run_ranks(do_trials, 2, config, trials)
-    return config, where, {trial.name: [seen[i] for seen in outcomes] for i, trial in enumerate(trials)}
+    return config, where, try_all(2, config, trials)
 
 
 def test_a_bad_id_ends_the_run_on_all_ranks_with_file_and_byte(runs: tuple) -> None:

@@ -92,10 +92,10 @@ def hang(folder: Path, text: str) -> Verdict:
 @pytest.mark.parametrize(
     ("text", "kind", "beats"),
     [
-        ("sigstop:rank0:step3:backward", "stopped", 3),
         ("gil:rank1:step3:dispatch", "silent", 3),
-        ("sleep:rank1:step3:data", "stuck", 3 + LIMIT_S / BEAT_S),
         ("sleep:rank0:step3:combine", "stuck", 3 + LIMIT_S / BEAT_S),
+        pytest.param("sigstop:rank0:step3:backward", "stopped", 3, marks=pytest.mark.slow),
+        pytest.param("sleep:rank1:step3:data", "stuck", 3 + LIMIT_S / BEAT_S, marks=pytest.mark.slow),
     ],
 )
 def test_a_hung_rank_is_named_and_everything_is_dumped(

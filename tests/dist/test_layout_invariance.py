@@ -119,11 +119,14 @@ def _embeddings(rank: int, world_size: int, case: Case) -> bytes | None:
     return embedding_bytes(case, rank)
 
 
-@pytest.mark.parametrize("moments", ["fp8", "bf16"])
-def test_both_copies_of_a_tied_embedding_stay_the_same_bits(moments: str) -> None:
-    layout = {"pp": 2, "dp": 2, "schedule": "1f1b"}
-    case = Case("tied", layout, 2, mtp_depth=1, precision="fp32", moments=moments)
-    copies = run_ranks(_embeddings, 4, case)
+# Over more than two lanes a sum depends on who is added first, and that on the bucket that a gradient is in.
+@pytest.mark.parametrize(
+    ("moments", "dp"), [("fp8", 2), ("bf16", 2), pytest.param("bf16", 4, marks=pytest.mark.slow)]
+)
+def test_both_copies_of_a_tied_embedding_stay_the_same_bits(moments: str, dp: int) -> None:
+    layout = {"pp": 2, "dp": dp, "ep": dp, "schedule": "1f1b"}
+    case = Case("tied", layout, 4, mtp_depth=1, precision="fp32", moments=moments)
+    copies = run_ranks(_embeddings, 2 * dp, case)
     assert None not in copies and len(set(copies)) == 1
 
 

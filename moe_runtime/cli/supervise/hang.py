@@ -73,7 +73,9 @@ class _Seen:
 
     stopped_at: float | None = None
     beaten_s: float = 0.0
-    starved_s: float = 0.0
+    beat_starved_s: float = 0.0  # when that beat was seen
+    count: int = -1
+    mark_starved_s: float = 0.0  # when that mark was seen
 
 
 class HangWatch:
@@ -121,8 +123,9 @@ class HangWatch:
         return found or self._stuck(beats, now)
 
     def beats(self) -> dict[int, Beat]:
-        """The newest beat of each rank that has begun."""
-        read = {rank: read_beat(self.status_dir / f"rank{rank}.heartbeat") for rank in self.pids}
+        """The newest beat of each rank that has begun and not ended."""
+        live = [rank for rank in self.pids if self._status(rank) not in _DEAD]
+        read = {rank: read_beat(self.status_dir / f"rank{rank}.heartbeat") for rank in live}
         return {rank: beat for rank, beat in read.items() if beat is not None}
 
     def limit_s(self, beat: Beat) -> float:
@@ -148,12 +151,12 @@ class HangWatch:
         for rank, beat in beats.items():
             seen = self._seen[rank]
             if beat.beaten_s != seen.beaten_s:
-                seen.beaten_s, seen.starved_s = beat.beaten_s, starved_s(beat.pid, beat.native_ids)
+                seen.beaten_s, seen.beat_starved_s = beat.beaten_s, starved_s(beat.pid, beat.native_ids)
                 continue
             is_recurring = beat.phase in _RECURRING and not beat.is_first_step
             limit = _MISSED_BEATS * self._beat_s if is_recurring else self.limit_s(beat)
-            if seen.stopped_at is None and now - beat.beaten_s > limit and self._status(rank) not in _DEAD:
-                starved = starved_s(beat.pid, beat.native_ids) - seen.starved_s
+            if seen.stopped_at is None and now - beat.beaten_s > limit:
+                starved = starved_s(beat.pid, beat.native_ids) - seen.beat_starved_s
                 if now - beat.beaten_s - starved > limit:
                     return self._verdict("silent", rank, beat, now)
         return None
@@ -162,7 +165,7 @@ class HangWatch:
         for rank in self.pids:
             if rank not in beats and now - self._began > self._limits.start:
                 return self._verdict("stuck", rank, None, now)
-        late = {rank: beat for rank, beat in beats.items() if now - beat.marked_s > self.limit_s(beat)}
+        late = {rank: beat for rank, beat in beats.items() if self._is_late(rank, beat, now)}
         if not late:
             return None
         if not self._asked_at or now - self._asked_at > max(1.0, self._beat_s):
@@ -195,6 +198,14 @@ class HangWatch:
             return None
         rank = min(waiting, key=lambda rank: waiting[rank].marked_s)
         return self._verdict("deadlock", rank, waiting[rank], now)
+
+    def _is_late(self, rank: int, beat: Beat, now: float) -> bool:
+        """Whether it stays where it is for longer than it may; time without a processor does not count."""
+        seen, own = self._seen[rank], beat.native_ids[:1]
+        if seen.count != beat.count:
+            seen.count, seen.mark_starved_s = beat.count, starved_s(beat.pid, own)
+        seconds, limit = now - beat.marked_s, self.limit_s(beat)
+        return seconds > limit and seconds - (starved_s(beat.pid, own) - seen.mark_starved_s) > limit
 
     def _waits(self, rank: int, beat: Beat) -> bool:
         file = stacks_file(self.status_dir, rank)

@@ -16,6 +16,7 @@ from moe_runtime.parallel.heartbeat import STATUS_DIR
 
 _AGAIN = "train resumes from the last checkpoint by the same command"
 _STOPPED = "stopped"
+_CAUSES_FIRST = (4, 2, 3)  # memory ended, a mistake, a lost peer
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def explain_end(
 ) -> Outcome:
     """Why an attempt failed.
 
-    A killed rank comes first, then a defect, then a user's mistake, then a lost peer: the later ones
-    may be what other ranks say of one that went for an earlier reason.
+    A killed rank comes first, then a defect, then ended memory, then a user's mistake, then a lost peer: the
+    later ones may be what other ranks say of one that went for an earlier reason.
 
     Args:
         failures: exit codes of ranks that failed by themselves, negative for a signal.
@@ -97,5 +98,5 @@ def explain_end(
         return Outcome(code, f"rank {rank} ended with exit code {code}", rank=rank)
     if not by_code:
         return Outcome(3, "ranks ended with no word of why", _AGAIN)
-    code = min(by_code)
+    code = next((code for code in _CAUSES_FIRST if code in by_code), min(by_code))
     return Outcome(code, by_code[code][1], rank=by_code[code][0])

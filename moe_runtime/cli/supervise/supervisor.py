@@ -9,6 +9,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from moe_runtime.cli.supervise.agent import Agent, End
+from moe_runtime.cli.supervise.blame import find_blame
 from moe_runtime.cli.supervise.job import Job
 from moe_runtime.cli.supervise.journal import Journal
 from moe_runtime.cli.supervise.meeting_place import Change, MeetingPlace
@@ -74,10 +75,12 @@ class Supervisor:
         step = self._journal.steps_done()
         if self._wishes.to_stop:
             return outcome
+        blame = find_blame(outcome, end.failed, read_statuses(end.status_dir), end.hang, end.status_dir)
         decision = self._policy.judge(outcome, step, self._journal.checkpoint_step())
-        cause = outcome.cause.strip()
-        fault = {"rank": outcome.rank, "exit_codes": {str(k): v for k, v in end.failed.items()}}
-        self._journal.event("fault", attempt=end.attempt, step=step, cause=cause, **fault)
+        cause = blame.tell(outcome.cause.strip())
+        codes = {str(rank): code for rank, code in end.failed.items()}
+        fault = {"attempt": end.attempt, "step": step, "cause": cause, "exit_codes": codes}
+        self._journal.event("fault", **fault, **blame.fields())
         if not decision.restart:
             remedy = "; ".join(filter(None, (decision.reason, outcome.remedy)))
             return Outcome(outcome.code, outcome.cause, remedy, outcome.rank)

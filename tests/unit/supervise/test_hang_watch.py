@@ -16,6 +16,7 @@ from moe_runtime.config.reliability import ReliabilityConfig
 from moe_runtime.parallel.beat import BeatFile, read_beat
 from moe_runtime.parallel.heartbeat import Heartbeat
 from moe_runtime.parallel.progress import Progress
+from moe_runtime.parallel.starved import own_starvation, starved_s
 
 LIMITS = {"start": 50, "first_step": 40, "data": 6, "optimizer": 8, "evaluate": 30, "save": 60, "end": 70}
 PHASES = ("start", "data", "step", "optimizer", "evaluate", "sample", "save", "end")
@@ -41,8 +42,8 @@ class Ranks:
         for rank in range(count):
             self.mark(rank)
             self.beat(rank)
-            pid = self.processes[rank].pid
-            self.files[rank].opens(pid, 7, (pid, pid))
+            # No thread has number 0: how long real ones are starved does not go with a time set by hand.
+            self.files[rank].opens(self.processes[rank].pid, 7, (0, 0))
         pids = {rank: process.pid for rank, process in enumerate(self.processes)}
         reliability = ReliabilityConfig(heartbeat_s=1.0, limits=LIMITS)
         self.watch = HangWatch(folder, pids, reliability, WATCHDOG_S, world_size, now=lambda: self.now)
@@ -223,3 +224,11 @@ def test_a_heartbeat_shows_every_mark_at_once_and_beats(tmp_path: Path) -> None:
         while (beat := read_beat(tmp_path / "rank3.heartbeat")) and beat.beaten_s == first.beaten_s:
             assert time.monotonic() < until
         assert beat is not None and beat.count == first.count
+
+
+def test_a_thread_sees_its_own_starvation_as_others_see_it() -> None:
+    own = own_starvation(ranks_per_node=10**6)
+    before = own()
+    seen = starved_s(os.getpid(), [threading.get_native_id()])
+    assert 0 <= before <= seen <= own()
+    assert own_starvation(ranks_per_node=1)() == 0.0 and starved_s(os.getpid(), [0]) == 0.0
