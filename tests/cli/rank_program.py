@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from moe_runtime.cli.supervise.outcome import leave_status
+from moe_runtime.cli.supervise.outcome import leave_status, leave_stopped
 
 
 def _deed() -> str:
@@ -27,11 +27,16 @@ def _deed() -> str:
     return "fine"
 
 
+def _stop(*_: object) -> None:
+    leave_stopped(int(os.environ["RANK"]))
+    sys.exit(0)
+
+
 def main() -> None:
     """Does the deed."""
     deed = _deed()
     if deed == "sleep":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, _stop)
         print(f"rank {os.environ['RANK']} ready", flush=True)
         time.sleep(60)
         sys.exit(1)

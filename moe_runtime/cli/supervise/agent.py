@@ -19,6 +19,7 @@ to end with SIGTERM first (one that waits inside gloo for a dead peer does not h
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -91,6 +92,7 @@ class Agent(LocalElasticAgent):
         )
         super().__init__(spec, logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "logs")))
         self._job, self._meeting, self._scratch = job, meeting, scratch
+        self._folder = scratch
         self.shape: Shape | None = None
 
     def attempt(self, begins: Callable[[], None]) -> End:
@@ -129,14 +131,14 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         """Start the ranks as torch does, with what this attempt has of its own."""
         number = self._meeting.attempt
-        folder = self._scratch / f"attempt{number}"
-        folder.mkdir(exist_ok=True)
+        # Not by the attempt's number, which begins anew when machine 0 does.
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks", dir=self._scratch))
         self._pcontext = None
         if not worker_group.workers:
             return {}
         # Ranks take over this process's environment.
         per_node = min(self._job.ranks, worker_group.workers[0].world_size)
-        os.environ |= {STATUS_DIR: str(folder), ATTEMPT: str(number), RANKS_PER_NODE: str(per_node)}
+        os.environ |= {STATUS_DIR: str(self._folder), ATTEMPT: str(number), RANKS_PER_NODE: str(per_node)}
         os.environ[TOKEN] = self._meeting.token
         spec = worker_group.spec
         spec.args = self._job.arguments(number, self._overrides())
@@ -152,8 +154,7 @@ class Agent(LocalElasticAgent):
         return (f"layout.dp={shape.dp}",)
 
     def _watch(self) -> End:
-        number = self._meeting.attempt
-        folder = self._scratch / f"attempt{number}"
+        number, folder = self._meeting.attempt, self._folder
         machines, hangs = _MachinesWatch(self._meeting), self._hang_watch(folder)
         while True:
             time.sleep(_LOOK_S)

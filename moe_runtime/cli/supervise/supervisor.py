@@ -2,7 +2,11 @@
 
 import time
 
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousGracefulExitError,
+    RendezvousTimeoutError,
+)
 
 from moe_runtime.cli.supervise.agent import Agent, End
 from moe_runtime.cli.supervise.blame import find_blame
@@ -37,7 +41,7 @@ class Supervisor:
         while True:
             try:
                 outcome = self._judge(self._agent.attempt(self._begins))
-            except RendezvousClosedError:
+            except (RendezvousClosedError, RendezvousGracefulExitError):
                 return self._meeting.told()
             except RendezvousTimeoutError:
                 limit_s = self._job.timeout_s
