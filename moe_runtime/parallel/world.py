@@ -109,6 +109,11 @@ def _open_store(world: World, timeout_s: float) -> dist.Store:
         store = join_store(address, port, timeout_s)
         check_token(store, os.environ[TOKEN], f"{address}:{port}")
         return store
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # torchrun itself hosts it, over all attempts
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"attempt{attempt}", join_store(address, port, timeout_s))
     if world.rank == 0:
         # A machine may know its own name as loopback, where no other machine reaches it.
         is_alone = world.ranks_per_node == world.world_size

@@ -265,3 +265,22 @@ def test_a_hostfile_that_does_not_fit_the_layout_is_told_before_anything_starts(
     hosts = _hostfile(tmp_path, "a slots=2\nb slots=1\n")
     assert launch.main(["--hostfile", str(hosts), *_QUICKSTART]) == 2
     assert "layout: pp 2 x dp 2 needs 4 processes, got 3; start 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_itself_trains_and_restarts(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train__total_steps=4)
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "moe_runtime", "train"]
+    fault = ["--inject", "sigkill:rank1:step4:forward"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(config), *fault],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert steps_done(tmp_path / "runs" / "small") == [1, 2, 3, 4]
+    events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
+    assert "resuming after step" in events

@@ -30,6 +30,7 @@ def _measured(rank: int, world_size: int) -> dict[str, int]:
     return peaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_holds_as_many_microbatches_as_the_schedule_says(name: str) -> None:
     layout, microbatches = LAYOUTS[name]

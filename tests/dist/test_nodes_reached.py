@@ -1,5 +1,6 @@
 """Nodes that a study counts from routing are the copies that the dispatcher counts when it sends."""
 
+import pytest
 import torch
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
@@ -32,6 +33,7 @@ def _sent(rank: int, world: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_nodes_reached_is_what_the_dispatcher_sends():
     limited, free = (sum(rows for rows, _ in pair) for pair in zip(*run_ranks(_sent, NODES), strict=True))
     assert 0 < limited < free

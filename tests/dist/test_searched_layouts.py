@@ -65,6 +65,7 @@ def _run(folder: Path, offered: list[Ranked]) -> None:
         assert math.isfinite(steps[0]["loss"]) and steps[0]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_layouts_of_four_kinds_train(tmp_path: Path) -> None:
     wanted = {("single", 1, 4), ("dualpipev", 1, 2), ("interleaved", 2, 2), ("zbv", 4, 1)}
     found = {}

@@ -75,6 +75,7 @@ def _stopped(rank: int, world_size: int) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_a_rank_that_says_nothing_any_more_is_named() -> None:
     text = run_ranks(_stopped, 2)[0][0]
     assert "rank 1 (pp 1): no word for" in text and "stopped or gone" in text, text
