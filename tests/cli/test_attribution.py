@@ -86,7 +86,7 @@ def _all_faults() -> Iterator[str]:
     """Every kind in every phase that it can strike, on the first or the last rank in turn."""
     number = 0
     for kind in KINDS:
-        for phase in ("init", *QUICK, *RARE, *(() if kind in ("raise", "oom") else WRITER)):
+        for phase in ("init", *QUICK, *RARE, *(() if kind in ("raise", "oom", "sleep") else WRITER)):
             number += 1
             yield f"{kind}:rank{number % 2}{'' if phase == 'init' else ':step3'}:{phase}"
 
