@@ -47,12 +47,13 @@ def blame(config: Path, folder: Path, fault: str) -> Ended:
     """Let one fault strike a fresh run."""
     ended = train_under_faults(config, folder, 2, "--fresh", "--inject", fault)
     assert ended is not None, (folder / "output").read_text()
-    assert [line["fault"] for line in ended.struck] == [fault], (ended, (folder / "output").read_text())
     return ended
 
 
 def wrong(ended: Ended) -> list[str]:
     """What of the blame is not as it was: rank, kind, phase."""
+    if len(ended.struck) != 1:
+        return ["blamed before the fault struck"]
     (truth,), found = ended.struck, ended.blame
     phase_is = truth["phase"] == found.phase or truth["phase"] == f"save_{found.writes}"
     claims = {
