@@ -47,12 +47,13 @@ def blame(config: Path, folder: Path, fault: str) -> Ended:
     """Let one fault strike a fresh run."""
     ended = train_under_faults(config, folder, 2, "--fresh", "--inject", fault)
     assert ended is not None, (folder / "output").read_text()
-    assert [line["fault"] for line in ended.struck] == [fault], (ended, (folder / "output").read_text())
     return ended
 
 
 def wrong(ended: Ended) -> list[str]:
     """What of the blame is not as it was: rank, kind, phase."""
+    if len(ended.struck) != 1:
+        return ["blamed before the fault struck"]
     (truth,), found = ended.struck, ended.blame
     phase_is = truth["phase"] == found.phase or truth["phase"] == f"save_{found.writes}"
     claims = {
@@ -86,7 +87,7 @@ def _all_faults() -> Iterator[str]:
     """Every kind in every phase that it can strike, on the first or the last rank in turn."""
     number = 0
     for kind in KINDS:
-        for phase in ("init", *QUICK, *RARE, *(() if kind in ("raise", "oom") else WRITER)):
+        for phase in ("init", *QUICK, *RARE, *(() if kind in ("raise", "oom", "sleep") else WRITER)):
             number += 1
             yield f"{kind}:rank{number % 2}{'' if phase == 'init' else ':step3'}:{phase}"
 

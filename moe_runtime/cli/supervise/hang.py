@@ -31,6 +31,7 @@ from moe_runtime.parallel.starved import starved_s
 
 _MISSED_BEATS = 2
 _STACKS_S = 0.3  # a signal handler in C has written by then
+_LATE_STACKS_S = 2.0  # one that has no processor answers later; one that the kernel holds never does
 _OVERSLEPT_S = 5.0
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -168,14 +169,16 @@ class HangWatch:
         late = {rank: beat for rank, beat in beats.items() if self._is_late(rank, beat, now)}
         if not late:
             return None
-        if not self._asked_at or now - self._asked_at > max(1.0, self._beat_s):
+        waits = {rank: self._waits(rank, beat) for rank, beat in beats.items()} if self._asked_at else {}
+        patience_s = max(_LATE_STACKS_S if None in waits.values() else 1.0, self._beat_s)
+        if not self._asked_at or now - self._asked_at > patience_s + _STACKS_S:
             ask_for_stacks(self.status_dir, beats.items())
             self._asked_at, self._asked = now, {rank: beat.count for rank, beat in beats.items()}
             return None
-        if now - self._asked_at < _STACKS_S:
+        if now - self._asked_at < (patience_s if None in waits.values() else _STACKS_S):
             return None
         still = {rank: beat for rank, beat in beats.items() if self._asked.get(rank) == beat.count}
-        busy = {rank: beat for rank, beat in still.items() if not self._waits(rank, beat)}
+        busy = {rank: beat for rank, beat in still.items() if not waits[rank]}
         culprits = {rank: beat for rank, beat in busy.items() if rank in late}
         if culprits:
             rank = min(culprits, key=lambda rank: culprits[rank].marked_s)
@@ -207,9 +210,9 @@ class HangWatch:
         seconds, limit = now - beat.marked_s, self.limit_s(beat)
         return seconds > limit and seconds - (starved_s(beat.pid, own) - seen.mark_starved_s) > limit
 
-    def _waits(self, rank: int, beat: Beat) -> bool:
+    def _waits(self, rank: int, beat: Beat) -> bool | None:
         file = stacks_file(self.status_dir, rank)
-        return file.exists() and only_waits(file.read_text(errors="replace"), beat.thread)
+        return only_waits(file.read_text(errors="replace"), beat.thread) if file.exists() else None
 
     def _verdict(self, kind: str, rank: int, beat: Beat | None, now: float) -> Verdict:
         seconds = now - (beat.marked_s if beat else self._began)

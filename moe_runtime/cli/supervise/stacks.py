@@ -39,8 +39,10 @@ def ask_for_stacks(status_dir: Path, beats: Iterable[tuple[int, Beat]]) -> None:
             os.kill(beat.pid, signal.SIGUSR1)
 
 
-def only_waits(stacks: str, thread: int) -> bool:
+def only_waits(stacks: str, thread: int) -> bool | None:
     """Whether a rank's own thread waits for other ranks, or for a thread of its own that does.
+
+    None: its stack is not there, or not yet; a process without a processor answers late.
 
     Args:
         stacks: of all threads, as faulthandler writes them.
@@ -52,7 +54,7 @@ def only_waits(stacks: str, thread: int) -> bool:
     if own and own[0].endswith(_WRITER):  # it waits until a checkpoint is written
         others = (found for found in files.values() if found is not own and found[-1:] == own[:1])
         own = next(others, [])
-    return bool(own) and _WAITS.search(own[0]) is not None
+    return _WAITS.search(own[0]) is not None if own else None
 
 
 def _own_files(frames: str) -> list[str]:
