@@ -325,7 +325,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         recorder.event("resume", message=line)
         recorder.say(line)
     guard = Guard(config, state.guard, recorder.tell)
-    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell)
+    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
     return Run(

@@ -26,6 +26,8 @@ from moe_runtime.checkpoint.folder import Found
 from moe_runtime.checkpoint.snapshot import HostCopy, Snapshot
 from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, SaveFailed, SaveMeta
 
+_LOOK_S = 0.2
+
 
 @dataclass(frozen=True)
 class SaveReport:
@@ -117,8 +119,16 @@ class _Save:
         return self._thread.is_alive()
 
     def result(self) -> SaveReport:
-        """Wait for the end."""
-        self._thread.join()
+        """Wait for the end.
+
+        A disk that hangs on one rank lets all others wait for it in their writing threads. The stack of this
+        thread says which of both it is, so that whoever looks for the culprit finds the one.
+        """
+        while self._thread.is_alive():
+            if self._store.waits_for_others:
+                self._store.peers.stand_by(self._thread, _LOOK_S)
+            else:
+                self._thread.join(_LOOK_S)
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         assert self._outcome is not None

@@ -87,7 +87,7 @@ def check_on_disk(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     buffer = np.empty(_READ_BYTES, dtype=np.uint8)
     place = 0
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _drop_pages(file)
         for piece in pieces:
             wanted = np.frombuffer(piece, dtype=np.uint8)
             for start in range(0, wanted.size, _READ_BYTES):
@@ -101,6 +101,12 @@ def check_on_disk(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         if file.read(1):
             raise CheckpointError(f"{path.name}: expected {place} bytes on disk, got more")
         # Nothing reads it soon. Its pages serve the next checkpoint: new ones would cost more than the copy.
+        _drop_pages(file)
+
+
+def _drop_pages(file: io.FileIO) -> None:
+    """Have the system forget its copy of a file that is on disk, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

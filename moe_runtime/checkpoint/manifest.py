@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,12 +290,14 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: missing, not a regular file, too large, or damaged.
     """
-    if path.is_symlink():
-        raise CheckpointError(f"{path}: expected a file, got a symbolic link")
     try:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {size}")
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise CheckpointError(f"{path}: expected a regular file, got a link, folder or device")
+        if status.st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(
+                f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {status.st_size}"
+            )
         text = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None

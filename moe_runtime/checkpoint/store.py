@@ -160,6 +160,7 @@ class CheckpointStore:
         self.peers = peers
         self.keep = keep
         self.at: Callable[[str], object] = at or (lambda point: None)
+        self.waits_for_others = False  # of the save that runs
         self._known_bad: set[str] = set()
         failure = self._on_first(lambda: remove_leftovers(self.dir))
         if failure is not None:
@@ -232,7 +233,9 @@ class CheckpointStore:
             action()
         except Exception as error:  # whatever it was, the others wait to hear of it
             failure = _reason(error)
+        self.waits_for_others = True
         said = self.peers.gather_json(failure)
+        self.waits_for_others = False
         return next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None), None)
 
     def _on_first(self, action: Callable[[], object]) -> str | None:

@@ -59,6 +59,9 @@ def show(path: RunOrCheckpoint, as_json: AsJson = False) -> None:
         return
     for line in _description(folder, manifest):
         typer.echo(line)
+    fault = _summary(folder, with_hash=False)["fault"]
+    if fault is not None:
+        typer.echo(f"damaged: {fault}")
 
 
 @app.command()

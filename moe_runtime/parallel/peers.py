@@ -141,6 +141,10 @@ class Peers:
 
         self.alike(result, errors)
 
+    def stand_by(self, worker: threading.Thread, seconds: float) -> None:
+        """Wait for a thread that itself waits for other ranks: by its stack, this one then does too."""
+        worker.join(seconds)
+
     def alike(self, action: Callable[[], T], errors: tuple[type[BaseException], ...]) -> T:
         """Run `action` everywhere; if it fails on one rank, every rank raises the first failure.
 

@@ -127,11 +127,15 @@ def split_orders(texts: Sequence[str]) -> tuple[list[str], Path | None]:
     """Faults that stand on the command line, and the file of `@FILE`, if there is one.
 
     Raises:
-        ConfigError: more than one file.
+        ConfigError: more than one file, or one that cannot be read.
     """
     files = [Path(text[1:]) for text in texts if text.startswith("@")]
     if len(files) > 1:
         raise ConfigError(f"--inject: expected one @FILE, got {len(files)}")
+    if files and not files[0].is_file():
+        raise ConfigError(
+            f"--inject @{files[0]}: expected a file with a fault on each line, got no such file"
+        )
     return [text for text in texts if not text.startswith("@")], files[0] if files else None
 
 

@@ -48,7 +48,7 @@ class Injector:
         rank: global.
         run_dir: where faults.jsonl is; made if missing.
         fresh: forget the faults that struck this rank before.
-        orders: a file of further faults, read again whenever a step begins; it may not exist yet.
+        orders: a file of further faults, read again whenever a step begins.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ def _hold_lock(fault: Fault) -> None:
 
 
 def _fill_disk(fault: Fault) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, as was injected")
 
 
 def _end_memory(fault: Fault) -> None:

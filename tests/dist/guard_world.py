@@ -71,10 +71,15 @@ class Outcome:
     hit: list[str]
 
 
+def smallest_batch(ranks: int) -> int:
+    """Sequences that fill a layout of `LAYOUTS`."""
+    return 2 * ranks
+
+
 def write(folder: Path, layout: dict[str, Any], **changes: Any) -> str:
     """The config of all runs of a test module."""
-    quiet = {"train__eval_every": 0, "train__log_every": 100}
-    path = write_config(folder, layout=layout, batch__global_batch_size=8, **(quiet | changes))
+    usual = {"train__eval_every": 0, "train__log_every": 100, "batch__global_batch_size": 8, "metrics__trace_step": None}
+    path = write_config(folder, layout=layout, **(usual | changes))
     run = yaml.safe_load(path.read_text())
     run["model"]["expert_ffn_size"] = 64
     path.write_text(yaml.safe_dump(run))

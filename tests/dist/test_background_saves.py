@@ -1,5 +1,6 @@
 """Saves of several ranks behind their training: one slow disk, one rank that dies."""
 
+import faulthandler
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import find_latest_good
 from moe_runtime.checkpoint.store import CheckpointStore, Saved
 from moe_runtime.checkpoint.tensors import read_tensors
+from moe_runtime.cli.supervise.stacks import only_waits
 from moe_runtime.parallel.peers import Peers
 from tests.dist.saved_by_two import META, contribution, values
 from tests.ranks import run_ranks
@@ -45,6 +47,43 @@ def test_the_training_goes_on_while_one_rank_has_a_slow_disk(tmp_path: Path) -> 
     (total, blocked_s), (_, told_s) = run_ranks(_train_while_one_disk_is_slow, 2, str(tmp_path))
     assert total == 2.0**20
     assert blocked_s == told_s, "the longest of all ranks, on every rank"
+
+
+def _wait_while_one_disk_hangs(rank: int, world_size: int, run_dir: str) -> bool:
+    """Whether the rank's own thread says that it only waits for other ranks."""
+    saver, own = _saver(rank, world_size, run_dir), threading.get_ident()
+    reached, opened = threading.Event(), threading.Event()
+
+    def at(point: str) -> None:
+        reached.set()
+        if (rank, point) == (1, "write"):
+            opened.wait(60)
+
+    saver.store.at = at
+    stacks = [Path(run_dir) / f"stacks{number}" for number in range(world_size)]
+
+    def look() -> None:
+        reached.wait(60)
+        while saver.store.waits_for_others != (rank == 0):
+            time.sleep(0.05)
+        time.sleep(0.5)  # longer than the rank's own thread looks away
+        with stacks[rank].open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        stacks[rank].with_suffix(".done").touch()
+        while not all(path.with_suffix(".done").exists() for path in stacks):
+            time.sleep(0.05)
+        opened.set()
+
+    saver.start(10, contribution(10, rank), META)
+    looker = threading.Thread(target=look)
+    looker.start()
+    saver.wait()
+    looker.join()
+    return only_waits(stacks[rank].read_text(), own)
+
+
+def test_a_rank_whose_disk_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+    assert run_ranks(_wait_while_one_disk_hangs, 2, str(tmp_path)) == [True, False]
 
 
 def _die_while_writing(rank: int, world_size: int, run_dir: str, after_us: int) -> None:

@@ -1,8 +1,21 @@
 """One flipped bit in weights, optimizer state or a gradient of one rank, in real runs."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.dist.guard_world import LAYOUTS, Outcome, Strike, Trial, digests, events, records, try_all, write
+from tests.dist.guard_world import (
+    LAYOUTS,
+    Outcome,
+    Strike,
+    Trial,
+    digests,
+    events,
+    records,
+    smallest_batch,
+    try_all,
+    write,
+)
 
 STEPS = 6
 WRITTEN = Strike("flip", "param", rank=1, step=4, phase="evaluate", is_written=True)
@@ -39,7 +52,12 @@ Runs = tuple[str, tuple[Strike, ...], dict[str, list[Outcome]]]
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ranks = request.param
     config = write(
-        tmp_path_factory.mktemp("bits"), LAYOUTS[ranks], train__eval_every=4, train__total_steps=STEPS
+        tmp_path_factory.mktemp("bits"),
+        LAYOUTS[ranks],
+        train__eval_every=4,
+        train__ema_decay=None,
+        train__total_steps=STEPS,
+        batch__global_batch_size=smallest_batch(ranks),
     )
     return config, STRIKES[ranks], try_all(ranks, config, trials(ranks))
 
@@ -78,3 +96,14 @@ def test_the_run_ends_at_once_where_the_config_says_stop(runs: Runs) -> None:
     (error,) = {outcome.error for outcome in outcomes["stops"]}
     assert error is not None and "guard.digest_action is stop" in error and "rank 0: weights of" in error
     assert [record["step"] for record in records(config, "stops")] == [1]
+
+
+@pytest.mark.slow
+def test_an_average_that_may_have_read_a_flipped_weight_comes_back_too(tmp_path: Path) -> None:
+    config = write(tmp_path, LAYOUTS[2], train__total_steps=STEPS, train__ema_decay=0.5)
+    strike = Strike("flip", "param", rank=0, step=5, phase="data")
+    outcomes = try_all(2, config, (Trial("clean"), Trial("struck", (), (strike,))))
+    assert {outcome.error for outcome in outcomes["struck"]} == {None}
+    (event,) = events(config, "struck", "roll_back")
+    assert event["to_step"] == 4
+    assert digests(config, "struck") == digests(config, "clean")

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.guard_world import LAYOUTS, Outcome, Strike, Trial, digests, events, records, try_all, write
+from tests.dist.guard_world import (
+    LAYOUTS,
+    Outcome,
+    Strike,
+    Trial,
+    digests,
+    events,
+    records,
+    smallest_batch,
+    try_all,
+    write,
+)
 
 ROLLS_BACK = (
     "guard.spike_z=0.1",
@@ -17,7 +28,7 @@ ROLLS_BACK = (
 FLAT = ("optim.peak_lr=1e-6", "train.total_steps=12")
 TRIALS = (
     Trial("nan", strikes=(Strike("nan", "grad", rank=1, step=3, phase="optimizer"),)),
-    Trial("left_out", ("train.skip_updates=[3]",)),
+    Trial("left_out", ("train.skip_updates=[3]", "guard.replay_every=1")),
     Trial(
         "diverged",
         ("guard.max_skips=2",),
@@ -30,8 +41,10 @@ Runs = tuple[str, dict[str, list[Outcome]]]
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    config = write(tmp_path_factory.mktemp("guards"), LAYOUTS[request.param], train__total_steps=4)
-    return config, try_all(request.param, config, TRIALS)
+    ranks = request.param
+    size = {"train__total_steps": 4, "batch__global_batch_size": smallest_batch(ranks)}
+    config = write(tmp_path_factory.mktemp("guards"), LAYOUTS[ranks], **size)
+    return config, try_all(ranks, config, TRIALS)
 
 
 def test_one_nan_on_one_rank_skips_the_step_and_is_named(runs: Runs) -> None:
@@ -52,6 +65,7 @@ def test_a_skipped_step_is_that_of_a_clean_run_told_to_leave_it_out(runs: Runs) 
     config, outcomes = runs
     assert {outcome.error for outcome in outcomes["left_out"]} == {None}
     assert digests(config, "nan") == digests(config, "left_out")
+    assert not events(config, "left_out", "corruption"), "each step was run twice, to the same gradients"
     (event,) = events(config, "left_out", "skipped")
     assert event["step"] == 3 and "train.skip_updates" in event["message"]
 
@@ -83,15 +97,28 @@ def test_fp8_and_stage_2_hide_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_spike_rolls_back_and_goes_on_as_a_clean_run_without_that_data(ranks: int, tmp_path: Path) -> None:
-    config = write(tmp_path, LAYOUTS[ranks])
+    batch = smallest_batch(ranks)
+    config = write(tmp_path, LAYOUTS[ranks], batch__global_batch_size=batch)
     try_all(ranks, config, (Trial("spiky", (*ROLLS_BACK, *FLAT)),))
     (event,) = events(config, "spiky", "roll_back")
     steps = [record["step"] for record in records(config, "spiky")]
     assert steps == list(range(1, 13)), "each step has one record, that of the run that counts"
     assert event["step"] > 8 and event["to_step"] == (event["step"] - 1) // 2 * 2
-    skipped = 8 * (event["step"] - event["to_step"] + 1)  # and the step that spike_skip_steps adds
-    assert event["data_skip"] == [[8 * event["to_step"], skipped]]
+    skipped = batch * (event["step"] - event["to_step"] + 1)  # and the step that spike_skip_steps adds
+    assert event["data_skip"] == [[batch * event["to_step"], skipped]]
     try_all(ranks, config, (Trial("clean", (*FLAT, f"data.skip={event['data_skip']}")),))
     assert digests(config, "spiky") == digests(config, "clean")
     losses = [[record["loss"] for record in records(config, name)] for name in ("spiky", "clean")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_what_was_passed_over_survives_a_resume(tmp_path: Path) -> None:
+    config = write(tmp_path, LAYOUTS[1], batch__global_batch_size=2)
+    try_all(1, config, (Trial("spiky", (*ROLLS_BACK, *FLAT)),))
+    (event,) = events(config, "spiky", "roll_back")
+    longer = (*FLAT, "train.total_steps=16")
+    try_all(1, config, (Trial("spiky", (*ROLLS_BACK, *longer)),))
+    assert len(events(config, "spiky", "roll_back")) == 1, "the one that spike_max allows was counted"
+    try_all(1, config, (Trial("clean", (*longer, f"data.skip={event['data_skip']}")),))
+    assert digests(config, "spiky") == digests(config, "clean")

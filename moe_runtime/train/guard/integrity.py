@@ -8,6 +8,9 @@ Masters, moments and biases have no copy that can be trusted; the run goes back 
 takes the same data again, to the same bits. Whichever way, the same rank damaged twice in the life of a
 process is no accident: the fault is persistent, and the run ends, so that the machine can be taken out.
 
+An average of the weights is taken while the next step computes, so it may have read a wrong one before that
+was found. Where an average is kept, damaged weights too send the run back to its checkpoint.
+
 Which of two replicas is wrong, two replicas cannot tell. The masters can: all weights are written again from
 them, and the replica whose digest changed thereby was wrong.
 """
@@ -36,10 +39,19 @@ class Integrity:
 
     Args:
         config: the guard section; digest_every 0 turns everything here off.
+        averages: an average of the weights is kept.
         tell: called with the kind of an event, its step, its message and fields.
     """
 
-    def __init__(self, config: GuardConfig, runtime: Runtime, optimizer: ZeroOptimizer, tell: Tell) -> None:
+    def __init__(
+        self,
+        config: GuardConfig,
+        runtime: Runtime,
+        optimizer: ZeroOptimizer,
+        tell: Tell,
+        averages: bool = False,
+    ) -> None:
+        self._averages = averages
         self._config, self._runtime, self._optimizer, self.tell = config, runtime, optimizer, tell
         self._at_rest = AtRest(runtime, optimizer)
         self._suspects: set[int] = set()
@@ -66,7 +78,7 @@ class Integrity:
             return False
         damages = self._gather([asdict(change) for change in own])
         self._judge(step, damages, "changed in memory since the last update")
-        if any(damage["kind"] != WEIGHTS for damage in damages):
+        if self._averages or any(damage["kind"] != WEIGHTS for damage in damages):
             raise StateDamaged(_describe(damages))
         self._optimizer.refresh_weights()
         self.take()
@@ -95,7 +107,7 @@ class Integrity:
         outvoted = [asdict(each) for each in own if each.kind != WEIGHTS and rank in each.odd_ranks]
         damages = self._gather(rewritten + [{**each, "tensors": [each["group"]]} for each in outvoted])
         self._judge(step, damages, "is not what its replicas hold")
-        if self._runtime.peers.any_true(bool(self._differences())):
+        if self._averages or self._runtime.peers.any_true(bool(self._differences())):
             raise StateDamaged(_describe(damages))
 
     def _differences(self) -> list[Difference]:

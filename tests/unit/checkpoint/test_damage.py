@@ -1,6 +1,7 @@
 """Whatever is damaged is found, named, and passed over for the checkpoint before it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,11 @@ def link_manifest(folder: Path) -> None:
     (folder / "manifest.json").symlink_to(folder.parent / "elsewhere")
 
 
+def pipe_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+
+
 def link_folder(folder: Path) -> None:
     folder.rename(folder.parent / "elsewhere")
     folder.symlink_to(folder.parent / "elsewhere")
@@ -89,7 +95,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "file of another step": (take_from_other_step, f"{WEIGHTS}: expected sha256"),
     "manifest of another step": (take_manifest_of_other_step, "expected step 20 as the folder says, got 10"),
     "link": (link, f"{WEIGHTS}: expected a regular file"),
-    "linked manifest": (link_manifest, "got a symbolic link"),
+    "linked manifest": (link_manifest, "got a link"),
+    "piped manifest": (pipe_manifest, "got a link, folder or device"),
     "linked folder": (link_folder, "got a symbolic link"),
     "empty manifest": (lambda folder: (folder / "manifest.json").write_bytes(b""), "got an empty file"),
     "garbage manifest": (

@@ -199,6 +199,10 @@ def test_stacks_tell_who_waits() -> None:
     assert only_waits(f"{other}\n{own}", 5)
     assert not only_waits(f"{other}\n{sleeps}", 5)
     assert only_waits(f"{sleeps}\n{other}".replace("Thread 0x", "Current thread 0x"), 6)
+    writer = "/x/moe_runtime/checkpoint/background.py"
+    saves = block(5, library, writer, "/x/moe_runtime/train/checkpoints.py", "/x/moe_runtime/train/loop.py")
+    assert only_waits(f"{block(6, '/x/moe_runtime/parallel/peers.py', writer, library)}\n{saves}", 5)
+    assert not only_waits(f"{block(6, '/x/moe_runtime/checkpoint/disk.py', writer, library)}\n{saves}", 5)
     assert not only_waits("", 5) and not only_waits(block(5, library), 5)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.progress import Progress
-from moe_runtime.train.fault import KINDS, PHASES, Fault, read_faults
+from moe_runtime.train.fault import KINDS, PHASES, Fault, read_faults, split_orders
 from moe_runtime.train.inject import FAULTS_FILE, InjectedFault, Injector, phases_of, read_strikes
 
 
@@ -252,3 +252,11 @@ def test_orders_are_read_while_the_run_goes_on_and_strike_once(tmp_path: Path) -
     fresh.begins_step(2)
     fresh.enters("optimizer")
     assert again.left() == []
+
+
+def test_orders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="expected a file with a fault on each line"):
+            split_orders([f"@{place}"])
+    with pytest.raises(ConfigError, match="expected one @FILE, got 2"):
+        split_orders(["@a", "@b"])
