@@ -12,7 +12,7 @@ from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import Tokenizer
-from moe_runtime.errors import DataError, NumericsError
+from moe_runtime.errors import DataError, NumericsError, PeerLost
 from moe_runtime.fp8.which_path import which_path
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.heartbeat import STATUS_DIR
@@ -72,6 +72,7 @@ def train(run: Run) -> bool:
 
     Raises:
         CheckpointError: the last checkpoint could not be written.
+        PeerLost: the launchers of some machines are gone; the others can go on from what was saved.
     """
     with StopRequest() as stop, nullcontext() if STATUS_DIR in os.environ else _watchdog(run):
         try:
@@ -85,8 +86,13 @@ def train(run: Run) -> bool:
         message = f"stopped at step {steps_done}; the same command continues"
         run.recorder.event("stopped", step=steps_done)
         run.recorder.say(message)
+    orphaned = run.state.peers.gather_json(stop.is_orphaned)
     run.recorder.close()
     run.checkpoints.check()
+    if steps_done < run.end and any(orphaned) and not all(orphaned):
+        raise PeerLost(
+            f"rank {orphaned.index(True)}: the launcher of its machine is gone; saved at step {steps_done}"
+        )
     if stop.is_preemption and STATUS_DIR not in os.environ and run.state.peers.is_first:
         leave_marker(Path(run.config.out_dir) / run.config.name, steps_done)  # else the launcher does
     return steps_done == run.end

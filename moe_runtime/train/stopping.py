@@ -3,6 +3,9 @@
 A launcher passes Ctrl-C on to every rank, a scheduler may tell only one: either way the ranks agree
 after each step. A later second signal ends this process at once; signals close together are one wish,
 for a launcher that is killed lets the kernel send one for each of its threads.
+
+That signal is SIGHUP (`cli/orphan.py`). Nobody watches this rank any more and it must go, but where the run
+has other machines it may go on without this one, so the others have to learn why all stop.
 """
 
 import os
@@ -10,7 +13,7 @@ import signal
 import time
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_WISH_S = 0.5
 
 
@@ -20,6 +23,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.wanted = False
         self.is_preemption = False  # SIGTERM, from a scheduler; a person's Ctrl-C is SIGINT
+        self.is_orphaned = False  # SIGHUP: the launcher of this machine is gone
         self._first_s: float | None = None
         self._before: dict[int, object] = {}
 
@@ -37,4 +41,5 @@ class StopRequest:
             os._exit(128 + number)
         self.wanted = True
         self.is_preemption = number == signal.SIGTERM
+        self.is_orphaned = number == signal.SIGHUP
         self._first_s = now if self._first_s is None else self._first_s

@@ -14,7 +14,7 @@ from moe_runtime.cli import launch
 from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
 from moe_runtime.cli.network import free_port, is_public
 from moe_runtime.errors import ConfigError
-from tests.cli.small_run import ROOT, finish, run, start, steps_done, write_config
+from tests.cli.small_run import ROOT, finish, run, start, steps_done, wait_for_step, write_config
 
 _QUICKSTART = ("train", "quickstart")
 
@@ -284,3 +284,22 @@ def test_torchrun_itself_trains_and_restarts(tmp_path: Path) -> None:
     assert steps_done(tmp_path / "runs" / "small") == [1, 2, 3, 4]
     events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
     assert "resuming after step" in events
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_a_run_goes_on_without_the_machine_whose_launcher_was_killed(tmp_path: Path) -> None:
+    changes = {"train__total_steps": 60, "reliability": {"rejoin_s": 1.0}}
+    config = write_config(tmp_path, layout={"dp": 2}, **changes)
+    run_dir = tmp_path / "runs" / "small"
+    meeting = ("--nnodes", "1:2", "--master", f"127.0.0.1:{free_port()}")
+    machines = [start(*meeting, "--node-rank", str(rank), "train", str(config)) for rank in (0, 1)]
+    wait_for_step(run_dir, 3, machines[0])
+    machines[1].kill()
+    code, output = finish(machines[0], 240.0)
+    assert code == 0, output
+    assert steps_done(run_dir) == list(range(1, 61))
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (fault,) = [event for event in events if event["kind"] == "fault"]
+    assert "launcher of its machine is gone" in fault["cause"]
+    assert [event["dp"] for event in events if event["kind"] == "shrink"] == [1]

@@ -122,3 +122,18 @@ def test_what_was_passed_over_survives_a_resume(tmp_path: Path) -> None:
     assert len(events(config, "spiky", "roll_back")) == 1, "the one that spike_max allows was counted"
     try_all(1, config, (Trial("clean", (*longer, f"data.skip={event['data_skip']}")),))
     assert digests(config, "spiky") == digests(config, "clean")
+
+
+@pytest.mark.slow
+def test_a_second_spike_after_one_checkpoint_is_of_later_data(tmp_path: Path) -> None:
+    config = write(tmp_path, LAYOUTS[1], batch__global_batch_size=2)
+    rare = ("guard.spike_max=2", "train.checkpoint_every=8")
+    try_all(1, config, (Trial("spiky", (*ROLLS_BACK, *FLAT, *rare)),))
+    first, second = events(config, "spiky", "roll_back")
+    assert first["to_step"] == second["to_step"] == 8
+    ((begin, count),), ((again, more),) = first["data_skip"], second["data_skip"]
+    passed = 2 * (second["step"] - 8 + 1)  # what was read since the first one, and the step that is added
+    assert (again, more) == (begin, count + passed)
+    clean = (*FLAT, *rare, f"data.skip={second['data_skip']}")
+    try_all(1, config, (Trial("clean", clean),))
+    assert digests(config, "spiky") == digests(config, "clean")

@@ -117,7 +117,9 @@ def test_a_machine_with_another_config_or_a_number_twice_or_a_taken_port_is_refu
     joined.join(20)
 
 
-def test_a_dead_master_is_told() -> None:
+def test_a_dead_master_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     place = Machines(2, 2, 1, "127.0.0.1", free_port(), "127.0.0.1")
-    with pytest.raises(PeerLost, match="machine 0 did not answer within 1 s; start it, or check host"):
-        ManyMachines(place, _CONFIG, timeout_s=1.0, rejoin_s=1.0)
+    with pytest.raises(PeerLost, match="machine 0 did not answer within 2 s; start it, or check host"):
+        ManyMachines(place, _CONFIG, timeout_s=2.0, rejoin_s=1.0)
+    said = capsys.readouterr().err
+    assert said.count("waiting for machine 0 at 127.0.0.1") == 1 and "start it, or check host" in said

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,8 @@ from moe_runtime.parallel.meeting import host_store, join_store
 
 _RUN = "moe_runtime/run"
 _FIRST_WORD_S = 10.0
-_CONNECT_S = 5.0
+_CONNECT_S = 5.0  # of one try
+_REMEDY = "start it, or check host, port and firewall"
 
 
 def meet(machines: Machines, config: dict[str, Any], timeout_s: float) -> tuple[dist.TCPStore, str]:
@@ -63,12 +65,16 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None
 
 def _reach(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     """Try until machine 0 answers: it may be started later."""
-    deadline = time.monotonic() + timeout_s
+    deadline, has_told = time.monotonic() + timeout_s, False
     while True:
         left = deadline - time.monotonic()
         try:
-            return join_store(host, port, max(1.0, min(_CONNECT_S, left)))
+            return join_store(host, port, max(1.0, min(_CONNECT_S if has_told else 1.0, left)))
         except dist.DistError as error:
             if time.monotonic() >= deadline:
                 text = f"--master {host}:{port}: machine 0 did not answer within {timeout_s:.0f} s"
-                raise PeerLost(f"{text}; start it, or check host, port and firewall") from error
+                raise PeerLost(f"{text}; {_REMEDY}") from error
+            if not has_told:
+                text = f"waiting for machine 0 at {host}:{port}, {timeout_s:.0f} s at most"
+                print(f"{text}; {_REMEDY}", file=sys.stderr, flush=True)
+            has_told = True

@@ -12,6 +12,7 @@ a clean run with the same `data.skip` from its beginning takes the same bits.
 
 from moe_runtime.checkpoint.folder import Checkpoint
 from moe_runtime.config.derive import sequences_before
+from moe_runtime.data.skipped import SkippedData
 from moe_runtime.errors import NumericsError
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.train.checkpoints import RunCheckpoints
@@ -44,10 +45,11 @@ class RollBack:
         if checkpoint is None:
             self.recorder.tell("no_roll_back", step, "no checkpoint to roll back to; training goes on")
             return None
-        roll_backs = self.state.guard.roll_backs + 1
+        guard = self.state.guard
+        roll_backs, read = guard.roll_backs + 1, guard.skipped_data
         back = self._load(checkpoint)
-        self.state.guard.roll_backs = roll_backs
-        self._tell(step, back, self._pass_data(back, step))
+        guard.roll_backs = roll_backs
+        self._tell(step, back, self._pass_data(back, step, read))
         return back
 
     def same_data(self, step: int, damage: str) -> int:
@@ -78,13 +80,17 @@ class RollBack:
         self.integrity.take()
         return back
 
-    def _pass_data(self, back: int, step: int) -> str:
-        """Skip what lies between the steps `back` and `step`, and what the config adds; says so."""
+    def _pass_data(self, back: int, step: int, read: SkippedData) -> str:
+        """Skip what was read between the steps `back` and `step`, and what the config adds; says so.
+
+        Args:
+            read: what was passed over then. A second spike after one checkpoint is of other data than the
+                first, which the checkpoint itself knows nothing of.
+        """
         config, layout = self.state.runtime.config, self.state.runtime.layout
         guard, last_step = self.state.guard, step + config.guard.spike_skip_steps
-        first, end = (
-            guard.skipped_data.number(sequences_before(config, layout, at)) for at in (back, last_step)
-        )
+        first = guard.skipped_data.number(sequences_before(config, layout, back))
+        end = read.number(sequences_before(config, layout, last_step))
         guard.skipped_data = guard.skipped_data.with_range(first, end - first)
         return f"sequences {first} to {end - 1} are passed over"
 
