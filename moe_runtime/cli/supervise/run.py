@@ -33,7 +33,7 @@ def run_ranks(job: Job) -> Outcome:
     from moe_runtime.cli.supervise.supervisor import Supervisor
 
     os.environ[_CPP_LOG] = for_ranks
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # all others are `listening`'s
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"  # which nobody sends: all are `listening`'s
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="moe_runtime_") as name:
         scratch = Path(name)

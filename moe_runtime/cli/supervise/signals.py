@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SAME_WISH_S = 0.5
 _LEAVE_S = 1.0
 

@@ -108,7 +108,9 @@ class Supervisor:
             change = end.change or self._meeting.changed()
         cause = Change.LEFT if change is None else change
         self._journal.say(f"attempt {end.attempt} ended: {cause.value}")
-        self._journal.event("machines", attempt=end.attempt, cause=cause.value)
+        kind = "machines" if cause is Change.CAME else "fault"
+        step = self._journal.steps_done()
+        self._journal.event(kind, attempt=end.attempt, step=step, rank=None, cause=cause.value)
         return None
 
     def _mark(self, end: End) -> None:
