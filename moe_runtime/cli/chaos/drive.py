@@ -197,7 +197,7 @@ class Drive:
         return [event for event in self._watch.events(kind) if _seconds(event) >= at]
 
     def _faults(self) -> list[dict[str, Any]]:
-        return list(read_jsonl(self._run_dir / FAULTS_FILE))
+        return [line for line in read_jsonl(self._run_dir / FAULTS_FILE) if "fault" in line]
 
     def _remember_family(self) -> None:
         """Every process that the launcher ever had, to see that none outlives it."""
