@@ -37,6 +37,12 @@ class MemoryEnded(MoeRuntimeError):
     exit_code = 4
 
 
+class StateLost(MoeRuntimeError):
+    """State of this run was damaged and there is no checkpoint yet; beginning anew loses nothing else."""
+
+    exit_code = 3
+
+
 class PeerLost(MoeRuntimeError):
     """Another rank died or stopped answering; this rank ends too."""
 

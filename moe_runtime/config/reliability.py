@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_runtime.config.finding import Finding
 from moe_runtime.config.section import Count, Section
 
 
@@ -26,7 +27,9 @@ class TimeLimits(Section):
 class ReliabilityConfig(Section):
     """How the launcher watches ranks and brings them back."""
 
-    heartbeat_s: PositiveFloat = Field(1.0, description="seconds between heartbeats of a rank")
+    heartbeat_s: Annotated[float, Field(gt=0.0, le=60.0)] = Field(
+        1.0, description="seconds between heartbeats of a rank"
+    )
     limits: TimeLimits = TimeLimits()
     restarts: Count = Field(3, description="restarts in a row that reach no new checkpoint; 0: none at all")
     back_off_s: PositiveFloat = Field(1.0, description="before the second restart in a row; doubles up to 60")
@@ -61,3 +64,9 @@ class GuardConfig(Section):
         "take optimizer state from the newest checkpoint; a rank that was healed before ends it either way",
     )
     replay_every: Count = Field(0, description="steps between steps that are run twice; 0: none")
+
+    def findings(self) -> list[Finding]:
+        """A roll-back needs something that calls for it."""
+        if self.spike_action == "roll_back" and self.spike_z is None:
+            return [Finding("spike_action", "roll_back has no effect while spike_z is null: set both")]
+        return []

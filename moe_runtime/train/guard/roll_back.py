@@ -13,7 +13,7 @@ a clean run with the same `data.skip` from its beginning takes the same bits.
 from moe_runtime.checkpoint.folder import Checkpoint
 from moe_runtime.config.derive import sequences_before
 from moe_runtime.data.skipped import SkippedData
-from moe_runtime.errors import NumericsError
+from moe_runtime.errors import StateLost
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.integrity import Integrity
@@ -57,13 +57,13 @@ class RollBack:
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
-            NumericsError: there is none.
+            StateLost: there is none; the launcher begins anew.
         """
         checkpoint = self._newest()
         if checkpoint is None:
-            raise NumericsError(
-                f"step {step}: {damage}: expected a checkpoint to take the state from, got none; "
-                "run the same command with --fresh"
+            raise StateLost(
+                f"step {step}: {damage}: expected a checkpoint to take the state from, got none yet; "
+                "the same command begins anew"
             )
         back = self._load(checkpoint)
         self._tell(step, back, "the same data comes again")
