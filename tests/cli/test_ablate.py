@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.cli.small_run import ROOT, write_config
@@ -51,6 +52,7 @@ def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.slow
 def test_a_study_is_interrupted_taken_up_and_shown(tmp_path):
     file = _write_study(tmp_path)
     first = _start(file, "--arm", "bias")

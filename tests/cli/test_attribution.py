@@ -68,7 +68,7 @@ def wrong(ended: Ended) -> list[str]:
     "fault",
     [
         "sigkill:rank1:step3:dispatch",
-        "oom:rank0:step3:forward",
+        pytest.param("oom:rank0:step3:forward", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_is_blamed_on_its_rank_phase_and_kind(fault: str, config: Path, tmp_path: Path) -> None:

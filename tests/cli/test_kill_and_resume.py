@@ -20,7 +20,6 @@ PHASES = (
     "save_write",
     "save_rename",
 )
-LEAN = {("optimizer", 1)}
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +31,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return config, digests(folder / "runs" / "small", STEPS)
 
 
-@pytest.mark.parametrize(
-    ("phase", "rank"),
-    [
-        pytest.param(phase, rank, marks=() if (phase, rank) in LEAN else pytest.mark.slow)
-        for phase in PHASES
-        for rank in (0, 1)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "rank"), [(phase, rank) for phase in PHASES for rank in (0, 1)])
 def test_a_killed_rank_loses_no_more_than_the_steps_since_a_checkpoint(
     phase: str, rank: int, clean: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:

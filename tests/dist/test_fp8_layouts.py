@@ -64,6 +64,7 @@ def test_training_takes_the_same_course_in_every_layout(world_size: int) -> None
             assert abs(got - wanted) < 2e-3 * wanted
 
 
+@pytest.mark.slow
 def test_weights_that_zero_wrote_are_cast_anew_and_it_shows_if_they_are_not() -> None:
     (trained,) = run_ranks_once(_train, 1)
     assert trained.after == trained.fresh

@@ -71,10 +71,10 @@ def _reach(host: str, port: int, timeout_s: float) -> dist.TCPStore:
         try:
             return join_store(host, port, max(1.0, min(_CONNECT_S if has_told else 1.0, left)))
         except dist.DistError as error:
-            if time.monotonic() >= deadline:
-                text = f"--master {host}:{port}: machine 0 did not answer within {timeout_s:.0f} s"
-                raise PeerLost(f"{text}; {_REMEDY}") from error
             if not has_told:
                 text = f"waiting for machine 0 at {host}:{port}, {timeout_s:.0f} s at most"
                 print(f"{text}; {_REMEDY}", file=sys.stderr, flush=True)
+            if time.monotonic() >= deadline:
+                text = f"--master {host}:{port}: machine 0 did not answer within {timeout_s:.0f} s"
+                raise PeerLost(f"{text}; {_REMEDY}") from error
             has_told = True
