@@ -13,7 +13,8 @@ usage() {
 ./launch.sh test [--all] [PYTEST ...]    run the tests; --all with the slow ones
 
 One machine runs torchrun over as many processes as the config's layout needs: NCCL and one process
-per GPU where there are GPUs, gloo otherwise. Ranks that die or hang are started again from the last checkpoint (reliability.restarts).
+per GPU where there are GPUs, gloo otherwise. Ranks that die or hang are started again from the last
+checkpoint (reliability.restarts).
 Ctrl-C or SIGTERM saves a checkpoint and ends with 0; once more ends at once, with 130. After SIGTERM the
 run folder has preempted.json, which the next start tells of and removes.
 
@@ -29,7 +30,7 @@ Set-up needs Python 3.11 or newer and nothing else, and takes minutes once. Envi
   PYTHON           the Python to make .venv with
   TORCH_INDEX_URL  where to get torch, such as https://download.pytorch.org/whl/cpu
 Exit codes: 0 done, 1 defect or failed test, 2 your mistake (one line says which), 3 a process was
-lost, 130 stopped at once.
+lost and restarts did not help, 4 memory ended, 130 stopped at once.
 HELP
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_runtime.parallel.clock import Clock
 from moe_runtime.parallel.flight import Flight
-from moe_runtime.parallel.p2p import Departures, Transfer, Transport
+from moe_runtime.parallel.p2p import Departures, Transfer, Transport, wait_for
 from moe_runtime.parallel.stage import BOUNDARY, ObjectiveWeights, StageRunner, Step
 from moe_runtime.parallel.weight_grad import run_weight_grads
 from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
@@ -272,7 +272,7 @@ class Executor:
         transfer, buffer = self._arriving.pop((kind, _key(action)))
         self._clock.progress.begins(f"waits for {action.stage}{kind.value}{action.microbatch}")
         begun = self._clock.wait_begins()
-        transfer.wait()
+        wait_for(transfer)
         self._clock.waited("transfer", begun)
         return buffer
 

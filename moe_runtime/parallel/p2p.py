@@ -27,6 +27,11 @@ class Transfer(Protocol):
         ...
 
 
+def wait_for(transfer: Transfer) -> None:
+    """Wait for a transfer, in a frame of this file: readers of stacks know by it that a rank only waits."""
+    transfer.wait()
+
+
 class Transport(Protocol):
     """Starts transfers to and from pipeline ranks of this lane."""
 

@@ -95,6 +95,8 @@ def hang(folder: Path, text: str) -> Verdict:
         ("gil:rank1:step3:dispatch", "silent", 3),
         ("sleep:rank0:step3:combine", "stuck", 3 + LIMIT_S / BEAT_S),
         pytest.param("sigstop:rank0:step3:backward", "stopped", 3, marks=pytest.mark.slow),
+        pytest.param("sleep:rank0:step3:data", "stuck", 3 + LIMIT_S / BEAT_S, marks=pytest.mark.slow),
+        pytest.param("sleep:rank0:step3:forward", "stuck", 3 + LIMIT_S / BEAT_S, marks=pytest.mark.slow),
         pytest.param("sleep:rank1:step3:data", "stuck", 3 + LIMIT_S / BEAT_S, marks=pytest.mark.slow),
     ],
 )
