@@ -12,8 +12,8 @@ usage() {
 ./launch.sh COMMAND ...                  any moe-runtime command; ./launch.sh help lists them
 ./launch.sh test [--all] [PYTEST ...]    run the tests; --all with the slow ones
 
-One machine runs torchrun over as many processes as the config's layout needs: NCCL and one process
-per GPU where there are GPUs, gloo otherwise. Ranks that die or hang are started again from the last
+One machine runs as many processes as the config's layout needs, under torch's elastic agent: NCCL and
+one process per GPU where there are GPUs, gloo otherwise. Ranks that die or hang are started again from the last
 checkpoint (reliability.restarts).
 Ctrl-C or SIGTERM saves a checkpoint and ends with 0; once more ends at once, with 130. After SIGTERM the
 run folder has preempted.json, which the next start tells of and removes.

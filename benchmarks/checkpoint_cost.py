@@ -1,6 +1,6 @@
 """What checkpoints cost a run: windows of ten steps with a checkpoint and without, in turn, in one world.
 
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 PYTHONPATH=.:comm torchrun --standalone --nproc-per-node 4 \\
+    PYTHONPATH=.:comm torchrun --standalone --nproc-per-node 4 \\
         benchmarks/checkpoint_cost.py configs/run/quickstart.yaml [--pairs 9] [a.b=c ...]
 
 A larger model: `model.hidden_size=512 model.ffn_size=2048 model.expert_ffn_size=512 model.num_experts=16`.

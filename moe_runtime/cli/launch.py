@@ -1,8 +1,8 @@
 """`python -m moe_runtime.cli.launch [options] COMMAND ...`: as many processes as the command needs.
 
 `train` has several, and `generate --ep N`. A run's config is loaded and its layout checked here, once, before
-any process is started, so that a mistake is told in one line and at once. Then one rank runs in this
-process, several under torchrun, and with a hostfile under the `deepspeed` launcher.
+any process is started, so that a mistake is told in one line and at once. Then `supervise/` starts ranks and
+keeps them alive; with a hostfile the `deepspeed` launcher starts them.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from moe_runtime.cli.chaos.draw import CHANGING, HANGS, PREEMPT, Draw
+from moe_runtime.cli.chaos.draw import CHANGING, PREEMPT, Draw
 from moe_runtime.cli.chaos.report import Report, Struck
 from moe_runtime.cli.chaos.watch import LOOK_S, Watch
 from moe_runtime.metrics.jsonl import read_jsonl
@@ -235,6 +235,3 @@ def _lives(pid: int) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and "moe_runtime" in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False
-
-
-assert set(HANGS) <= set(_SIGNS)

@@ -2,11 +2,8 @@
 
 import errno
 import os
-import resource
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from moe_runtime.checkpoint.store import CheckpointStore, Contribution, Saved, S
 from moe_runtime.checkpoint.tensors import read_tensors
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.peers import Peers
+from tests.file_limit import largest_file
 from tests.unit.checkpoint.samples import META, contribution, partition, weights
 
 
@@ -113,17 +111,6 @@ def test_a_writer_that_dies_of_something_else_raises_where_the_training_asks(tmp
     with pytest.raises(SystemExit):
         saver.wait()
     assert saver.running_step is None
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond a size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_quota_costs_the_checkpoint_says_how_much_it_needs_and_leaves_nothing(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 import json
 import logging
 import os
-import resource
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from safetensors import safe_open
 from moe_runtime.generate.prefix_blocks import blocks_of
 from moe_runtime.generate.prefix_cache import open_prefix_cache
 from moe_runtime.generate.prefix_folder import FOLDER, PrefixFolder, name_of
+from tests.file_limit import largest_file
 from tests.unit.generate.prefix_samples import (
     BLOCK_BYTES,
     FORM,
@@ -87,23 +85,12 @@ def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path, caplog: pytest
     assert len(caplog.records) == 1 and not list((tmp_path / "elsewhere").iterdir())
 
 
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes: a write is cut short, then fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_told_once_and_then_only_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = cache_of("disk", tmp_path)
     learn(cache, text_of(1))
-    with full_disk(BLOCK_BYTES["disk"] // 2):
+    with largest_file(BLOCK_BYTES["disk"] // 2):
         learn(cache, text_of(1, 2), text_of(3), text_of(4))
     learn(cache, text_of(5))
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
