@@ -157,7 +157,7 @@ def edit_and_mend(folder: Path, before: Path, chance: Random) -> tuple[str, ...]
         "no layout": lambda: fields["partitions"][0].update(layout=7),
         "no such key": lambda: fields["partitions"][0]["keys"].append("exp_avg_sq"),
         "step": lambda: fields.update(step=fields["step"] + 1),
-        "format": lambda: fields.update(format=99),
+        "format": lambda: fields.update(format=chance.choice((0, -1, "2", None))),
         "unknown": lambda: fields.update(hook="os.system"),
     }
     edits[chance.choice(sorted(edits))]()
