@@ -70,7 +70,7 @@ set_up() {
   torch_pin=$(grep '^torch==' "$root/constraints.txt")
   "$python" -m pip install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin" >&2 ||
     fail "pip could not install $torch_pin; see above"
-  "$python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[data,test,mpi]" >&2 ||
+  "$python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[data,test,mpi,report,dashboard]" >&2 ||
     fail "pip could not install the dependencies; see above"
   echo "$wanted" >"$stamp"
 }

@@ -132,7 +132,7 @@ def test_torch_is_installed_first_from_its_own_index_and_the_rest_under_constrai
     )
     assert first == f"python -m pip install --quiet --index-url https://torch.example/cpu {torch}"
     root = machine.repository
-    assert second == f"python -m pip install --quiet -c {root}/constraints.txt -e {root}[data,test,mpi]"
+    assert second == f"python -m pip install --quiet -c {root}/constraints.txt -e {root}[data,test,mpi,report,dashboard]"
     assert "making .venv with Python 3.12.1" in errors
 
 
@@ -170,7 +170,7 @@ def _launch_and_kill(machine: Machine) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 20
-    while "[data,test,mpi]" not in "".join(machine.notes()):
+    while "[data,test,mpi,report,dashboard]" not in "".join(machine.notes()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -210,7 +210,7 @@ def test_a_moved_repository_is_installed_again_where_it_is_now(machine: Machine)
     machine.notes()
     moved = machine.repository.rename(machine.folder / "moved")
     assert machine.launch("help", script=moved / "launch.sh")[0] == 0
-    assert machine.installs()[1].endswith(f"-e {moved}[data,test,mpi]")
+    assert machine.installs()[1].endswith(f"-e {moved}[data,test,mpi,report,dashboard]")
 
 
 def test_a_link_to_the_script_finds_the_repository(machine: Machine) -> None:
