@@ -105,8 +105,8 @@ def build_runtime(
     named = unique_parameters(chunks)
     sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
     sink.install(param for _, param in named)
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    load = ExpertLoad(layers, config.model.num_experts, device)
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    load = ExpertLoad(meters.layers, config.model.num_experts, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -131,7 +131,7 @@ def build_runtime(
         tied_embedding=tied,
         weight_casts=casts,
         load=load,
-        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
+        meters=meters,
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),
