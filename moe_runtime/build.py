@@ -105,8 +105,7 @@ def build_runtime(
     named = unique_parameters(chunks)
     sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
     sink.install(param for _, param in named)
-    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
-    load = ExpertLoad(meters.layers, config.model.num_experts, device)
+    meters, load = _open_meters(config, chunks, dispatcher, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -137,6 +136,14 @@ def build_runtime(
         executor=open_executor(_runners(chunks, places, make)),
         sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
+
+
+def _open_meters(
+    config: RunConfig, chunks: dict[int, Transformer], dispatcher: Dispatcher, device: torch.device
+) -> tuple[RouterMeters, ExpertLoad]:
+    """What routers tell of their choices, layer by layer."""
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    return meters, ExpertLoad(meters.layers, config.model.num_experts, device)
 
 
 def _open_runner(
