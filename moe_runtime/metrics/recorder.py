@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
+from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
@@ -60,6 +63,7 @@ class Recorder:
         self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
         self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
+        self._heatmap = _open_heatmap(run_dir, config, resume_step)
         if metrics.wandb != "off":
             shown = config.model_dump(mode="json")
             self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
@@ -79,8 +83,17 @@ class Recorder:
             self._wandb.log(fields, record["step"])
             self._note_wandb(self._wandb)
 
+    def expert_load(self, step: int, load: Tensor | None) -> None:
+        """Report the load of every expert in a step; None: it is not due.
+
+        Args:
+            load: FP64 [MoE layers, experts], relative to a fair share.
+        """
+        if self._is_active and self._heatmap is not None and load is not None:
+            self._note(self._heatmap.add(step, load.numpy()))
+
     def roll_back(self, step: int) -> None:
-        """Take the records of later steps out of metrics.jsonl, as a resume would.
+        """Take the records of later steps out of metrics.jsonl and expert_load.jsonl, as a resume would.
 
         W&B keeps them: what comes after has steps that it has seen, and it leaves those out until a new one.
         """
@@ -88,6 +101,8 @@ class Recorder:
             return
         try:
             self._metrics.keep_to(step)
+            if self._heatmap is not None:
+                self._heatmap.roll_back(step)
         except OSError as error:
             self._note(f"{METRICS_FILE}: later steps stay in it: {error.strerror}")
 
@@ -134,6 +149,8 @@ class Recorder:
             self._note_wandb(self._wandb)
         self._console.close()
         self._metrics.close()
+        if self._heatmap is not None:
+            self._heatmap.close()
         self._events.close()
         self._is_active = False
 
@@ -147,6 +164,14 @@ class Recorder:
             self._warned.add(warning)
             self.event("warning", message=warning)
             self.say(f"warning: {warning}")
+
+
+def _open_heatmap(run_dir: Path, config: RunConfig, resume_step: int) -> HeatmapWriter | None:
+    """None where there is nothing to show."""
+    layers, every = moe_layers(config.model), config.metrics.heatmap_every
+    if not layers or not every:
+        return None
+    return HeatmapWriter(run_dir / HEATMAP_FILE, layers, every, keep_to_step=resume_step)
 
 
 def _safe(value: Any) -> Any:
