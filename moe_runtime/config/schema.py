@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from moe_runtime.config.alerts import AlertsConfig
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
 from moe_runtime.config.metrics import MetricsConfig
@@ -371,3 +372,4 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
     guard: GuardConfig = GuardConfig()
+    alerts: AlertsConfig = AlertsConfig()
