@@ -12,8 +12,12 @@ from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
+from moe_runtime.metrics.table_events import read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.planner.draw import draw_svg
+from moe_runtime.planner.measured import timeline_of
+from moe_runtime.planner.trace import Trace
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
@@ -62,7 +66,9 @@ class Recorder:
         self._events = JsonLines(run_dir / EVENTS_FILE)
         if metrics.wandb != "off":
             shown = config.model_dump(mode="json")
-            self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
+            earlier = read_table_events(run_dir / EVENTS_FILE, resume_step)
+            where = (config.name, metrics.wandb_project, metrics.wandb)
+            self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Report one optimizer step.
@@ -124,6 +130,24 @@ class Recorder:
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
+
+    def alert(self, step: int, message: str, **fields: Any) -> None:
+        """Report that a limit of the section `alerts` was passed.
+
+        Args:
+            **fields: of the event: alert, metric, value, threshold, action, last.
+        """
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            self._wandb.alert(
+                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
+            )
+
+    def timeline(self, trace: Trace) -> None:
+        """Give W&B a drawing of the trace of a step."""
+        if self._wandb is not None:
+            self._wandb.timeline(trace.step, lambda: draw_svg(timeline_of(trace)))
 
     def close(self) -> None:
         """Finish all sinks; gives W&B a few seconds."""

@@ -207,6 +207,7 @@ def _trace(run: Run, step: int) -> None:
     run.runtime.clock.restart()
     if trace is None:
         return
+    run.recorder.timeline(trace)
     path = Path(run.config.out_dir) / run.config.name / TRACE_FILE
     try:
         write_trace(trace, path)
