@@ -4,8 +4,9 @@ A run has 58 MoE layers of 256 experts, and a million steps: not to be kept whol
 `interval` steps, and the interval doubles as the run grows, such that the file never has more than
 `MOST_LINES`. When it doubles, every second line is dropped: at any time the file holds exactly the steps that
 the interval of its newest line divides, evenly over the whole run, whatever was stopped, resumed or rolled
-back on the way. The interval is a function of the step alone, so nothing has to be remembered. Letting the newer half be denser,
-with no line ever dropped, was rejected: lines then grow with the logarithm of the run without a bound.
+back on the way. The interval is a function of the step alone, so nothing has to be remembered. Letting the
+newer half be sparser, with no line ever dropped, was rejected: lines then grow with the logarithm of the run,
+without a bound.
 
 A load is kept relative to a fair share, in 1/256 of it, as an unsigned 16-bit number: 0 is a dead expert, 256
 a fair share, and no expert can be busier than all tokens of its layer, which is experts / top_k fair shares.
