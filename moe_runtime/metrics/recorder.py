@@ -12,7 +12,7 @@ from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
-from moe_runtime.metrics.table_events import read_table_events
+from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.planner.draw import draw_svg
@@ -126,7 +126,7 @@ class Recorder:
         """Report a generated text."""
         if not self._is_active:
             return
-        self.event("sample", step=step, text=text)
+        self.event(SAMPLE, step=step, text=text)
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
