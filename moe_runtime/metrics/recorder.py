@@ -10,6 +10,7 @@ from rich.console import Console
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.table_events import SAMPLE, read_table_events
@@ -21,9 +22,6 @@ from moe_runtime.planner.trace import Trace
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:

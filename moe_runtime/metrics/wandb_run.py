@@ -175,19 +175,25 @@ def kept_id(run_dir: Path) -> str:
     path = run_dir / FOLDER / _ID_FILE
     if path.exists() and (kept := path.read_text().strip()):
         return kept
-    return new_id(run_dir)
+    made = new_id()
+    keep_id(run_dir, made)
+    return made
 
 
-def new_id(run_dir: Path) -> str:
-    """Another id for a run folder's run, kept from now on.
+def keep_id(run_dir: Path, run_id: str) -> None:
+    """Let a run folder's run go under this id from now on.
 
     Raises:
         OSError: it cannot be written.
     """
-    made, folder = secrets.token_hex(4), run_dir / FOLDER
+    folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _ID_FILE).write_text(made + "\n")
-    return made
+    (folder / _ID_FILE).write_text(run_id + "\n")
+
+
+def new_id() -> str:
+    """An id that no other run has."""
+    return secrets.token_hex(4)
 
 
 def end_session() -> None:

@@ -16,10 +16,10 @@ import psutil
 from numpy.typing import ArrayLike
 
 from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.metrics.spacing import Spacing
 from moe_runtime.metrics.wandb_run import Mode, RunPlace, WandbRun, end_session, kept_id, open_run
 
 _QUEUE_ITEMS = 10_000
-_PICTURES = 20  # the n-th picture waits until the run is longer by this part
 
 Job = Callable[[WandbRun], None]
 
@@ -55,7 +55,7 @@ class WandbSink:
         self._queue: queue.Queue[Job | None] = queue.Queue(_QUEUE_ITEMS)
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._failed = threading.Event()
-        self._next_picture = 0.0
+        self._spacing = Spacing()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
@@ -74,13 +74,10 @@ class WandbSink:
     def heatmap(self, step: int, layers: Sequence[str], load: ArrayLike) -> None:
         """Queue a picture of the load of every expert, unless the last one is new enough.
 
-        Pictures are the further apart the longer the run, so that it has a few hundred at most.
-
         Args:
             load: [layers, experts], relative to a fair share; not changed afterwards.
         """
-        if step >= self._next_picture:
-            self._next_picture = step * (1 + 1 / _PICTURES)
+        if self._spacing.admits(step):
             self._put(lambda run: run.heatmap(step, layers, load))
 
     def timeline(self, step: int, draw: Callable[[], str]) -> None:
