@@ -38,6 +38,7 @@ from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
@@ -130,6 +131,7 @@ def build_runtime(
         tied_embedding=tied,
         weight_casts=casts,
         load=load,
+        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),

@@ -139,6 +139,8 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
         run.latest = _validate(run)
         record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
     run.recorder.step(record)
+    with run.runtime.clock.metering():
+        run.recorder.expert_load(step, run.step.recorder.expert_load)
     run.checkpoints.tell()
     if run.guard.finds_spike(record, run.step.blames):
         back = run.roll_back.past_data(step)
