@@ -25,6 +25,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
@@ -58,7 +59,6 @@ from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
-CONFIG_FILE = "config.yaml"
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 

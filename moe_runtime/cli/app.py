@@ -17,6 +17,7 @@ from moe_runtime.cli import (
     convert_tasks,
     evaluate,
     generate,
+    metrics,
     prepare,
     schedule,
     train,
@@ -52,6 +53,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
+app.add_typer(metrics.app, name="metrics")
 
 
 def main() -> None:

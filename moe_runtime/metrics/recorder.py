@@ -12,17 +12,19 @@ from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
+from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.planner.draw import draw_svg
+from moe_runtime.planner.measured import timeline_of
+from moe_runtime.planner.trace import Trace
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:
@@ -64,9 +66,12 @@ class Recorder:
         self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
         self._heatmap = _open_heatmap(run_dir, config, resume_step)
+        self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":
             shown = config.model_dump(mode="json")
-            self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
+            earlier = read_table_events(run_dir / EVENTS_FILE, resume_step)
+            where = (config.name, metrics.wandb_project, metrics.wandb)
+            self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Report one optimizer step.
@@ -89,8 +94,11 @@ class Recorder:
         Args:
             load: FP64 [MoE layers, experts], relative to a fair share.
         """
-        if self._is_active and self._heatmap is not None and load is not None:
-            self._note(self._heatmap.add(step, load.numpy()))
+        if not self._is_active or self._heatmap is None or load is None:
+            return
+        self._note(self._heatmap.add(step, load.numpy()))
+        if self._wandb is not None:
+            self._wandb.heatmap(step, self._moe_layers, load.numpy())
 
     def roll_back(self, step: int) -> None:
         """Take the records of later steps out of metrics.jsonl and expert_load.jsonl, as a resume would.
@@ -135,10 +143,28 @@ class Recorder:
         """Report a generated text."""
         if not self._is_active:
             return
-        self.event("sample", step=step, text=text)
+        self.event(SAMPLE, step=step, text=text)
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
+
+    def alert(self, step: int, message: str, **fields: Any) -> None:
+        """Report that a limit of the section `alerts` was passed.
+
+        Args:
+            **fields: of the event: alert, metric, value, threshold, action, last.
+        """
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            self._wandb.alert(
+                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
+            )
+
+    def timeline(self, trace: Trace) -> None:
+        """Give W&B a drawing of the trace of a step."""
+        if self._wandb is not None:
+            self._wandb.timeline(trace.step, lambda: draw_svg(timeline_of(trace)))
 
     def close(self) -> None:
         """Finish all sinks; gives W&B a few seconds."""
