@@ -37,9 +37,10 @@ KEYS = {
     "layers": "per MoE layer, by its canonical prefix: see LAYER_KEYS",
     "val_loss": "validation cross-entropy, nats a token; on evaluation steps",
     "val_bpb": "validation bits per byte; on evaluation steps",
+    "val_sets": "of a mixture, by the name of the set: val_loss and val_bpb; on evaluation steps",
 }
 
-_NESTED = ("optim_numerics", "layers")
+_NESTED = ("optim_numerics", "layers", "val_sets")
 
 LAYER_KEYS = {
     "load_max": "load of the busiest expert over the mean load",
