@@ -11,7 +11,7 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.jsonl import JsonLines
-from moe_runtime.metrics.record import finite_or_none, to_line
+from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 
@@ -68,7 +68,7 @@ class Recorder:
         """Report one optimizer step.
 
         Args:
-            record: some of `record.KEYS`; `step`, `tokens` and `loss` among them.
+            record: some of `record.METRICS`; `step`, `tokens` and `loss` among them.
         """
         if not self._is_active:
             return
