@@ -297,7 +297,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    tokenizer, train_loader, validation_loader = open_data(config, peers)
+    data = open_data(config, peers)
+    tokenizer = data.tokenizer
     runtime = build_runtime(
         config,
         layout,
@@ -313,7 +314,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     guard_state = GuardState(config.guard.spike_window, config.data.skip)
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
+    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
+    state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
@@ -333,9 +335,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
-        tokenizer,
-        validation_loader,
+        TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema),
+        data,
         checkpoints,
         recorder,
         guard,

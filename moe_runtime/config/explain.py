@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -94,10 +94,15 @@ def _short(value: Any) -> str:
 def section_at(path: tuple[str, ...]) -> type[BaseModel] | None:
     """The section class under a key path, or None where no section is."""
     section: type[BaseModel] | None = RunConfig
+    is_named = False  # the next part is the name of one of several sections
     for part in path:
+        if is_named:
+            is_named = False
+            continue
         info = section.model_fields.get(part) if section is not None else None
         section = _section_of(info.annotation) if info is not None else None
-    return section
+        is_named = info is not None and get_origin(info.annotation) is dict
+    return None if is_named else section
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

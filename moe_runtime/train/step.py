@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_runtime.config.derive import batch_size_at, tokens_before
-from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.loader import Loader
 from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
 from moe_runtime.optim.ema import HostEma
@@ -80,7 +80,7 @@ class TrainStep:
         self,
         runtime: Runtime,
         optimizer: ZeroOptimizer,
-        loader: BatchLoader,
+        loader: Loader,
         guard: GuardState,
         integrity: Integrity,
         ema: HostEma | None = None,
