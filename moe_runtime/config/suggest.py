@@ -1,7 +1,7 @@
 """The key that was meant by one that is not there: a slip, another section's, or another program's name."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -19,10 +19,15 @@ _ALIKE_ELSEWHERE = 0.8
 def section_at(path: KeyPath) -> type[BaseModel] | None:
     """The section class under a key path, or None where no section is."""
     section: type[BaseModel] | None = RunConfig
+    is_named = False  # the next part is the name of one of several sections
     for part in path:
+        if is_named:
+            is_named = False
+            continue
         info = section.model_fields.get(part) if section is not None else None
         section = section_of(info.annotation) if info is not None else None
-    return section
+        is_named = info is not None and get_origin(info.annotation) is dict
+    return None if is_named else section
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
