@@ -249,7 +249,7 @@ class TrainStep:
         return {
             "spike_z": self.guard.spike_z(loss),
             "skipped_steps": self.guard.skipped_steps,
-            "epoch": read / self.loader.samples_per_epoch,
+            "epoch": max(self.loader.epochs(read).values()),
         }
 
 
