@@ -24,7 +24,9 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.metrics.alert_rules import rules_of
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
@@ -44,6 +46,7 @@ from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.alerting import Alarm
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import Integrity
@@ -100,7 +103,7 @@ def build_runtime(
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
-    casts = _use_precision(config, chunks, device)
+    casts, watch = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)
     sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
@@ -130,6 +133,7 @@ def build_runtime(
         named_params=named,
         tied_embedding=tied,
         weight_casts=casts,
+        fp8_watch=watch,
         load=load,
         meters=RouterMeters(chunks.values(), dispatcher.placement, device),
         clock=clock,
@@ -180,17 +184,19 @@ def build_chunk(
     return chunk
 
 
-def _use_precision(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> WeightCasts:
-    """Let the model multiply in FP8 if the config says so; gives what will hold casts of weights."""
-    casts = WeightCasts()
+def _use_precision(
+    config: RunConfig, chunks: dict[int, Transformer], device: torch.device
+) -> tuple[WeightCasts, Fp8Watch]:
+    """Let the model multiply in FP8 if the config says so; gives what holds casts of weights and counts them."""
+    casts, watch = WeightCasts(), Fp8Watch()
     if config.precision == "fp8":
         wanted = config.fp8.backend
         reason = None if wanted == "auto" else cannot_run(wanted, device)
         if reason:
             raise ConfigError(f"fp8.backend: {wanted} expects {reason}; choose another, or auto")
         for chunk in chunks.values():
-            use_fp8(chunk, Policy(config.fp8), casts)
-    return casts
+            use_fp8(chunk, Policy(config.fp8), casts, watch=watch)
+    return casts, watch
 
 
 def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
@@ -312,7 +318,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
     state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
@@ -330,15 +336,17 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
+    step = TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
+        step,
         tokenizer,
         validation_loader,
         checkpoints,
         recorder,
         guard,
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),

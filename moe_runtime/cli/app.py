@@ -27,7 +27,7 @@ from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.config.secrets import redact
-from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.errors import AlertStop, MoeRuntimeError
 
 app = typer.Typer(
     help="Train Mixture-of-Experts language models of the DeepSeek-V3 kind.",
@@ -77,7 +77,8 @@ def _leave(code: int, message: str) -> None:
     """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
     message = redact(message)
     rank = os.environ.get("RANK", "0")
-    if not leave_status(rank, code, message) and (rank == "0" or code != MoeRuntimeError.exit_code):
+    is_shared = code in (MoeRuntimeError.exit_code, AlertStop.exit_code)
+    if not leave_status(rank, code, message) and (rank == "0" or not is_shared):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
