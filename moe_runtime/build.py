@@ -13,6 +13,7 @@ from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
+from torch.nn import Parameter
 
 from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
@@ -105,11 +106,9 @@ def build_runtime(
     }
     casts, watch = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
-    sink.install(param for _, param in named)
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    load = ExpertLoad(layers, config.model.num_experts, device)
+    named = unique_parameters(chunks)  # not before embeddings are tied
+    sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
+    load = _open_load(config, chunks, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -141,6 +140,19 @@ def build_runtime(
         executor=open_executor(_runners(chunks, places, make)),
         sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
+
+
+def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
+    """Where weight gradients of these parameters go."""
+    sink = WeightGradSink()
+    sink.install(param for _, param in named)
+    return sink
+
+
+def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
+    """What counts the tokens of each expert held here."""
+    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
+    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(
@@ -187,7 +199,7 @@ def build_chunk(
 def _use_precision(
     config: RunConfig, chunks: dict[int, Transformer], device: torch.device
 ) -> tuple[WeightCasts, Fp8Watch]:
-    """Let the model multiply in FP8 if the config says so; gives what holds casts of weights and counts them."""
+    """Let the model multiply in FP8 if the config says so; gives what holds casts, and what counts them."""
     casts, watch = WeightCasts(), Fp8Watch()
     if config.precision == "fp8":
         wanted = config.fp8.backend
