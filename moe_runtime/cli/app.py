@@ -14,7 +14,7 @@ from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.cli.version import show_version
 from moe_runtime.config.secrets import redact
-from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.errors import AlertStop, MoeRuntimeError
 
 COMMANDS = {
     "train": "moe_runtime.cli.train:train",
@@ -73,7 +73,7 @@ def _is_to_speak(rank: int, code: int) -> bool:
     A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and torchrun
     end all ranks after the first; a mistake of one machine is then told by the first rank of that.
     """
-    if rank == 0 or code != MoeRuntimeError.exit_code:
+    if rank == 0 or code not in (MoeRuntimeError.exit_code, AlertStop.exit_code):
         return True
     time.sleep(_RANK_0_SPEAKS_S)
     return os.environ.get("LOCAL_RANK") == "0"

@@ -1,6 +1,6 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,22 @@ class Recorder:
         """Add an event of a step, and print its message."""
         self.event(kind, step=step, message=message, **fields)
         self.say(f"step {step}: {message}")
+
+    def alert(self, step: int, message: str, actions: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Tell an alert, to W&B too if an action says so.
+
+        Args:
+            fields: of the event beside step and message; JSON values.
+        """
+        if not self._is_active:
+            return
+        self.tell("alert", step, message, **fields)
+        if "wandb" not in actions:
+            return
+        if self._wandb is not None:
+            self._wandb.alert(f"{fields['alert']} at step {step}", redact(message))
+        else:
+            self._note("an alert's action is wandb, and metrics.wandb is off: it is in events.jsonl alone")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""
