@@ -15,6 +15,7 @@ from moe_runtime.cli import (
     context,
     convert,
     convert_tasks,
+    dashboard,
     evaluate,
     generate,
     metrics,
@@ -46,6 +47,7 @@ app.command("plan")(plan.plan)
 app.command("chaos")(chaos.chaos)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
+app.command("dashboard")(dashboard.dashboard)
 convert.app.command("tasks")(convert_tasks.tasks)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
