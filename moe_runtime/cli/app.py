@@ -2,7 +2,9 @@
 
 import os
 import sys
+import time
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -18,6 +20,7 @@ from moe_runtime.cli import (
     dashboard,
     evaluate,
     generate,
+    launch,
     metrics,
     prepare,
     schedule,
@@ -25,6 +28,7 @@ from moe_runtime.cli import (
 )
 from moe_runtime.cli.ablate import command as ablate
 from moe_runtime.cli.chaos import command as chaos
+from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.plan import command as plan
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
@@ -42,6 +46,9 @@ app.command("train")(train.train)
 app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("launch", context_settings={"ignore_unknown_options": True, "help_option_names": []})(
+    launch.as_command
+)
 app.command("ablate")(ablate.ablate)
 app.command("plan")(plan.plan)
 app.command("chaos")(chaos.chaos)
@@ -61,7 +68,7 @@ app.add_typer(metrics.app, name="metrics")
 def main() -> None:
     """Run one command; a user's mistake ends with its message alone and exit code 2."""
     try:
-        code = run_typer(app, "moe-runtime")
+        code = _launched() if _is_to_launch(sys.argv[1:]) else run_typer(app, "moe-runtime")
     except KeyboardInterrupt:
         _leave(130, "interrupted before there was anything to save")
     except MoeRuntimeError as error:
@@ -77,11 +84,38 @@ def main() -> None:
         os._exit(code)
 
 
+def _is_to_speak(rank: int, code: int) -> bool:
+    """Whether this rank tells what ended it, where no launcher of ours does.
+
+    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and torchrun
+    end all ranks after the first; a mistake of one machine is then told by the first rank of that.
+    """
+    if rank == 0 or code != MoeRuntimeError.exit_code:
+        return True
+    time.sleep(_RANK_0_SPEAKS_S)
+    return os.environ.get("LOCAL_RANK") == "0"
+
+
+_RANK_0_SPEAKS_S = 3.0
+
+
+def _is_to_launch(arguments: list[str]) -> bool:
+    """Whether this process is to start the ranks of a command, not to be one."""
+    if rank_here(os.environ) is not None:
+        return False
+    wants_several = any(word.partition("=")[0] == "--ep" for word in arguments)
+    return arguments[:1] == ["train"] or (arguments[:1] == ["generate"] and wants_several)
+
+
+def _launched() -> NoReturn:
+    launch.leave(launch.main(program="moe-runtime"))
+
+
 def _leave(code: int, message: str) -> None:
-    """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
+    """Tell the launcher, tell the user, and go."""
     message = redact(message)
-    rank = os.environ.get("RANK", "0")
-    if not leave_status(rank, code, message) and (rank == "0" or code != MoeRuntimeError.exit_code):
+    rank = rank_here(os.environ) or 0
+    if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
