@@ -30,6 +30,7 @@ from moe_runtime.cli.ablate import command as ablate
 from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.plan import command as plan
+from moe_runtime.cli.rank_output import leave_no_trace, note, tell_user
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.config.secrets import redact
@@ -116,7 +117,11 @@ def _leave(code: int, message: str) -> None:
     message = redact(message)
     rank = rank_here(os.environ) or 0
     if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
-        print(message, file=sys.stderr, flush=True)
+        tell_user(message)
+    elif code == MoeRuntimeError.exit_code:
+        leave_no_trace()
+    else:
+        note(message)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
     os._exit(code)

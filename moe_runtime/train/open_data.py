@@ -4,20 +4,26 @@ from pathlib import Path
 
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
-from moe_runtime.data.prepare import ensure_prepared
+from moe_runtime.data.prepare import ensure_prepared, silent
 from moe_runtime.data.shards import TokenDataset
+from moe_runtime.data.survey import Progress
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError
 from moe_runtime.parallel.peers import Peers
 
 
-def open_data(config: RunConfig, peers: Peers) -> tuple[Tokenizer, BatchLoader, BatchLoader]:
+def open_data(
+    config: RunConfig, peers: Peers, progress: Progress = silent
+) -> tuple[Tokenizer, BatchLoader, BatchLoader]:
     """The tokenizer, and loaders of training and validation; a collective call.
+
+    Args:
+        progress: told of the preparation, on the rank that does it.
 
     Raises:
         DataError: it cannot be prepared, or is damaged; on every rank alike.
     """
-    peers.first_does(lambda: ensure_prepared(config.data, config.seed), (DataError,))
+    peers.first_does(lambda: ensure_prepared(config.data, config.seed, progress), (DataError,))
 
     def open_all() -> tuple[Tokenizer, BatchLoader, BatchLoader]:
         ensure_prepared(config.data, config.seed)
