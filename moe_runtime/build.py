@@ -28,6 +28,7 @@ from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.metrics.alert_rules import rules_of
+from moe_runtime.metrics.console import ConsoleSink, open_console
 from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
@@ -308,15 +309,22 @@ def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transp
     return ThroughHost(transport) if over_host else transport
 
 
-def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
-    """Build everything and take up where the last checkpoint stands."""
+def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
+    """Build everything and take up where the last checkpoint stands.
+
+    Args:
+        console: shows what is being done, on rank 0; None: nothing is shown before the first step.
+    """
+    shown = console or open_console(config, world.attempt, quiet=world.rank > 0)
     layout = check_layout(config, world.world_size)
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    data = open_data(config, peers)
+    shown.starting("opening data")
+    data = open_data(config, peers, shown.preparing)
     tokenizer = data.tokenizer
+    shown.starting("building the model")
     runtime = build_runtime(
         config,
         layout,
@@ -336,12 +344,16 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
+    shown.starting("looking for a checkpoint")
     start, resumed = resume(store, state, fresh)
     preempted = take_marker(run_dir) if peers.is_first else None
     said += [preempted, *resumed] if preempted else resumed
     recorder = peers.alike(
-        lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
+        lambda: _open_recorder(run_dir, config, peers, start, world.attempt, shown), (ConfigError,)
     )
+    shown.starting("")
+    if peers.is_first:
+        runtime.clock.progress.listeners.append(shown.follow)
     recorder.begins(start)
     for line in said:
         recorder.event("resume", message=line)
@@ -377,12 +389,14 @@ def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fre
     return [begin_from(path, runtime, first_expert, peers)]
 
 
-def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
+def _open_recorder(
+    run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int, console: ConsoleSink
+) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start, attempt=attempt)
+        return Recorder(run_dir, config, peers, resume_step=start, console=console, attempt=attempt)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

@@ -10,6 +10,7 @@ import typer
 
 from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.lazy import lazy_app
+from moe_runtime.cli.rank_output import leave_no_trace, note, tell_user
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.cli.version import show_version
@@ -34,6 +35,7 @@ COMMANDS = {
     "convert": "moe_runtime.cli.convert:app",
     "bench": "moe_runtime.cli.bench:app",
     "metrics": "moe_runtime.cli.metrics:app",
+    "dashboard": "moe_runtime.cli.dashboard:dashboard",
 }
 
 
@@ -105,7 +107,11 @@ def _leave(code: int, message: str) -> None:
     message = redact(message)
     rank = rank_here(os.environ) or 0
     if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
-        print(message, file=sys.stderr, flush=True)
+        tell_user(message)
+    elif code == MoeRuntimeError.exit_code:
+        leave_no_trace()
+    else:
+        note(message)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
     os._exit(code)

@@ -97,10 +97,6 @@ class WandbSink:
 
         self._put(log_drawing)
 
-    def alert(self, title: str, text: str) -> None:
-        """Queue an alert, which W&B sends on as the user has set there."""
-        self._put(lambda run: run.alert(title, text))
-
     def take_warning(self) -> str | None:
         """A warning that has not been taken yet, one line."""
         try:
