@@ -10,16 +10,13 @@ from rich.console import Console
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
-from moe_runtime.metrics.jsonl import JsonLines
+from moe_runtime.metrics.jsonl import EVENTS_FILE, METRICS_FILE, JsonLines
 from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:
