@@ -17,7 +17,9 @@ from moe_runtime.cli import (
     convert_tasks,
     evaluate,
     generate,
+    metrics,
     prepare,
+    report,
     schedule,
     train,
 )
@@ -45,6 +47,7 @@ app.command("plan")(plan.plan)
 app.command("chaos")(chaos.chaos)
 app.command("schedule")(schedule.schedule)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 convert.app.command("tasks")(convert_tasks.tasks)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(cache.app, name="cache")
@@ -52,6 +55,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
+app.add_typer(metrics.app, name="metrics")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pydantic_core import PydanticKnownError
 
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.metrics import MetricsConfig
 from moe_runtime.config.reliability import GuardConfig, ReliabilityConfig
 from moe_runtime.config.section import Count, Fraction, NonNegative, Section
 
@@ -346,20 +347,6 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="decay of the average of weights kept in host memory; null: none"
     )
-
-
-class MetricsConfig(Section):
-    """Where records go besides metrics.jsonl."""
-
-    wandb: Literal["off", "offline", "online"] = "offline"
-    wandb_project: str = "moe_runtime"
-    trace_step: PositiveInt | None = Field(3, description="the step whose spans go to trace.json; null: none")
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        # YAML 1.1 reads a bare `off` as false.
-        return "off" if value is False else value
 
 
 class RunConfig(Section):

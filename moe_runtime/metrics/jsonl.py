@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"  # of a run folder: one record a step
-EVENTS_FILE = "events.jsonl"  # of a run folder: what else happened
-
 
 class JsonLines:
     """An append-only file of JSON objects.

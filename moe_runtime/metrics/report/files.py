@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from moe_runtime.metrics.heatmap import HEATMAP_FILE
-from moe_runtime.metrics.jsonl import EVENTS_FILE, METRICS_FILE
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.report.shown import visible
 
 CONFIG_FILE, TRACE_FILE, CHECKPOINTS = "config.yaml", "trace.json", "checkpoints"
