@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from moe_runtime.metrics.heatmap import HEATMAP_FILE
-from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
+from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
 from moe_runtime.metrics.report.shown import visible
 
-CONFIG_FILE, TRACE_FILE, CHECKPOINTS = "config.yaml", "trace.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 PAGE_FILE = "report.html"
 _WHAT = {
     METRICS_FILE: "every number of every step, one JSON object a line",

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
-from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
+from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
 from moe_runtime.metrics.report import image_figures
 from moe_runtime.metrics.report.curves_of_panels import labels_of, line_panels, panel_id
-from moe_runtime.metrics.report.files import CONFIG_FILE, TRACE_FILE
 from moe_runtime.metrics.report.history import History
 from moe_runtime.metrics.report.journal import Journal, marks
 from moe_runtime.metrics.report.line_figure import line_figure, look_of
