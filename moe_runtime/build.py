@@ -322,7 +322,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     recorder = peers.alike(
         lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
     )
-    recorder.event("attempt", step=start)
+    recorder.begins(start)
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)

@@ -14,7 +14,8 @@ from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
 from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
-from moe_runtime.metrics.jsonl import JsonLines
+from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
+from moe_runtime.metrics.ledger import Ledger
 from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
@@ -63,8 +64,11 @@ class Recorder:
         run_dir = Path(run_dir)
         train, metrics = config.train, config.metrics
         self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
-        self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
+        path, last = run_dir / METRICS_FILE, last_of(run_dir / METRICS_FILE)
+        self._metrics = JsonLines(path, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
+        past = read_jsonl(run_dir / EVENTS_FILE)
+        self._ledger = Ledger(past, last, last_of(path), resume_step, attempt)
         self._heatmap = _open_heatmap(run_dir, config, resume_step)
         self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":
@@ -74,14 +78,17 @@ class Recorder:
             self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Report one optimizer step.
+        """Report one optimizer step, with what the run went through so far.
 
         Args:
             record: some of `record.METRICS`; `step`, `tokens` and `loss` among them.
         """
         if not self._is_active:
             return
-        fields = to_line(record)
+        repair_s = self._ledger.repaired_after()
+        if repair_s is not None:
+            self.event("recovered", step=record["step"], seconds=repair_s)
+        fields = to_line({**record, **self._ledger.step(record)})
         self._note(self._metrics.append(fields))
         self._console.step(record)
         if self._wandb is not None:
@@ -109,6 +116,7 @@ class Recorder:
             return
         try:
             self._metrics.keep_to(step)
+            self._ledger.roll_back(last_of(self._metrics.path))
             if self._heatmap is not None:
                 self._heatmap.roll_back(step)
         except OSError as error:
@@ -118,6 +126,11 @@ class Recorder:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
             self._console.say(redact(text))
+
+    def begins(self, step: int) -> None:
+        """Add the event that an attempt of this run begins after `step` steps."""
+        if self._is_active:
+            self.event("attempt", step=step, lost_steps=self._ledger.lost_steps_now, run_s=self._ledger.run_s)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl: resume, checkpoint, skipped, stopped ...
@@ -130,7 +143,9 @@ class Recorder:
             return
         values = {key: _safe(value) for key, value in fields.items()}
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
+        line = {"time": time, "kind": kind, "attempt": self._attempt, **values}
+        failure = self._events.append(line)
+        self._ledger.add(line)
         if kind != "warning":
             self._note(failure)
 
