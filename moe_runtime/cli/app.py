@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": "moe_runtime.cli.convert:app",
     "bench": "moe_runtime.cli.bench:app",
     "metrics": "moe_runtime.cli.metrics:app",
+    "report": "moe_runtime.cli.report:report",
     "dashboard": "moe_runtime.cli.dashboard:dashboard",
 }
 
