@@ -14,7 +14,7 @@ scatter.
 
 A run may change its weights, or its sets, where it resumes. Numbers from there on follow the new quotas, and
 each set goes on where it stood: a `Segment` keeps how many sequences of each set came before it. The list of
-segments lies in the checkpoint, so a position is still found from its number, and every layout finds the same.
+segments lies in the checkpoint: a position is still found from its number, and every layout finds the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,8 +53,8 @@ def quotas_of(weights: Mapping[str, float]) -> dict[str, int]:
     for name, quota in quotas.items():
         if quota == 0:
             raise DataError(
-                f"data.mixture.{name}.weight: expected at least 1/{LONGEST_PERIOD} of the sum of all weights, "
-                f"got {weights[name]:g} of {float(total):g}; raise it, or set 0 to validate on it only"
+                f"data.mixture.{name}.weight: expected at least 1/{LONGEST_PERIOD} of the sum of all "
+                f"weights, got {weights[name]:g} of {float(total):g}; raise it, or set 0 to only validate"
             )
     return quotas
 
@@ -108,9 +108,7 @@ class Segment:
         """Sequences of each set before the sequence `number` of this segment, all earlier ones too."""
         periods, rest = divmod(number - self.first, sum(self.quotas.values()))
         begun = np.bincount(turns(tuple(self.quotas.values()))[0][:rest], minlength=len(self.quotas))
-        own = {
-            name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())
-        }
+        own = {name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())}
         return {name: self.before.get(name, 0) + own.get(name, 0) for name in {**self.before, **own}}
 
 
