@@ -68,8 +68,9 @@ def turns(quotas: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     period, sets = sum(quotas), len(quotas)
     whose, ranks = np.zeros(period, dtype=np.int64), np.zeros(period, dtype=np.int64)
     if sets == 1:
-        return whose, np.arange(period, dtype=np.int64)
-    had, spread = [0] * sets, 2 * sets - 2
+        ranks += np.arange(period)
+        return whose, ranks
+    had, spread = [0] * sets, 2 * sets - 2  # sets are two or more from here on
     for place in range(period):
         # How far each set is behind after this place, in units of 1 / period.
         behind = [(place + 1) * quota - count * period for quota, count in zip(quotas, had, strict=True)]
