@@ -103,7 +103,7 @@ class Segment:
         periods, places = np.divmod(numbers - self.first, int(sizes.sum()))
         whose, ranks = turns(tuple(self.quotas.values()))
         sets = whose[places]
-        return sets, starts[sets] + periods * sizes[sets] + ranks[places]
+        return sets, np.add(starts[sets] + ranks[places], periods * sizes[sets], dtype=np.int64)
 
     def counts(self, number: int) -> dict[str, int]:
         """Sequences of each set before the sequence `number` of this segment, all earlier ones too."""
