@@ -18,9 +18,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from moe_runtime.config.alerts import AlertsConfig
 from moe_runtime.config.data import DataConfig
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.metrics import MetricsConfig
 from moe_runtime.config.reliability import GuardConfig, ReliabilityConfig
 from moe_runtime.config.section import Count, Fraction, NonNegative, Section
 
@@ -332,20 +334,6 @@ class TrainConfig(Section):
     )
 
 
-class MetricsConfig(Section):
-    """Where records go besides metrics.jsonl."""
-
-    wandb: Literal["off", "offline", "online"] = "offline"
-    wandb_project: str = "moe_runtime"
-    trace_step: PositiveInt | None = Field(3, description="the step whose spans go to trace.json; null: none")
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        # YAML 1.1 reads a bare `off` as false.
-        return "off" if value is False else value
-
-
 class RunConfig(Section):
     """Everything that a run is made of."""
 
@@ -368,3 +356,4 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
     guard: GuardConfig = GuardConfig()
+    alerts: AlertsConfig = AlertsConfig()

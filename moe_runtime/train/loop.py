@@ -11,6 +11,7 @@ from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
 from moe_runtime.errors import DataError, NumericsError, PeerLost
 from moe_runtime.fp8.which_path import which_path
+from moe_runtime.metrics.files import TRACE_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.runtime import Runtime
@@ -28,7 +29,7 @@ from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
-from moe_runtime.train.tracing import TRACE_FILE, collect_trace
+from moe_runtime.train.tracing import collect_trace
 from moe_runtime.train.validate import Validation, validate_sets
 
 
@@ -135,6 +136,8 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
         run.latest = _validate(run)
         record |= run.latest.record()
     run.recorder.step(record)
+    with run.runtime.clock.metering():
+        run.recorder.expert_load(step, run.step.recorder.expert_load)
     run.checkpoints.tell()
     if run.guard.finds_spike(record, run.step.blames):
         back = run.roll_back.past_data(step)
@@ -204,6 +207,7 @@ def _trace(run: Run, step: int) -> None:
     run.runtime.clock.restart()
     if trace is None:
         return
+    run.recorder.timeline(trace)
     path = Path(run.config.out_dir) / run.config.name / TRACE_FILE
     try:
         write_trace(trace, path)
