@@ -119,7 +119,7 @@ def test_help_of_the_script_lists_every_option(capsys: pytest.CaptureFixture) ->
         launch.main(["--help"])
     assert not end.value.code
     options = {word for word in capsys.readouterr().out.split() if word.startswith("--")} - {"--help"}
-    assert len(options) == 5 and all(option in script.stdout for option in options)
+    assert len(options) == 7 and all(option in script.stdout for option in options)
     for word in ("NCCL", "gloo", "TORCH_INDEX_URL", "PYTHON", "Ctrl-C", "--fresh", "test [--all]", "130"):
         assert word in script.stdout
 
