@@ -9,7 +9,7 @@ from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader, Loader
 from moe_runtime.data.mixture_loader import MixtureLoader, set_seed
 from moe_runtime.data.prepare import ensure_prepared, silent
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.survey import Progress
+from moe_runtime.data.task import Progress
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError
 from moe_runtime.parallel.peers import Peers
