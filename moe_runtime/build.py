@@ -105,10 +105,10 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts, watch = _use_precision(config, chunks, device)
-    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)  # not before embeddings are tied
+    tied, named = _parameters(config, layout, chunks)
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
-    load = _open_load(config, chunks, device)
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    load = ExpertLoad(meters.layers, config.model.num_experts, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -134,7 +134,7 @@ def build_runtime(
         weight_casts=casts,
         fp8_watch=watch,
         load=load,
-        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
+        meters=meters,
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),
@@ -142,17 +142,19 @@ def build_runtime(
     )
 
 
+def _parameters(
+    config: RunConfig, layout: ResolvedLayout, chunks: dict[int, Transformer]
+) -> tuple[Parameter | None, list[tuple[str, Parameter]]]:
+    """The tied embedding, if two ranks hold a copy, and every parameter of this rank by its name."""
+    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
+    return tied, unique_parameters(chunks)
+
+
 def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
     """Where weight gradients of these parameters go."""
     sink = WeightGradSink()
     sink.install(param for _, param in named)
     return sink
-
-
-def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
-    """What counts the tokens of each expert held here."""
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(
@@ -358,7 +360,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
         checkpoints,
         recorder,
         guard,
-        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
