@@ -106,10 +106,10 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts, watch = _use_precision(config, chunks, device)
-    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)  # not before embeddings are tied
+    tied, named = _parameters(config, layout, chunks)
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
-    meters, load = _open_meters(config, chunks, dispatcher, device)
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    load = ExpertLoad(meters.layers, config.model.num_experts, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -143,12 +143,12 @@ def build_runtime(
     )
 
 
-def _open_meters(
-    config: RunConfig, chunks: dict[int, Transformer], dispatcher: Dispatcher, device: torch.device
-) -> tuple[RouterMeters, ExpertLoad]:
-    """What routers tell of their choices, and what counts the tokens of each expert, layer by layer."""
-    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
-    return meters, ExpertLoad(meters.layers, config.model.num_experts, device)
+def _parameters(
+    config: RunConfig, layout: ResolvedLayout, chunks: dict[int, Transformer]
+) -> tuple[Parameter | None, list[tuple[str, Parameter]]]:
+    """The tied embedding, if two ranks hold a copy, and every parameter of this rank by its name."""
+    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
+    return tied, unique_parameters(chunks)
 
 
 def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
@@ -373,7 +373,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         checkpoints,
         recorder,
         guard,
-        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),

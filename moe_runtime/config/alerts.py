@@ -59,8 +59,7 @@ class AlertRule(_Acting):
 class DeadExpert(AlertRule):
     """Experts without tokens that the routing bias does not bring back."""
 
-    threshold: float | None = Field(0.0, description="of routing/lost_experts/max; null: off")
-    patience: PositiveInt = Field(50, description="steps in a row")
+    threshold: float | None = Field(100.0, description="of routing/starved_steps/max, steps; null: off")
 
 
 class Violation(AlertRule):
@@ -69,7 +68,7 @@ class Violation(AlertRule):
     threshold: float | None = Field(
         1.0, description="of routing/unchecked_violation/max, or 0.9 of E / top_k - 1 if less; null: off"
     )
-    patience: PositiveInt = Field(30, description="steps in a row")
+    patience: PositiveInt = Field(10, description="steps in a row, from the first full metrics.window on")
 
 
 class BiasRunaway(AlertRule):
