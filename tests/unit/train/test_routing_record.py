@@ -11,7 +11,7 @@ from moe_runtime.train.meters.routing import Layers, detail, summary
 
 
 def layers(count: int, **changes: Any) -> Layers:
-    values = {name: 1 / 3 for name in (*LAYER_KEYS, "rank_load_ratio")}
+    values = dict.fromkeys((*LAYER_KEYS, "rank_load_ratio"), 1 / 3)
     return {f"layers.{number}": values | changes | {"violation": 1 / (1 + number)} for number in range(count)}
 
 
