@@ -28,6 +28,8 @@ from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.metrics.alert_rules import rules_of
+from moe_runtime.metrics.console import ConsoleSink, open_console
+from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
@@ -62,7 +64,6 @@ from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
-CONFIG_FILE = "config.yaml"
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 
@@ -310,14 +311,22 @@ def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transp
     return ThroughHost(transport) if over_host else transport
 
 
-def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
-    """Build everything and take up where the last checkpoint stands."""
+def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
+    """Build everything and take up where the last checkpoint stands.
+
+    Args:
+        console: shows what is being done, on rank 0; None: nothing is shown before the first step.
+    """
+    shown = console or open_console(config, world.attempt, quiet=world.rank > 0)
     layout = check_layout(config, world.world_size)
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    tokenizer, train_loader, validation_loader = open_data(config, peers)
+    shown.starting("opening data")
+    data = open_data(config, peers, shown.preparing)
+    tokenizer = data.tokenizer
+    shown.starting("building the model")
     runtime = build_runtime(
         config,
         layout,
@@ -333,15 +342,20 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
+    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
+    state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
+    shown.starting("looking for a checkpoint")
     start, resumed = resume(store, state, fresh)
     preempted = take_marker(run_dir) if peers.is_first else None
     said += [preempted, *resumed] if preempted else resumed
     recorder = peers.alike(
-        lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
+        lambda: _open_recorder(run_dir, config, peers, start, world.attempt, shown), (ConfigError,)
     )
+    shown.starting("")
+    if peers.is_first:
+        runtime.clock.progress.listeners.append(shown.follow)
     recorder.begins(start)
     for line in said:
         recorder.event("resume", message=line)
@@ -350,13 +364,12 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
-    step = TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema)
+    step = TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema)
     return Run(
         config,
         state,
         step,
-        tokenizer,
-        validation_loader,
+        data,
         checkpoints,
         recorder,
         guard,
@@ -378,12 +391,14 @@ def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fre
     return [begin_from(path, runtime, first_expert, peers)]
 
 
-def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
+def _open_recorder(
+    run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int, console: ConsoleSink
+) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start, attempt=attempt)
+        return Recorder(run_dir, config, peers, resume_step=start, console=console, attempt=attempt)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

@@ -5,25 +5,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
-from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.console import ConsoleSink, open_console, printable
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
 from moe_runtime.metrics.ledger import Ledger
 from moe_runtime.metrics.line import finite_or_none, to_line
+from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.planner.draw import draw_svg
+from moe_runtime.planner.measured import timeline_of
+from moe_runtime.planner.trace import Trace
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:
@@ -37,7 +38,7 @@ class Recorder:
         peers: all ranks of the run.
         resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
-        console: where the console sink writes; standard output if None.
+        console: shows the run on rank 0; None: a new one on standard output.
         attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
 
     Raises:
@@ -50,7 +51,7 @@ class Recorder:
         config: RunConfig,
         peers: Peers,
         resume_step: int = 0,
-        console: Console | None = None,
+        console: ConsoleSink | None = None,
         attempt: int = 1,
     ) -> None:
         self._attempt = attempt
@@ -60,17 +61,20 @@ class Recorder:
         if not self._is_active:
             return
         run_dir = Path(run_dir)
-        train, metrics = config.train, config.metrics
-        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
+        metrics = config.metrics
+        self._console = console or open_console(config, attempt)
         path, last = run_dir / METRICS_FILE, last_of(run_dir / METRICS_FILE)
         self._metrics = JsonLines(path, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
         past = read_jsonl(run_dir / EVENTS_FILE)
         self._ledger = Ledger(past, last, last_of(path), resume_step, attempt)
         self._heatmap = _open_heatmap(run_dir, config, resume_step)
+        self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":
             shown = config.model_dump(mode="json")
-            self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
+            earlier = read_table_events(run_dir / EVENTS_FILE, resume_step)
+            where = (config.name, metrics.wandb_project, metrics.wandb)
+            self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Report one optimizer step, with what the run went through so far.
@@ -96,8 +100,11 @@ class Recorder:
         Args:
             load: FP64 [MoE layers, experts], relative to a fair share.
         """
-        if self._is_active and self._heatmap is not None and load is not None:
-            self._note(self._heatmap.add(step, load.numpy()))
+        if not self._is_active or self._heatmap is None or load is None:
+            return
+        self._note(self._heatmap.add(step, load.numpy()))
+        if self._wandb is not None:
+            self._wandb.heatmap(step, self._moe_layers, load.numpy())
 
     def roll_back(self, step: int) -> None:
         """Take the records of later steps out of metrics.jsonl and expert_load.jsonl, as a resume would.
@@ -155,21 +162,26 @@ class Recorder:
         if not self._is_active:
             return
         self.tell("alert", step, message, **fields)
-        if "wandb" not in actions:
-            return
         if self._wandb is not None:
-            self._wandb.alert(f"{fields['alert']} at step {step}", redact(message))
-        else:
+            shown = {"message": message, **fields}
+            said = {key: _safe(value) for key, value in shown.items()}
+            self._wandb.alert({"kind": "alert", "step": step} | said)
+        elif "wandb" in actions:
             self._note("an alert's action is wandb, and metrics.wandb is off: it is in events.jsonl alone")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""
         if not self._is_active:
             return
-        self.event("sample", step=step, text=text)
+        self.event(SAMPLE, step=step, text=text)
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
+
+    def timeline(self, trace: Trace) -> None:
+        """Give W&B a drawing of the trace of a step."""
+        if self._wandb is not None:
+            self._wandb.timeline(trace.step, lambda: draw_svg(timeline_of(trace)))
 
     def close(self) -> None:
         """Finish all sinks; gives W&B a few seconds."""

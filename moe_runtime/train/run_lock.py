@@ -21,12 +21,21 @@ def enter_run(run_dir: Path, private: bool = True) -> TextIO | None:
         ConfigError: it cannot be written, or another process holds it.
     """
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        run_dir.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+        make_run_dir(run_dir, private)
         return lock_run(run_dir)
     except OSError as error:
         text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
         raise ConfigError(text) from error
+
+
+def make_run_dir(run_dir: Path, private: bool) -> None:
+    """Make the run folder unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
 
 
 def lock_run(run_dir: Path) -> TextIO | None:
@@ -54,3 +63,13 @@ def lock_run(run_dir: Path) -> TextIO | None:
     lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
     lock.flush()
     return lock
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Whether a process holds the folder; False where that cannot be known."""
+    try:
+        with (run_dir / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False

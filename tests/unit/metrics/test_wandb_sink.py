@@ -13,9 +13,10 @@ import psutil
 import pytest
 from rich.console import Console
 
+from moe_runtime.metrics.console import ConsoleSink
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import Recorder
-from moe_runtime.metrics.wandb_sink import WandbSink, flatten
+from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 from tests.unit.metrics.test_recorder import config, record
 
@@ -32,7 +33,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def train(run_dir: Path, mode: str = "offline", steps: int = 5) -> tuple[list[str], str]:
     """Report a few steps; the warnings and what the console showed."""
     out = io.StringIO()
-    recorder = Recorder(run_dir, config(mode), Peers(), 0, Console(file=out, width=400))
+    recorder = Recorder(run_dir, config(mode), Peers(), 0, ConsoleSink(30, None, 10, Console(file=out, width=400)))
     for step in range(1, steps + 1):
         recorder.step(record(step))
     recorder.close()
@@ -89,7 +90,7 @@ def test_a_dead_or_hanging_service_costs_neither_steps_nor_a_hang(
     tmp_path: Path, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_runtime.metrics.recorder.WandbSink", partial(WandbSink, finish_timeout_s=1.0))
-    recorder = Recorder(tmp_path, config("offline"), Peers(), 0, Console(file=io.StringIO()))
+    recorder = Recorder(tmp_path, config("offline"), Peers(), 0, ConsoleSink(30, None, 10, Console(file=io.StringIO())))
     recorder.step(record(1))
     deadline = time.monotonic() + 30
     while not list((tmp_path / "wandb").glob("offline-run-*/*.wandb")) and time.monotonic() < deadline:
@@ -132,8 +133,3 @@ def test_opening_the_sink_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: p
     sink.close()
     warning = sink.take_warning()
     assert warning is not None and "too late" in warning
-
-
-def test_nested_records_become_panel_names() -> None:
-    nested = {"loss": 1.0, "layers": {"layers.3": {"violation": 0.5}}, "lr": None}
-    assert flatten(nested) == {"loss": 1.0, "layers/layers.3/violation": 0.5}
