@@ -373,7 +373,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         checkpoints,
         recorder,
         guard,
-        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
