@@ -13,6 +13,7 @@ from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
+from torch.nn import Parameter
 
 from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
@@ -24,7 +25,9 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.metrics.alert_rules import rules_of
 from moe_runtime.metrics.console import ConsoleSink, open_console
 from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
@@ -46,6 +49,7 @@ from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.alerting import Alarm
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import Integrity
@@ -101,13 +105,11 @@ def build_runtime(
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
-    casts = _use_precision(config, chunks, device)
+    casts, watch = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
-    sink.install(param for _, param in named)
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    load = ExpertLoad(layers, config.model.num_experts, device)
+    named = unique_parameters(chunks)  # not before embeddings are tied
+    sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
+    load = _open_load(config, chunks, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -131,6 +133,7 @@ def build_runtime(
         named_params=named,
         tied_embedding=tied,
         weight_casts=casts,
+        fp8_watch=watch,
         load=load,
         meters=RouterMeters(chunks.values(), dispatcher.placement, device),
         clock=clock,
@@ -138,6 +141,19 @@ def build_runtime(
         executor=open_executor(_runners(chunks, places, make)),
         sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
+
+
+def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
+    """Where weight gradients of these parameters go."""
+    sink = WeightGradSink()
+    sink.install(param for _, param in named)
+    return sink
+
+
+def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
+    """What counts the tokens of each expert held here."""
+    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
+    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(
@@ -181,17 +197,19 @@ def build_chunk(
     return chunk
 
 
-def _use_precision(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> WeightCasts:
-    """Let the model multiply in FP8 if the config says so; gives what will hold casts of weights."""
-    casts = WeightCasts()
+def _use_precision(
+    config: RunConfig, chunks: dict[int, Transformer], device: torch.device
+) -> tuple[WeightCasts, Fp8Watch]:
+    """Let the model multiply in FP8 if the config says so; gives what holds casts, and what counts them."""
+    casts, watch = WeightCasts(), Fp8Watch()
     if config.precision == "fp8":
         wanted = config.fp8.backend
         reason = None if wanted == "auto" else cannot_run(wanted, device)
         if reason:
             raise ConfigError(f"fp8.backend: {wanted} expects {reason}; choose another, or auto")
         for chunk in chunks.values():
-            use_fp8(chunk, Policy(config.fp8), casts)
-    return casts
+            use_fp8(chunk, Policy(config.fp8), casts, watch=watch)
+    return casts, watch
 
 
 def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
@@ -304,7 +322,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
     shown.starting("opening data")
-    tokenizer, train_loader, validation_loader = open_data(config, peers, shown.preparing)
+    data = open_data(config, peers, shown.preparing)
+    tokenizer = data.tokenizer
     shown.starting("building the model")
     runtime = build_runtime(
         config,
@@ -320,8 +339,9 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    guard_state = GuardState(config.guard.spike_window, config.data.skip)
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
+    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
+    state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     shown.starting("looking for a checkpoint")
@@ -342,15 +362,16 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
+    step = TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
-        tokenizer,
-        validation_loader,
+        step,
+        data,
         checkpoints,
         recorder,
         guard,
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),

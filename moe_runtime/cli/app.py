@@ -4,66 +4,51 @@ import os
 import sys
 import time
 import traceback
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from moe_runtime.cli import (
-    bench,
-    cache,
-    checkpoint,
-    compare,
-    config,
-    context,
-    convert,
-    convert_tasks,
-    dashboard,
-    evaluate,
-    generate,
-    launch,
-    metrics,
-    prepare,
-    schedule,
-    train,
-)
-from moe_runtime.cli.ablate import command as ablate
-from moe_runtime.cli.chaos import command as chaos
 from moe_runtime.cli.launchers.environment import rank_here
-from moe_runtime.cli.plan import command as plan
+from moe_runtime.cli.lazy import lazy_app
 from moe_runtime.cli.rank_output import leave_no_trace, note, tell_user
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
+from moe_runtime.cli.version import show_version
 from moe_runtime.config.secrets import redact
-from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.errors import AlertStop, MoeRuntimeError
 
-app = typer.Typer(
-    help="Train Mixture-of-Experts language models of the DeepSeek-V3 kind.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command("train")(train.train)
-app.command("prepare")(prepare.prepare)
-app.command("generate")(generate.generate)
-app.command("eval")(evaluate.evaluate)
-app.command("launch", context_settings={"ignore_unknown_options": True, "help_option_names": []})(
-    launch.as_command
-)
-app.command("ablate")(ablate.ablate)
-app.command("plan")(plan.plan)
-app.command("chaos")(chaos.chaos)
-app.command("schedule")(schedule.schedule)
-app.command("compare")(compare.compare)
-app.command("dashboard")(dashboard.dashboard)
-convert.app.command("tasks")(convert_tasks.tasks)
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(cache.app, name="cache")
-app.add_typer(config.app, name="config")
-app.add_typer(context.app, name="context")
-app.add_typer(convert.app, name="convert")
-app.add_typer(bench.app, name="bench")
-app.add_typer(metrics.app, name="metrics")
+COMMANDS = {
+    "train": "moe_runtime.cli.train:train",
+    "prepare": "moe_runtime.cli.prepare:prepare",
+    "generate": "moe_runtime.cli.generate:generate",
+    "eval": "moe_runtime.cli.evaluate:evaluate",
+    "launch": "moe_runtime.cli.launch:as_command",
+    "ablate": "moe_runtime.cli.ablate.command:ablate",
+    "plan": "moe_runtime.cli.plan.command:plan",
+    "chaos": "moe_runtime.cli.chaos.command:chaos",
+    "schedule": "moe_runtime.cli.schedule:schedule",
+    "compare": "moe_runtime.cli.compare:compare",
+    "checkpoint": "moe_runtime.cli.checkpoint:app",
+    "cache": "moe_runtime.cli.cache:app",
+    "config": "moe_runtime.cli.config:app",
+    "context": "moe_runtime.cli.context:app",
+    "convert": "moe_runtime.cli.convert:app",
+    "bench": "moe_runtime.cli.bench:app",
+    "metrics": "moe_runtime.cli.metrics:app",
+    "report": "moe_runtime.cli.report:report",
+    "dashboard": "moe_runtime.cli.dashboard:dashboard",
+}
+
+
+def moe_runtime(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Train Mixture-of-Experts language models of the DeepSeek-V3 kind."""
+
+
+app = lazy_app(moe_runtime, COMMANDS)
 
 
 def main() -> None:
@@ -88,10 +73,10 @@ def main() -> None:
 def _is_to_speak(rank: int, code: int) -> bool:
     """Whether this rank tells what ended it, where no launcher of ours does.
 
-    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and torchrun
-    end all ranks after the first; a mistake of one machine is then told by the first rank of that.
+    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and
+    torchrun end all after the first; a mistake of one machine is then told by the first rank there.
     """
-    if rank == 0 or code != MoeRuntimeError.exit_code:
+    if rank == 0 or code not in (MoeRuntimeError.exit_code, AlertStop.exit_code):
         return True
     time.sleep(_RANK_0_SPEAKS_S)
     return os.environ.get("LOCAL_RANK") == "0"
@@ -102,6 +87,8 @@ _RANK_0_SPEAKS_S = 3.0
 
 def _is_to_launch(arguments: list[str]) -> bool:
     """Whether this process is to start the ranks of a command, not to be one."""
+    if arguments[:1] == ["launch"]:
+        return True
     if rank_here(os.environ) is not None:
         return False
     wants_several = any(word.partition("=")[0] == "--ep" for word in arguments)
@@ -109,7 +96,11 @@ def _is_to_launch(arguments: list[str]) -> bool:
 
 
 def _launched() -> NoReturn:
-    launch.leave(launch.main(program="moe-runtime"))
+    from moe_runtime.cli import launch
+
+    is_named = sys.argv[1:2] == ["launch"]
+    program = "moe-runtime launch" if is_named else "moe-runtime"
+    launch.leave(launch.main(sys.argv[2:] if is_named else sys.argv[1:], program))
 
 
 def _leave(code: int, message: str) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_runtime.cli.convert_tasks import tasks
 from moe_runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # torch takes seconds to import and `--help` should not: the rooms are imported by each command.
 
 app = typer.Typer(no_args_is_help=True, help="Write a model in Hugging Face's form, or read one.")
+app.command("tasks")(tasks)
 
 DTYPES = ("fp32", "bf16")
 MIN_SHARD_GB, MAX_SHARD_GB = 0.001, 1e6

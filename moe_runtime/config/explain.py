@@ -1,13 +1,13 @@
 """Turns what pydantic found into findings that a user can act on."""
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from moe_runtime.config.closest import did_you_mean
 from moe_runtime.config.finding import Finding, FindingsError
-from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.suggest import meant_by, section_at, suggest_key
 
 # What each kind of pydantic error expected; `{}` fields come from the error's context.
 _EXPECTED = {
@@ -44,18 +44,30 @@ def explain(error: ValidationError, of_run: bool = True) -> list[Finding]:
     Args:
         of_run: false for a file of another kind, to whose keys those of a run are no help.
     """
-    return [finding for item in error.errors() for finding in _explain_one(item, of_run)]
+    items = error.errors()
+    # A key that is there under a wrong name is told once, as the one that it was meant to be.
+    meant = {key for item in items if of_run and _is_unknown(item) for key in meant_by(_path(item))[:1]}
+    told = [item for item in items if item["type"] != "missing" or _path(item) not in meant]
+    return [finding for item in told for finding in _explain_one(item, of_run)]
+
+
+def _is_unknown(item: Mapping[str, Any]) -> bool:
+    return bool(item["type"] == "extra_forbidden")
+
+
+def _path(item: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(part) for part in item["loc"])
 
 
 def _explain_one(item: Mapping[str, Any], of_run: bool) -> list[Finding]:
-    path = tuple(str(part) for part in item["loc"])
+    path = _path(item)
     key = ".".join(path)
     context = item.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, FindingsError):
         return [Finding(f"{key}.{inner.key}" if key else inner.key, inner.text) for inner in cause.findings]
-    if item["type"] == "extra_forbidden":
-        return [Finding(key, f"unknown key{suggest_key(path) if of_run else ''}")]
+    if _is_unknown(item):
+        return [Finding(key, f"unknown key{suggest_key(path, item['input']) if of_run else ''}")]
     if item["type"] == "missing":
         if path[-1].isdigit():
             return [Finding(".".join(path[:-1]), "expected a list with more values")]
@@ -91,60 +103,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def section_at(path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The section class under a key path, or None where no section is."""
-    section: type[BaseModel] | None = RunConfig
-    for part in path:
-        info = section.model_fields.get(part) if section is not None else None
-        section = _section_of(info.annotation) if info is not None else None
-    return section
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    choices = (annotation, *get_args(annotation))
-    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def suggest_key(path: tuple[str, ...]) -> str:
-    """`; did you mean X?` for an unknown key: first among its own section, then among all."""
-    section, key = section_at(path[:-1]), path[-1]
-    if section is None:
-        return ""
-    close = difflib.get_close_matches(key, list(section.model_fields), n=1, cutoff=0.5)
-    near = difflib.SequenceMatcher(None, key, close[0]).ratio() if close else 0.0
-    elsewhere = _elsewhere(key, path[:-1], better_than=max(near, 0.8))
-    if elsewhere:
-        return f"; did you mean {elsewhere}?"
-    if close:
-        return f"; did you mean {'.'.join((*path[:-1], close[0]))}?"
-    return f"; keys here: {', '.join(section.model_fields)}"
-
-
-def _elsewhere(key: str, own: tuple[str, ...], better_than: float) -> str | None:
-    """The path of the most similar key outside of a section, if it is more similar than that."""
-    places = {
-        name: ".".join((*path, name))
-        for path in reversed(_section_paths())
-        if path != own
-        for name in (section_at(path) or RunConfig).model_fields
-    }
-    close = difflib.get_close_matches(key, list(places), n=1, cutoff=better_than)
-    if not close or difflib.SequenceMatcher(None, key, close[0]).ratio() <= better_than:
-        return None
-    return places[close[0]]
-
-
-def _section_paths(start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    section = section_at(start)
-    inner = list(section.model_fields) if section else []
-    below = [path for name in inner if section_at((*start, name)) for path in _section_paths((*start, name))]
-    return [start, *below]
-
-
 def _suggest_word(value: Any, context: Mapping[str, Any]) -> str:
     words = [word.strip("' ") for word in str(context.get("expected", "")).replace(" or ", ",").split(",")]
-    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return did_you_mean(str(value), words)
 
 
 def _suggest_default(path: tuple[str, ...]) -> str:

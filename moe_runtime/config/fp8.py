@@ -3,12 +3,12 @@
 Scales are always powers of two: only those let the cached tiles be cut anew along tokens by shifts.
 """
 
-import difflib
 import re
 from typing import Literal
 
 from pydantic import Field
 
+from moe_runtime.config.closest import did_you_mean
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.section import Section
 
@@ -54,7 +54,7 @@ class Fp8Config(Section):
             Finding.expected(
                 f"keep_high.{number}",
                 f"a module ({', '.join(FP8_MODULES)}), a layer (layers.0, mtp.0) or both (layers.0.attn)",
-                f"{name!r}{_suggestion(name)}",
+                f"{name!r}{did_you_mean(name, FP8_MODULES)}",
             )
             for number, name in enumerate(self.keep_high)
             if not _is_known(name)
@@ -96,8 +96,3 @@ def _is_known(name: str) -> bool:
     if not module:
         return name != ""
     return any(known == module or known.startswith(f"{module}.") for known in FP8_MODULES + HIGH_MODULES)
-
-
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, FP8_MODULES, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -6,7 +6,6 @@ Whatever is wrong is said in one `ConfigError`, a line for each mistake: file an
 key path, what was expected, what was got.
 """
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_runtime.config.explain import explain, section_at
+from moe_runtime.config.closest import closest
+from moe_runtime.config.explain import explain
 from moe_runtime.config.finding import Finding
+from moe_runtime.config.roots import config_names, config_roots
 from moe_runtime.config.rules import cross_findings, parts_of
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import find_secrets
+from moe_runtime.config.suggest import section_at
 from moe_runtime.config.tree import Tree, dump_text, read_file, read_overrides, shown
 from moe_runtime.errors import ConfigError
 
@@ -76,7 +78,7 @@ def find_config(name: str | Path) -> Path:
         ConfigError: there is none; names the ones that come close.
     """
     given = Path(os.path.expanduser(name))
-    folders = [Path(), *(root / sub for root in _config_roots() for sub in ("run", "", ".."))]
+    folders = [Path(), *(root / sub for root in config_roots() for sub in ("run", "", ".."))]
     for folder in folders:
         for suffix in _SUFFIXES:
             candidate = folder / f"{given}{suffix}"
@@ -84,27 +86,30 @@ def find_config(name: str | Path) -> Path:
                 return candidate
         if (folder / given / "config.yaml").is_file():
             return folder / given / "config.yaml"
-    known = [f.stem for root in _config_roots() for f in sorted((root / "run").glob("*.yaml"))]
-    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"in configs/run: {', '.join(dict.fromkeys(known))}"
+    known = config_names("run")
+    close = closest(str(given.with_suffix("")), known) or closest(given.stem, known)
+    near = f"did you mean {close[0]}?" if close else _near_run(given)
+    hint = near or f"in configs/run: {', '.join(known)}"
     raise ConfigError(f"{name}: no such config file; {hint}")
 
 
-def _config_roots() -> list[Path]:
-    beside_code = Path(__file__).resolve().parents[2] / "configs"
-    return [root for root in (Path("configs"), beside_code) if root.is_dir()]
+def _near_run(given: Path) -> str:
+    """`did you mean X?` with a run folder beside the one that is not there."""
+    runs = [folder.parent.name for folder in given.parent.glob("*/config.yaml")]
+    close = closest(given.name, runs)
+    return f"did you mean {given.parent / close[0]}?" if close else ""
 
 
 def _find_base(name: str, file: Path) -> Path:
     """A base is named relative to the file, to a `configs` folder above it, or to the known ones."""
     above = [folder for folder in file.resolve().parents if folder.name == "configs"]
-    folders = [file.parent, *above, *_config_roots()]
+    folders = [file.parent, *above, *config_roots()]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
     # Without suffixes, which make any two names look alike.
     known = {str(f.relative_to(top).with_suffix("")): f for top in folders[1:] for f in top.rglob("*.yaml")}
-    close = difflib.get_close_matches(str(Path(name).with_suffix("")), sorted(known), n=1, cutoff=0.5)
+    close = closest(str(Path(name).with_suffix("")), sorted(known))
     hint = f"did you mean {close[0]}.yaml?" if close else "give it relative to configs/ or to the file"
     raise ConfigError(f"{shown(file)}: bases: no such file {name}; {hint}")
 

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from moe_runtime.config.alerts import AlertsConfig
+from moe_runtime.config.data import DataConfig
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
 from moe_runtime.config.metrics import MetricsConfig
@@ -300,23 +302,6 @@ class RecipeConfig(Section):
         return [Finding(key, text) for key in ("cosine_tokens", "tail_tokens") if getattr(self, key)]
 
 
-class DataConfig(Section):
-    """Where tokens come from."""
-
-    path: str = Field(description="folder of token shards; prepared there when missing and `source` is set")
-    source: str | None = Field(None, description="builtin:stdlib, dir:PATH or a .txt/.jsonl/.parquet file")
-    tokenizer: str = Field("byte", description="byte, bpe:N, deepseek, or a tokenizer.json")
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="of documents")
-    fim_rate: Fraction = Field(0.0, description="share of documents rewritten prefix-suffix-middle")
-    document_mask: bool = Field(False, description="attend within a document only")
-    bad: Literal["stop", "skip"] = Field(
-        "stop", description="an id that the model has no row for: end the run, or skip the step that read it"
-    )
-    skip: tuple[tuple[Count, PositiveInt], ...] = Field(
-        (), description="[first, count] of sequences, numbered from the start of training, to pass over"
-    )
-
-
 class TrainConfig(Section):
     """How long to train and what to do on the way."""
 
@@ -371,3 +356,4 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
     guard: GuardConfig = GuardConfig()
+    alerts: AlertsConfig = AlertsConfig()

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -57,7 +56,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    wide = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
+    from scipy.stats import t  # half a second to import, for a few figures at the end
+
+    wide = t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
     half = float(wide) * spread / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
@@ -97,5 +98,7 @@ def bootstrap_ratio(
 def share_interval(values: Sequence[float]) -> Interval:
     """The share of ones among zeros and ones, with Wilson's interval, wide where all are alike too."""
     right = round(sum(values))
-    found = stats.binomtest(right, len(values)).proportion_ci(CONFIDENCE, method="wilson")
+    from scipy.stats import binomtest
+
+    found = binomtest(right, len(values)).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(right / len(values), float(found.low), float(found.high))

@@ -1,6 +1,6 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,22 @@ class Recorder:
         self.event(kind, step=step, message=message, **fields)
         self.say(f"step {step}: {message}")
 
+    def alert(self, step: int, message: str, actions: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Tell an alert, to W&B too if an action says so.
+
+        Args:
+            fields: of the event beside step and message; JSON values.
+        """
+        if not self._is_active:
+            return
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            said = {key: _safe(value) for key, value in shown.items()}
+            self._wandb.alert({"kind": "alert", "step": step} | said)
+        elif "wandb" in actions:
+            self._note("an alert's action is wandb, and metrics.wandb is off: it is in events.jsonl alone")
+
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""
         if not self._is_active:
@@ -161,19 +177,6 @@ class Recorder:
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
-
-    def alert(self, step: int, message: str, **fields: Any) -> None:
-        """Report that a limit of the section `alerts` was passed.
-
-        Args:
-            **fields: of the event: alert, metric, value, threshold, action, last.
-        """
-        self.tell("alert", step, message, **fields)
-        if self._wandb is not None:
-            shown = {"message": message, **fields}
-            self._wandb.alert(
-                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
-            )
 
     def timeline(self, trace: Trace) -> None:
         """Give W&B a drawing of the trace of a step."""

@@ -1,5 +1,6 @@
 """Small runs for the tests of the config, as dicts, files and objects."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import yaml
 
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.config.suggest import section_at
 from moe_runtime.errors import ConfigError
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz_0123456789"
 ROOT = Path(__file__).resolve().parents[3]
 MODEL: dict[str, Any] = {
     "vocab_size": 64,
@@ -58,3 +61,23 @@ def refusal(path: Path, *overrides: str) -> list[str]:
     except ConfigError as error:
         return str(error).splitlines()
     return []
+
+
+def slips_of(word: str, draw: random.Random) -> set[str]:
+    """Words that are one slip away: each letter lost, swapped, wrong, too many, or twice."""
+    slips = {word[:i] + word[i + 1 :] for i in range(len(word))}
+    slips |= {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    for i in range(len(word)):
+        slips.add(word[:i] + draw.choice(_LETTERS) + word[i + 1 :])
+        slips.add(word[:i] + draw.choice(_LETTERS) + word[i:])
+        slips.add(word[:i] + word[i] + word[i:])
+    return slips - {"", word}
+
+
+def typos_of(path: tuple[str, ...]) -> list[str]:
+    """A dozen words one slip away from a key, which are no other keys of its section."""
+    section = section_at(path[:-1])
+    assert section is not None
+    draw = random.Random(path[-1])
+    choices = sorted(slips_of(path[-1], draw) - set(section.model_fields))
+    return draw.sample(choices, min(12, len(choices)))

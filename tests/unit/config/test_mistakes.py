@@ -2,68 +2,26 @@
 
 import copy
 import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
-from moe_runtime.config.explain import section_at, suggest_key
 from moe_runtime.config.load import load_config
-from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import find_secrets
+from moe_runtime.config.suggest import key_paths
 from moe_runtime.errors import ConfigError
-from tests.unit.config.samples import refusal, values, write
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz_0123456789"
-
-
-def _fields(section: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Key paths of all fields of all sections."""
-    for name in section.model_fields:
-        yield (*path, name)
-        inner = section_at((*path, name))
-        if inner is not None:
-            yield from _fields(inner, (*path, name))
-
-
-def _typos(path: tuple[str, ...]) -> list[str]:
-    """A dozen words one slip away from a key: letters lost, swapped, wrong or too many; no other keys."""
-    word, draw, section = path[-1], random.Random(path[-1]), section_at(path[:-1])
-    assert section is not None
-    typos = {word[:i] + word[i + 1 :] for i in range(len(word))}
-    typos |= {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
-    for i in range(len(word)):
-        typos.add(word[:i] + draw.choice(_LETTERS) + word[i + 1 :])
-        typos.add(word[:i] + draw.choice(_LETTERS) + word[i:])
-        typos.add(word[:i] + word[i] + word[i:])
-    choices = sorted(typos - {"", *section.model_fields})
-    return draw.sample(choices, min(12, len(choices)))
-
-
-def test_a_key_with_one_slip_is_never_accepted_and_nearly_always_recognised() -> None:
-    right = wrong = 0
-    missed = []
-    for path in _fields():
-        for typo in _typos(path):
-            hint = suggest_key((*path[:-1], typo))
-            if hint == f"; did you mean {'.'.join(path)}?":
-                right += 1
-            else:
-                wrong += 1
-                missed.append(f"{'.'.join(path)} as {typo}{hint}")
-    assert right + wrong > 1000
-    assert right / (right + wrong) >= 0.95, missed
+from tests.unit.config.samples import refusal, typos_of, values, write
 
 
 def test_a_file_with_a_slip_in_any_key_is_refused_at_its_line(tmp_path: Path) -> None:
     run = load_config(write(tmp_path / "a.yaml", model={"yarn": {}}))
     sound = run.model_dump(mode="json")
     path = tmp_path / "b.yaml"
-    for number, field in enumerate(_fields()):
-        typos = _typos(field)
+    for number, field in enumerate(key_paths()):
+        if field[:2] == ("alerts", "custom") and len(field) > 2:
+            continue  # a key of a list's entries
+        typos = typos_of(field)
         # A slip may look like a secret (sample_token), which is refused before and with other words.
         harmless = [typo for typo in typos if not list(find_secrets({typo: "here"}))]
         typo = harmless[number % len(harmless)]

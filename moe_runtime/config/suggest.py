@@ -1,0 +1,95 @@
+"""The key that was meant by one that is not there: a slip, another section's, or another program's name."""
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from moe_runtime.config.closest import FAR, rank
+from moe_runtime.config.other_names import OTHER_NAMES
+from moe_runtime.config.schema import RunConfig
+
+KeyPath = tuple[str, ...]
+_MOST = 3
+# A slip within the section that was named is likelier than one that goes to another as well.
+_ELSEWHERE = 0.5  # slips
+_ALIKE_ELSEWHERE = 0.8
+
+
+def section_at(path: KeyPath) -> type[BaseModel] | None:
+    """The section class under a key path, or None where no section is."""
+    section: type[BaseModel] | None = RunConfig
+    is_named = False  # the next part is the name of one of several sections
+    for part in path:
+        if is_named:
+            is_named = False
+            continue
+        info = section.model_fields.get(part) if section is not None else None
+        section = section_of(info.annotation) if info is not None else None
+        is_named = info is not None and get_origin(info.annotation) is dict
+    return None if is_named else section
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in the annotation of a field, or None if its values are no sections."""
+    choices = (annotation, *get_args(annotation))
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def key_paths(start: KeyPath = ()) -> Iterator[KeyPath]:
+    """All keys of a run, those of sections too, each section before its keys."""
+    section = section_at(start)
+    for name in section.model_fields if section is not None else ():
+        yield (*start, name)
+        yield from key_paths((*start, name))
+
+
+def suggest_key(path: KeyPath, value: Any = None) -> str:
+    """`; did you mean X?` for an unknown key, where nothing comes near the keys of its section.
+
+    Args:
+        path: the key; all of it but the last word is a section.
+        value: what it was set to. A section of a single key is that key's, as an override makes it.
+    """
+    section = section_at(path[:-1])
+    if section is None:
+        return ""
+    keys = meant_by(path)
+    if isinstance(value, dict) and len(value) == 1:
+        keys = [_inner(key, str(next(iter(value)))) for key in keys]
+    if keys:
+        names = ", ".join(".".join(key) for key in keys)
+        return f"; did you mean {' or '.join(names.rsplit(', ', 1))}?"
+    where = f" of {'.'.join(path[:-1])}" if path[:-1] else ""
+    return f"; keys{where}: {', '.join(section.model_fields)}"
+
+
+def meant_by(path: KeyPath) -> list[KeyPath]:
+    """The keys that may be meant by an unknown one: the likeliest, and those that are as likely."""
+    ranked = sorted((place, key) for key in key_paths() if (place := _place(path, key)) is not None)
+    other = OTHER_NAMES.get(path[-1].lower())
+    if other is not None and not (ranked and ranked[0][0][0] <= 1):
+        return [tuple(other.split("."))]
+    return [key for place, key in ranked if place == ranked[0][0]][:_MOST]
+
+
+def _place(path: KeyPath, key: KeyPath) -> tuple[float, float, int] | None:
+    """How far a key is from what was typed; those of other sections have to be more alike."""
+    place = rank(path[-1], key[-1])
+    if place is None or key[:-1] == path[:-1]:
+        return place
+    distance, likeness, letters = place
+    if distance == FAR and -likeness < _ALIKE_ELSEWHERE:
+        return None
+    return (distance + _ELSEWHERE, likeness, letters)
+
+
+def _inner(section: KeyPath, word: str) -> KeyPath:
+    """The key in a section that is meant by a word; the section itself where none comes near."""
+    inner = section_at(section)
+    if inner is None:
+        return section
+    if word in inner.model_fields:
+        return (*section, word)
+    near = [key for key in meant_by((*section, word)) if key[:-1] == section]
+    return near[0] if near else section
