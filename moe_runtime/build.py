@@ -109,7 +109,8 @@ def build_runtime(
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)  # not before embeddings are tied
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
-    load = _open_load(config, chunks, device)
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    load = ExpertLoad(meters.layers, config.model.num_experts, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -135,7 +136,7 @@ def build_runtime(
         weight_casts=casts,
         fp8_watch=watch,
         load=load,
-        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
+        meters=meters,
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),
@@ -148,12 +149,6 @@ def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
     sink = WeightGradSink()
     sink.install(param for _, param in named)
     return sink
-
-
-def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
-    """What counts the tokens of each expert held here."""
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(

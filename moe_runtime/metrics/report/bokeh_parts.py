@@ -38,7 +38,11 @@ def new_figure(x_axis: str, y_axis: str, height: int, **more: Any) -> Any:
     from bokeh.models import Range1d
     from bokeh.plotting import figure
 
-    given = {"x_range": Range1d(0, 1), "tools": "pan,box_zoom,wheel_zoom,reset,save", "toolbar_location": "above"}
+    given = {
+        "x_range": Range1d(0, 1),
+        "tools": "pan,box_zoom,wheel_zoom,reset,save",
+        "toolbar_location": "above",
+    }
     plot = figure(height=height, sizing_mode="stretch_width", output_backend="canvas", **(given | more))
     plot.toolbar.logo = None
     plot.toolbar.autohide = True

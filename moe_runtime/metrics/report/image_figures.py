@@ -56,7 +56,9 @@ def boxes() -> dict[str, Any]:
     texts: dict[str, list[str]] = {"fill": [], "entry": [], "from": [], "to": [], "comm": [], "exposed": []}
     source, waits = ColumnDataSource({**empty, **texts}), ColumnDataSource(dict(empty))
     place = {"left": "left", "right": "right", "bottom": "bottom", "top": "top"}
-    drawn = plot.quad(**place, source=source, fill_color="fill", line_color="#00000055", line_width=0.5, name="boxes")
+    drawn = plot.quad(
+        **place, source=source, fill_color="fill", line_color="#00000055", line_width=0.5, name="boxes"
+    )
     plot.quad(
         **place,
         source=waits,
@@ -92,7 +94,9 @@ def _image_figure(x_axis: str, y_axis: str, mapper: Any, shown: list[tuple[str, 
 
     plot = new_figure(x_axis, y_axis, 320, y_range=Range1d(0, 1))
     cell = np.zeros((1, 1), dtype=np.float32)
-    names = [name for name in ("expert", "layer", "step") if f"@{name}" in " ".join(text for _, text in shown)]
+    names = [
+        name for name in ("expert", "layer", "step") if f"@{name}" in " ".join(text for _, text in shown)
+    ]
     columns: dict[str, list[Any]] = {"image": [cell], "x": [0], "y": [0], "dw": [1], "dh": [1]}
     columns |= {name: [cell] for name in names}
     source = ColumnDataSource(columns)

@@ -16,7 +16,9 @@ def look_of(keys: Sequence[str]) -> list[tuple[str, str, float]]:
     """Colour, dash and width of each curve; least and greatest are thin, beside what lies between them."""
     if len(keys) >= 3 and {key.rpartition("/")[2] for key in keys} >= {"min", "p50", "max"}:
         return [_look_of_spread(key) for key in keys]
-    return [(COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)], 1.6) for n in range(len(keys))]
+    return [
+        (COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)], 1.6) for n in range(len(keys))
+    ]
 
 
 def _look_of_spread(key: str) -> tuple[str, str, float]:
@@ -39,7 +41,12 @@ def line_figure(keys: tuple[str, ...], unit: str, is_log: bool) -> dict[str, Any
         line = plot.line("x", "y", source=source, color=colour, line_dash=dash, line_width=width, name=key)
         plot.scatter("x", "y", source=source, color=colour, size=4, name=key, visible=False)
         shown = [(label, "@y{%.9g}"), ("step", "@x{0}")]
-        style = {"line_policy": "nearest", "mode": "vline", "formatters": {"@y": "printf"}, "attachment": "above"}
+        style = {
+            "line_policy": "nearest",
+            "mode": "vline",
+            "formatters": {"@y": "printf"},
+            "attachment": "above",
+        }
         plot.add_tools(HoverTool(renderers=[line], tooltips=shown, visible=len(plot.renderers) <= 3, **style))
     plot.xaxis.formatter.use_scientific = False
     plot.xaxis.ticker.min_interval, plot.xaxis.ticker.num_minor_ticks = 1, 0

@@ -41,7 +41,9 @@ def run_state(run_dir: Path, events: Sequence[dict[str, Any]], last_step: int) -
         return RunState(_ENDS[last["kind"]], f"{last['kind']}{at}{message}")  # type: ignore[arg-type]
     if not last_step and last is None:
         return RunState("not begun", "no step has been recorded yet")
-    return RunState("not running", f"no process of this machine trains in it; last record: step {last_step:,}")
+    return RunState(
+        "not running", f"no process of this machine trains in it; last record: step {last_step:,}"
+    )
 
 
 def age_of(time: str) -> float | None:

@@ -7,8 +7,8 @@ rest tells what there is now. What is costly to make is made again only when its
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
 from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
 from moe_runtime.metrics.report import image_figures
 from moe_runtime.metrics.report.curves_of_panels import labels_of, line_panels, panel_id
 from moe_runtime.metrics.report.history import History

@@ -23,7 +23,11 @@ from moe_runtime.metrics.report.run_view import RunView
 HOST, PORT = "127.0.0.1", 8712
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 _BLOCK = 1 << 16
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -67,7 +71,10 @@ class ReportServer(ThreadingHTTPServer):
             if self._made is None or self._made[0] != signature:
                 self._view.look()
                 told = update(self._view) | {"signature": signature}
-                self._made = (signature, gzip.compress(json.dumps(told, allow_nan=False).encode(), compresslevel=5))
+                self._made = (
+                    signature,
+                    gzip.compress(json.dumps(told, allow_nan=False).encode(), compresslevel=5),
+                )
             return self._made[1]
 
     def _signature(self) -> str:
