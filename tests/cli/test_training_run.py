@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_runtime.metrics.record import NUMERICS_KEYS
+from moe_runtime.metrics.jsonl import read_jsonl
+from moe_runtime.metrics.panel import SAMPLES, TIMELINE, flat_values
+from moe_runtime.metrics.record import NUMERICS_KEYS, metric_of
 from moe_runtime.planner.hardware.save import cluster_text
 from tests.cli.small_run import (
     digests,
@@ -22,6 +24,7 @@ from tests.cli.small_run import (
     write_config,
 )
 from tests.unit.planner.host.machine import made_up
+from tests.wandb_file import only_file, read_wandb
 
 pytestmark = pytest.mark.launcher
 
@@ -41,7 +44,7 @@ def _listens_on(processes: list[psutil.Process]) -> set[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    code, output = run("train", str(write_config(folder)))
+    code, output = run("train", str(write_config(folder)), "--wandb", "offline")
     assert code == 0, output
     return folder
 
@@ -62,6 +65,22 @@ def test_a_run_says_what_it_does_and_records_every_step(uninterrupted: Path) -> 
     assert records[-1]["loss"] < records[0]["loss"]
     events = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert events.count("checkpoint") == 4 and events.count("sample") == 1 and "finished" in events
+
+
+def test_wandb_has_the_digits_of_a_run_and_no_key_that_is_not_documented(uninterrupted: Path) -> None:
+    run_dir = uninterrupted / "runs" / "small"
+    found, media = read_wandb(only_file(run_dir)), {SAMPLES, TIMELINE}
+    assert media <= found.keys and [key for key in found.keys - media if metric_of(key) is None] == []
+    rows = {
+        row["_step"]: {key: row[key] for key in row if key not in media and not key.startswith("_")}
+        for row in found.history
+    }
+    assert rows == {line["step"]: flat_values(line) for line in read_jsonl(run_dir / "metrics.jsonl")}
+
+
+def test_the_other_rank_has_a_log_of_its_own(uninterrupted: Path) -> None:
+    (log,) = (uninterrupted / "runs" / "small" / "logs").iterdir()
+    assert log.name == "rank1.log" and log.read_text().startswith("--- ")
 
 
 def test_the_trace_of_a_run_is_drawn_and_simulated(uninterrupted: Path, tmp_path: Path) -> None:
