@@ -34,6 +34,7 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.replay import is_replayed, replay
 from moe_runtime.train.guard.skips import Blame, gather_blame
 from moe_runtime.train.guard.state import GuardState
+from moe_runtime.train.meters.numerics import is_sampled, of_casts, of_gradients
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, StepRecorder
 from moe_runtime.train.straggler import Straggler, StragglerWatch, peers_of
@@ -130,7 +131,8 @@ class TrainStep:
         plan, runtime = self.plan(step), self.runtime
         self._data_s = 0.0
         runtime.clock.progress.begins_step(step + 1)
-        scalars = self._sound_gradients(plan)
+        samples = is_sampled(runtime.config.metrics.numerics_every, step)
+        scalars = self._sound_gradients(plan, samples)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
         optim, client = runtime.config.optim, self.optimizer.client
@@ -138,7 +140,7 @@ class TrainStep:
         client.collect_statistics = counts  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.join()
-        result = self.optimizer.step(plan.lr, plan.applies)
+        result = self.optimizer.step(plan.lr, plan.applies, measures_updates=samples)
         self.blames = []
         if result.skipped:
             self.blames = gather_blame(result.culprits, runtime, self._bad_data)
@@ -148,14 +150,18 @@ class TrainStep:
             if self.ema is not None:
                 self.ema.start()
         record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
+        record |= of_gradients(result, self.blames)
+        if samples and runtime.config.precision == "fp8":
+            record |= of_casts(runtime.fp8_watch, runtime.groups.control, runtime.mesh.world_size)
         if counts:
             own = client.take_statistics()  # type: ignore[attr-defined]
             record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
         return record
 
-    def _sound_gradients(self, plan: StepPlan) -> StepScalars:
+    def _sound_gradients(self, plan: StepPlan, samples: bool) -> StepScalars:
         """Forward and backward, again where the first time cannot be trusted; ends in phase `optimizer`."""
-        config, step = self.runtime.config.guard, plan.step + 1
+        config, step, watch = self.runtime.config.guard, plan.step + 1, self.runtime.fp8_watch
+        watch.begin(samples)
         if is_replayed(config.replay_every, step):
             run = partial(self._forward_backward, plan)
             scalars = replay(run, self.optimizer, self.runtime.peers, step, self.integrity.tell)
@@ -163,6 +169,9 @@ class TrainStep:
             scalars = self._forward_backward(plan)
         while self.integrity.heals_weights(step):
             scalars = self._forward_backward(plan)
+        if samples:
+            watch.saw_weights(self.runtime.weight_casts)
+        watch.is_on = False
         return scalars
 
     def _start(self, plan: StepPlan) -> None:

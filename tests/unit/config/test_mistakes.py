@@ -19,7 +19,7 @@ def test_a_file_with_a_slip_in_any_key_is_refused_at_its_line(tmp_path: Path) ->
     sound = run.model_dump(mode="json")
     path = tmp_path / "b.yaml"
     for number, field in enumerate(key_paths()):
-        if field[:2] == ("data", "mixture") and len(field) > 2:
+        if field[:2] == ("alerts", "custom") and len(field) > 2:
             continue  # a key of a list's entries
         typos = typos_of(field)
         # A slip may look like a secret (sample_token), which is refused before and with other words.
