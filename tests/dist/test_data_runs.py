@@ -15,7 +15,9 @@ from tests.dist.guard_world import Trial, events, records, try_all, write
 
 ONE_SET = ("data.source=null",)
 FORM = TextForm(fields=("prompt", "answer"), loss_on=("answer",))
-STEPS = 3
+WEIGHTS = {"sums": 3, "letters": 1, "masked": 0}
+DUAL = ("layout={pp: 2, schedule: dualpipe}",)
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +52,41 @@ def masked(folder: Path, name: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def config(folder: Path) -> str:
-    """Runs of two lanes on two ranks, and on one."""
+    """A run of two mirrored ranks on a mixture, then on with other weights."""
     common = {"train__total_steps": STEPS, "train__eval_every": STEPS, "train__ema_decay": None}
     config = write(folder, {}, **common, optim={"moments": "fp32", "peak_lr": 1e-3})
-    both = {
-        "mixed": mixed(folder, sums=3, letters=1, masked=0),
-        "masked": masked(folder, "masked"),
-        "silent": masked(folder, "silent"),
-    }
-    dual = ("layout={pp: 2, schedule: dualpipe}",)
-    more = (f"train.total_steps={2 * STEPS}",)
-    changed = mixed(folder, sums=1, letters=1, masked=2)
-    try_all(1, config, tuple(Trial(f"{name}1", both[name]) for name in ("mixed", "masked")))
-    trials = (*(Trial(f"{name}2", (*own, *dual)) for name, own in both.items()),)
-    again = Trial("mixed2", (*changed, *dual, *more))
-    outcomes = try_all(2, config, (*trials, again))
-    assert {outcome.error for seen in outcomes.values() for outcome in seen} == {None}
+    changed = (*mixed(folder, sums=1, letters=1, masked=2), f"train.total_steps={2 * STEPS}")
+    trials = (Trial("mixed", (*mixed(folder, **WEIGHTS), *DUAL)), Trial("mixed", (*changed, *DUAL)))
+    _fine(2, config, trials)
     return config
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path, config: str) -> str:
+    """Runs on one rank, and of masked data on two."""
+    silent, some = masked(folder, "silent"), masked(folder, "masked")
+    _fine(1, config, (Trial("mixed1", mixed(folder, **WEIGHTS)), Trial("masked1", some)))
+    _fine(2, config, (Trial("masked", (*some, *DUAL)), Trial("silent", (*silent, *DUAL))))
+    return config
+
+
+def _fine(ranks: int, config: str, trials: tuple[Trial, ...]) -> None:
+    outcomes = try_all(ranks, config, trials)
+    assert {outcome.error for seen in outcomes.values() for outcome in seen} == {None}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "masked"])
-def test_losses_are_those_of_one_rank(name: str, config: str) -> None:
-    for one, two in zip(records(config, f"{name}1"), records(config, f"{name}2"), strict=False):
-        for key in ("loss", "loss_mtp", "grad_norm", *(("val_loss", "val_bpb") if "val_loss" in one else ())):
+def test_losses_are_those_of_one_rank(name: str, alone: str) -> None:
+    pairs = list(zip(records(alone, f"{name}1"), records(alone, name), strict=False))
+    assert len(pairs) == STEPS and "val_loss" in pairs[-1][0]
+    for one, two in pairs:
+        for key in {"loss", "loss_mtp", "grad_norm", "val_loss", "val_bpb"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=2e-4), (one["step"], key)
-    assert "val_loss" in records(config, f"{name}1")[-1]
 
 
 def test_every_set_is_validated_and_the_whole_counts_each_by_its_share(config: str) -> None:
-    record = records(config, "mixed1")[-1]
+    record = records(config, "mixed")[STEPS - 1]
     sets = record["val_sets"]
     assert set(sets) == {"sums", "letters", "masked"}
     assert record["val_loss"] == pytest.approx(
@@ -88,16 +96,18 @@ def test_every_set_is_validated_and_the_whole_counts_each_by_its_share(config: s
 
 
 def test_epochs_and_shares_are_told_at_the_start(config: str) -> None:
-    (first, *_) = events(config, "mixed1", "data")
+    (first, *_) = events(config, "mixed", "data")
     assert first["message"].startswith("data: sums 75 %, ") and "letters 25 %" in first["message"]
-    assert records(config, "mixed1")[-1]["epoch"] == pytest.approx(max(first["epochs"].values()), rel=1e-6)
+    assert records(config, "mixed")[STEPS - 1]["epoch"] == pytest.approx(
+        max(first["epochs"].values()), rel=1e-6
+    )
 
 
 def test_changed_weights_are_told_and_each_set_goes_on(config: str) -> None:
-    said = [event["message"] for event in events(config, "mixed2", "resume")]
+    said = [event["message"] for event in events(config, "mixed", "resume")]
     assert any(line.startswith("data.mixture: was sums 75 %, letters 25 %, is sums 25 %") for line in said)
-    assert [record["step"] for record in records(config, "mixed2")] == list(range(1, 2 * STEPS + 1))
-    manifests = sorted(Path(config).parent.glob("runs/mixed2/checkpoints/step_*/manifest.json"))
+    assert [record["step"] for record in records(config, "mixed")] == list(range(1, 2 * STEPS + 1))
+    manifests = sorted(Path(config).parent.glob("runs/mixed/checkpoints/step_*/manifest.json"))
     segments = json.loads(manifests[-1].read_text())["state"]["data"]["segments"]
     assert segments[1] == {
         "first": 8 * STEPS,
@@ -106,7 +116,8 @@ def test_changed_weights_are_told_and_each_set_goes_on(config: str) -> None:
     }
 
 
-def test_without_any_target_there_is_no_loss_and_training_goes_on(config: str) -> None:
-    for record in records(config, "silent2"):
+@pytest.mark.slow
+def test_without_any_target_there_is_no_loss_and_training_goes_on(alone: str) -> None:
+    for record in records(alone, "silent"):
         assert record["loss"] is None and record.get("val_loss") is None and not record["skipped"]
         assert record["loss_balance"] > 0 and math.isfinite(record["grad_norm"]) and record["grad_norm"] > 0
