@@ -63,6 +63,7 @@ from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
+from moe_runtime.train.told_data import mixture_facts
 
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
@@ -360,6 +361,10 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
+    if mixed is not None:
+        recorder.event("data", **mixed)
+        recorder.say(mixed["message"])
     guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
