@@ -25,6 +25,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
@@ -37,6 +38,7 @@ from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
 from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
 from moe_runtime.parallel.stage import StageRunner
@@ -57,7 +59,6 @@ from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
 
-CONFIG_FILE = "config.yaml"
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 
@@ -130,6 +131,7 @@ def build_runtime(
         tied_embedding=tied,
         weight_casts=casts,
         load=load,
+        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),
@@ -295,7 +297,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    tokenizer, train_loader, validation_loader = open_data(config, peers)
+    data = open_data(config, peers)
+    tokenizer = data.tokenizer
     runtime = build_runtime(
         config,
         layout,
@@ -311,7 +314,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     guard_state = GuardState(config.guard.spike_window, config.data.skip)
-    state = with_ema(TrainingState(runtime, optimizer, peers, tokenizer, guard_state), config.train.ema_decay)
+    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
+    state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
     start, resumed = resume(store, state, fresh)
@@ -331,9 +335,8 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, train_loader, state.guard, integrity, state.ema),
-        tokenizer,
-        validation_loader,
+        TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema),
+        data,
         checkpoints,
         recorder,
         guard,

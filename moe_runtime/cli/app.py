@@ -30,6 +30,7 @@ COMMANDS = {
     "context": "moe_runtime.cli.context:app",
     "convert": "moe_runtime.cli.convert:app",
     "bench": "moe_runtime.cli.bench:app",
+    "metrics": "moe_runtime.cli.metrics:app",
 }
 
 

@@ -128,3 +128,9 @@ def stage_loads(model: ModelConfig) -> tuple[list[int], int, int]:
     head = model.vocab_size * model.hidden_size
     module = block_load(model, is_dense=False) + mtp_glue(model) + head
     return layers, model.hidden_size, model.hidden_size + head + model.mtp_depth * module
+
+
+def moe_layers(model: ModelConfig) -> list[str]:
+    """Canonical prefixes of every MoE layer, in the order in which they run, those of MTP last."""
+    main = [f"layers.{layer}" for layer in range(model.num_dense_layers, model.num_layers)]
+    return main + [f"mtp.{depth}.block" for depth in range(model.mtp_depth)]

@@ -18,8 +18,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from moe_runtime.config.alerts import AlertsConfig
+from moe_runtime.config.data import DataConfig
 from moe_runtime.config.finding import Finding, divisors, nearest
 from moe_runtime.config.fp8 import Fp8Config
+from moe_runtime.config.metrics import MetricsConfig
 from moe_runtime.config.reliability import GuardConfig, ReliabilityConfig
 from moe_runtime.config.section import Count, Fraction, NonNegative, Section
 
@@ -299,23 +302,6 @@ class RecipeConfig(Section):
         return [Finding(key, text) for key in ("cosine_tokens", "tail_tokens") if getattr(self, key)]
 
 
-class DataConfig(Section):
-    """Where tokens come from."""
-
-    path: str = Field(description="folder of token shards; prepared there when missing and `source` is set")
-    source: str | None = Field(None, description="builtin:stdlib, dir:PATH or a .txt/.jsonl/.parquet file")
-    tokenizer: str = Field("byte", description="byte, bpe:N, deepseek, or a tokenizer.json")
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="of documents")
-    fim_rate: Fraction = Field(0.0, description="share of documents rewritten prefix-suffix-middle")
-    document_mask: bool = Field(False, description="attend within a document only")
-    bad: Literal["stop", "skip"] = Field(
-        "stop", description="an id that the model has no row for: end the run, or skip the step that read it"
-    )
-    skip: tuple[tuple[Count, PositiveInt], ...] = Field(
-        (), description="[first, count] of sequences, numbered from the start of training, to pass over"
-    )
-
-
 class TrainConfig(Section):
     """How long to train and what to do on the way."""
 
@@ -348,20 +334,6 @@ class TrainConfig(Section):
     )
 
 
-class MetricsConfig(Section):
-    """Where records go besides metrics.jsonl."""
-
-    wandb: Literal["off", "offline", "online"] = "offline"
-    wandb_project: str = "moe_runtime"
-    trace_step: PositiveInt | None = Field(3, description="the step whose spans go to trace.json; null: none")
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        # YAML 1.1 reads a bare `off` as false.
-        return "off" if value is False else value
-
-
 class RunConfig(Section):
     """Everything that a run is made of."""
 
@@ -384,3 +356,4 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
     guard: GuardConfig = GuardConfig()
+    alerts: AlertsConfig = AlertsConfig()

@@ -6,11 +6,17 @@ targets of the next and of D further tokens overlap the following sample and eve
 once an epoch. The last sample goes on at the start of the stream. Nothing else is state: every layout
 sees the same global batch, a rank reads its own rows only, and a run resumes from a number.
 
+A token that is read but not to be predicted (a prompt, say) stands in a row as its complement, -1 - id: one
+tensor carries both, through every layout, and what is not masked looks as it always did. `token_ids` gives
+the ids back. Rejected: a second tensor of masks, which everything between the loader and the loss would have
+to carry along for the few runs that have one.
+
 Documents are packed without a border: a sequence may hold the end of one and the start of the next,
 with an end-of-document id between. Ref: DSV3 §4.1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +28,26 @@ from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
 
 VALIDATION_SEED = 0  # windows of validation do not depend on a run's seed: runs are compared on the same text
+
+
+def token_ids(rows: Tensor) -> Tensor:
+    """The ids in rows of tokens, those that are no targets too."""
+    return torch.where(rows < 0, ~rows, rows)
+
+
+class Loader(Protocol):
+    """What training needs of one set or of a mixture of them; `BatchLoader` says what each means."""
+
+    seq_len: int
+    row_tokens: int
+
+    @property
+    def is_masked(self) -> bool: ...
+    def rows(self, sequence_numbers: Sequence[int] | Ids) -> Tensor: ...
+    def epochs(self, number: int) -> dict[str, float]: ...
+    def to_json(self) -> dict[str, Any]: ...
+    def restore(self, fields: Mapping[str, Any], number: int) -> None: ...
+    def differences(self, fields: Mapping[str, Any]) -> list[str]: ...
 
 
 class BatchLoader:
@@ -58,8 +84,15 @@ class BatchLoader:
             )
         self.samples_per_epoch = -(-dataset.num_tokens // seq_len)
 
+    @property
+    def is_masked(self) -> bool:
+        """Some tokens are no targets."""
+        return self.dataset.is_masked
+
     def rows(self, sequence_numbers: Sequence[int] | Ids) -> Tensor:
         """Tokens of the sequences with these numbers, int64 [sequences, seq_len + 1 + mtp_depth].
+
+        A token that is not to be predicted is given as its complement.
 
         Args:
             sequence_numbers: counted from the start of training, any order.
@@ -78,15 +111,18 @@ class BatchLoader:
                 f"{where}: token id {rows[row_idx, column]} is not below {self.vocab_size}; "
                 "prepare the data again"
             )
+        if self.is_masked:
+            for row, start in zip(rows, starts, strict=True):
+                row[:] = np.where(self.dataset.read_targets(int(start), self.row_tokens), row, ~row)
         return torch.from_numpy(rows)
 
     def sequences(self, first: int, count: int) -> Tensor:
         """Rows of the sequences first .. first + count - 1."""
         return self.rows(np.arange(first, first + count, dtype=np.int64))
 
-    def epoch_of(self, sequence_number: int) -> int:
-        """How often the split was read in full before this sequence."""
-        return sequence_number // self.samples_per_epoch
+    def epochs(self, number: int) -> dict[str, float]:
+        """How often the split was read before this sequence, parts of an epoch too; the set has no name."""
+        return {"": number / self.samples_per_epoch}
 
     def validation_batches(self, num_sequences: int, batch_size: int) -> Iterator[Tensor]:
         """The first sequences of epoch 0, the same ones each time, in batches.
@@ -98,6 +134,22 @@ class BatchLoader:
         last = min(num_sequences, self.samples_per_epoch)
         for first in range(0, last, batch_size):
             yield self.sequences(first, min(batch_size, last - first))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"fingerprints": {"": self.dataset.manifest.fingerprint}}
+
+    def restore(self, fields: Mapping[str, Any], number: int) -> None:
+        """Nothing to take from a checkpoint: a number says all."""
+
+    def differences(self, fields: Mapping[str, Any]) -> list[str]:
+        """What to say where a checkpoint had other tokens."""
+        if "segments" in fields:
+            return ["data: no mixture any more; the order of data.path is taken up at the same number"]
+        before, now = fields.get("fingerprints", {}).get(""), self.dataset.manifest.fingerprint
+        if before in (None, now):
+            return []
+        return [f"warning: {self.dataset.folder}: other tokens than those the run began with"]
 
     def starts(self, sequence_numbers: Sequence[int] | Ids) -> Ids:
         """Position in the stream where each sequence begins, int64 [sequences]."""

@@ -4,6 +4,8 @@
       manifest.json
       tokenizer.json
       train_00000.bin ...        token ids, little-endian uint16 or uint32, documents one after another
+      train_mask_00000.bin ...   one bit a token of the shard, from the lowest bit of each byte: 1 for a token
+                                 to be predicted; only where some tokens are not
       train_documents.bin        little-endian uint64: first token of each document, then the total
       train_parts.bin            little-endian uint16: which part of the source each document is of
       validation_00000.bin ...   validation_documents.bin   validation_parts.bin
@@ -14,10 +16,11 @@ The manifest is written last and the folder renamed into place, so a folder with
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from moe_runtime.config.data import TextForm
 from moe_runtime.config.section import Count, Fraction, Section
 from moe_runtime.errors import DataError
 
@@ -51,6 +54,8 @@ class SplitRecord(Section):
     fim_documents: Count = Field(0, description="documents rewritten prefix-suffix-middle")
     max_id: Count
     shards: tuple[ShardRecord, ...]
+    masks: tuple[FileRecord, ...] = Field((), description="one for each shard; empty: every token is a target")
+    targets: Count | None = Field(None, description="tokens that are targets; null: all of them")
     index: FileRecord
     part_names: tuple[str, ...] = Field((), description="parts of the source; empty if not recorded")
     parts: FileRecord | None = Field(None, description="of each document, its place in part_names")
@@ -76,15 +81,28 @@ class Manifest(Section):
     licence: str | None = Field(None, description="what is known about the licence of the text")
     seed: Count = Field(description="keys the choice of rewritten documents and where they are cut")
     fim_rate: Fraction
+    form: TextForm = TextForm()
     validation_fraction: Fraction
     counts: dict[str, Count] = Field(description="documents read; duplicates, empty, binary, not UTF-8")
     splits: dict[Literal["train", "validation"], SplitRecord]
 
     @property
     def fingerprint(self) -> str:
-        """One sha256 over the ids of all shards: two folders with the same ids have the same one."""
-        shards = [shard.sha256 for name in sorted(self.splits) for shard in self.splits[name].shards]
-        return hashlib.sha256("".join(shards).encode()).hexdigest()
+        """One sha256 over the ids and masks of all shards: two folders with the same have the same one."""
+        splits = [self.splits[name] for name in sorted(self.splits)]
+        files = [file.sha256 for split in splits for file in (*split.shards, *split.masks)]
+        return hashlib.sha256("".join(files).encode()).hexdigest()
+
+    @model_serializer(mode="wrap")
+    def _plain_goes_without_saying(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Folders without masks stay readable for versions that know none.
+        values: dict[str, Any] = dump(self)
+        if self.form == TextForm():
+            values.pop("form")
+        for split in values["splits"].values():
+            if not split["masks"]:
+                del split["masks"], split["targets"]
+        return values
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_runtime.config.schema import DataConfig
+from moe_runtime.config.data import DataConfig
 from moe_runtime.data.manifest import MANIFEST, Manifest, read_manifest
 from moe_runtime.data.survey import Progress
 from moe_runtime.data.tokenise import Request, write_data

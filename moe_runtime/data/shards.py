@@ -1,6 +1,7 @@
 """Reads a split of prepared data: one long stream of token ids over memory-mapped shards."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class TokenDataset:
         self._check_sizes()
         shards = self.record.shards
         self._maps = [np.memmap(folder / shard.file, dtype=self._dtype, mode="r") for shard in shards]
+        self._masks = [np.memmap(folder / mask.file, dtype=np.uint8, mode="r") for mask in self.record.masks]
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
 
     @classmethod
@@ -57,25 +59,47 @@ class TokenDataset:
             dataset.verify()
         return dataset
 
+    @property
+    def is_masked(self) -> bool:
+        """Some tokens are no targets."""
+        return bool(self._masks)
+
     def read(self, start: int, count: int) -> Ids:
         """`count` ids from position `start` of the stream, int64; past the end it goes on at the start."""
         ids = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            position = (start + done) % self.num_tokens
-            shard = int(np.searchsorted(self._ends, position, side="right"))
-            inside = position - (int(self._ends[shard]) - len(self._maps[shard]))
-            piece = self._maps[shard][inside : inside + count - done]
-            ids[done : done + len(piece)] = piece
-            done += len(piece)
+        for done, shard, inside, length in self._pieces(start, count):
+            ids[done : done + length] = self._maps[shard][inside : inside + length]
         return ids
+
+    def read_targets(self, start: int, count: int) -> NDArray[np.bool_]:
+        """Which of the same tokens are to be predicted, bool [count]."""
+        targets = np.ones(count, dtype=np.bool_)
+        for done, shard, inside, length in self._pieces(start, count) if self._masks else ():
+            first = inside // 8
+            packed = self._masks[shard][first : (inside + length + 7) // 8]
+            bits = np.unpackbits(packed, bitorder="little")[inside - 8 * first :]
+            targets[done : done + length] = bits[:length]
+        return targets
 
     def locate(self, position: int) -> str:
         """File and byte offset of a position of the stream, for messages."""
+        shard, inside = self._place(position)
+        return f"{self.folder / self.record.shards[shard].file}, byte {inside * self._dtype.itemsize}"
+
+    def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """What of each shard makes up a stretch: (place in the stretch, shard, first token, tokens)."""
+        done = 0
+        while done < count:
+            shard, inside = self._place(start + done)
+            length = min(count - done, len(self._maps[shard]) - inside)
+            yield done, shard, inside, length
+            done += length
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Shard of a position of the stream, and the token within it."""
         position %= self.num_tokens
         shard = int(np.searchsorted(self._ends, position, side="right"))
-        inside = position - (int(self._ends[shard]) - len(self._maps[shard]))
-        return f"{self.folder / self.record.shards[shard].file}, byte {inside * self._dtype.itemsize}"
+        return shard, position - (int(self._ends[shard]) - len(self._maps[shard]))
 
     def document_starts(self) -> NDArray[np.uint64]:
         """Position of the first token of each document, then the length of the stream; memory-mapped."""
@@ -112,7 +136,7 @@ class TokenDataset:
 
     def _files(self) -> tuple[FileRecord, ...]:
         parts = () if self.record.parts is None else (self.record.parts,)
-        return (*self.record.shards, self.record.index, *parts)
+        return (*self.record.shards, *self.record.masks, self.record.index, *parts)
 
     def _check_digest(self, file: FileRecord) -> None:
         path = self.folder / file.file
@@ -140,3 +164,6 @@ class TokenDataset:
             raise DataError(
                 f"{self.folder}: token counts of the {self.split} split do not add up in the manifest"
             )
+        masks = [mask.bytes for mask in self.record.masks]
+        if masks and masks != [(shard.tokens + 7) // 8 for shard in self.record.shards]:
+            raise DataError(f"{self.folder}: masks of the {self.split} split do not fit its shards")

@@ -47,6 +47,10 @@ class WeightCasts:
         """Forget all: the weights have changed, or are about to."""
         self._entries.clear()
 
+    def held(self) -> list[tuple[Tensor, Blocks]]:
+        """Every weight that is held now, with its blocks."""
+        return [(entry.weight, entry.both[0]) for entry in self._entries.values()]
+
     @property
     def nbytes(self) -> int:
         """Bytes held now."""

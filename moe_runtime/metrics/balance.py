@@ -1,36 +1,52 @@
-"""Counts of tokens per expert -> how uneven the load is."""
+"""Counts of tokens per expert -> how uneven the load is, layer by layer.
 
-from dataclasses import dataclass
+A load is relative to the mean load of its layer, so 1 is a fair share. A layer that received nothing is even.
+"""
 
+import math
+
+import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ExpertBalance:
-    """How evenly the experts of one layer were used; loads are relative to the mean load.
-
-    Args:
-        load_max, load_min: of the busiest and the idlest expert; 1 is a fair share.
-        violation: (max load - mean) / mean.
-    """
-
-    load_max: float
-    load_min: float
-    violation: float
+DEAD = 0.01  # share of a fair share below which an expert is as good as dead
 
 
-def expert_balance(counts: Tensor) -> tuple[ExpertBalance, ...]:
-    """Balance of each layer.
+def relative_load(counts: Tensor) -> Tensor:
+    """Load of each expert over the mean of its layer.
 
     Args:
         counts: int64 [layers, experts], token copies that each expert received.
 
     Returns:
-        One entry a layer. A layer that received nothing is even: 1, 1 and 0.
+        FP64 [layers, experts].
     """
-    rows = []
-    for load in counts.tolist():
-        mean = sum(load) / len(load)
-        busiest, idlest = (max(load) / mean, min(load) / mean) if mean > 0 else (1.0, 1.0)
-        rows.append(ExpertBalance(busiest, idlest, busiest - 1.0))
-    return tuple(rows)
+    mean = counts.double().mean(dim=1, keepdim=True)
+    return torch.where(mean > 0, counts / mean.clamp_min(1e-300), 1.0)
+
+
+def violation(load: Tensor) -> Tensor:
+    """(max load - mean) / mean of relative loads [layers, experts]: [layers]. Ref: arXiv 2408.15664 (4)."""
+    return load.amax(dim=1) - 1.0
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """H(p) / ln E of relative loads [layers, E]: [layers], 1 if even, 0 if one expert has everything."""
+    experts = load.shape[1]
+    if experts == 1:
+        return load.new_ones(load.shape[0])
+    shares = load / experts
+    return -torch.special.xlogy(shares, shares).sum(dim=1) / math.log(experts)
+
+
+def dead_experts(load: Tensor) -> Tensor:
+    """How many of the experts have less than `DEAD` of a fair share: [layers]."""
+    return (load < DEAD).sum(dim=1)
+
+
+def rank_load_ratio(load: Tensor, ep: int) -> Tensor:
+    """Load of the busiest of `ep` ranks over the mean of them: [layers].
+
+    Ranks hold experts in equal contiguous parts. The busiest one is what a layer's computation waits for,
+    whatever the experts within a rank do.
+    """
+    return load.unflatten(1, (ep, -1)).mean(dim=2).amax(dim=1)

@@ -45,7 +45,7 @@ class ConsoleSink:
         self._task: TaskID | None = None
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Show a step; `record` has some of `record.KEYS`, step, tokens and loss among them."""
+        """Show a step; `record` has some of `record.METRICS`, step, tokens and loss among them."""
         done = self._fraction(record)
         line = self._line(record, self._time_left(done))
         is_evaluation = record.get("val_loss") is not None

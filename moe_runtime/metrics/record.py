@@ -1,85 +1,304 @@
-"""The record of one step: the keys that it may have, and its line of JSON.
+"""The one list of what a record may hold: every number of a step, with its meaning, unit and source.
 
-Everything that reads a run reads these keys, so they are listed here once, with their meaning. What was
-not measured has no key: a made-up zero would be worse than a gap. A number that was measured and is not
-finite becomes `null`, for JSON has no word for it.
+Everything that reads a run reads these keys: metrics.jsonl, W&B, TensorBoard, the report, the alerts. A key
+is a path: `routing/violation/max` stands in the record as `{"routing": {"violation": {"max": ...}}}`, and a
+`*` stands for one name that depends on the run (a layer, a validation set). The page docs/metrics.md is
+made of these tables, and a record with a key that is not in them is refused where it is written.
+
+What was not measured has no key: a made-up zero would be worse than a gap. Apart from `layers`, how many
+numbers a record has does not depend on the size of the model.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
-KEYS = {
-    "step": "optimizer steps done, from 1",
-    "tokens": "tokens trained on so far",
-    "loss": "main cross-entropy alone, nats a token, mean over the global batch",
-    "loss_mtp": "mean cross-entropy of the MTP depths, unscaled",
-    "loss_balance": "sequence-wise balance loss, summed over MoE layers, unscaled",
-    "grad_norm": "global norm of the gradient before clipping",
-    "lr": "learning rate of the step",
-    "batch_size": "sequences of the step",
-    "skipped": "true if the step changed nothing, for its gradient was not finite",
-    "tokens_per_s": "of the whole run, over this step",
-    "step_s": "wall time of the step, seconds",
-    "bubble_fraction": "share of the step that ranks wait for their pipeline neighbours, mean over ranks",
-    "exposed_comm_fraction": "share of the step that ranks wait for dispatch and combine, mean over ranks",
-    "hidden_comm_fraction": "of the time that exchanges fly, the share in which no rank waits for them",
-    "comm_bytes_inter": "expert-parallel bytes sent between nodes, all ranks together, metadata too",
-    "comm_bytes_intra": "expert-parallel bytes sent between ranks of a node, likewise",
-    "comm_meta_bytes_inter": "of comm_bytes_inter: expert ids, gate weights and padding beside the rows",
-    "comm_meta_bytes_intra": "of comm_bytes_intra: the same",
-    "comm_rows_inter": "rows sent between nodes; in two_hop a token counts once for each node",
-    "comm_rows_intra": "rows sent between ranks of a node; in two_hop a token counts once for each rank",
-    "comm_rows_self": "rows that stayed on their rank",
-    "straggler_ratio": "own work of the slowest rank over that of its peers, median of the last steps",
-    "max_violation": "mean over MoE layers of (max load - mean) / mean",
-    "optim_numerics": "FP8 moments by parameter group, on reporting steps: see NUMERICS_KEYS",
-    "layers": "per MoE layer, by its canonical prefix: see LAYER_KEYS",
-    "val_loss": "validation cross-entropy, nats a token; on evaluation steps",
-    "val_bpb": "validation bits per byte; on evaluation steps",
-}
-
-_NESTED = ("optim_numerics", "layers")
-
-LAYER_KEYS = {
-    "load_max": "load of the busiest expert over the mean load",
-    "load_min": "load of the idlest expert over the mean load",
-    "violation": "(max load - mean) / mean",
-    "bias_min": "smallest routing bias after the step",
-    "bias_max": "largest routing bias after the step",
-}
-
-NUMERICS_KEYS = {
-    "zeros": "share of elements whose sqrt(v) is stored as zero",
-    "underflows": "share of elements whose v is not zero but stored so",
-    "saturated": "share of elements whose m / sqrt(v) is at the largest code",
-    "stalled": "share of elements whose v changed and whose code did not; high is normal, 1 is not",
-    "nonfinite": "share of elements whose v is stored as NaN",
-    "min_scale": "smallest exponent of a block's scale, over blocks that are not all zero",
-    "max_scale": "largest such exponent",
-    "largest_update": "largest update of an element, in learning rates, weight decay apart",
-}
+from functools import cache
+from typing import NamedTuple
 
 
-def to_line(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as strict JSON: no key unknown, no value unmeasured.
+class Metric(NamedTuple):
+    """One number of a record.
 
     Args:
-        record: some of `KEYS`; `step`, `tokens` and `loss` among them. None: not measured.
+        definition: what it is, in words or as a formula.
+        unit: of the number; `1` for a ratio or a share, `count`, `bytes`, `s`, `nats/token` ...
+        source: the file of the package that measures it, and the equation or paper behind it.
     """
-    unknown = record.keys() - KEYS.keys()
-    assert not unknown, f"metrics.record.KEYS does not know {sorted(unknown)}"
-    line = _measured({key: value for key, value in record.items() if key not in _NESTED})
-    for key in _NESTED:
-        parts = {name: _measured(detail) for name, detail in (record.get(key) or {}).items()}
-        line |= {key: parts} if parts else {}
-    return line
+
+    definition: str
+    unit: str
+    source: str
 
 
-def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: finite_or_none(value) for key, value in values.items() if value is not None}
+_RECORD = "train/step_record.py"
+_ROUTER = "model/router.py"
+_BALANCE = "metrics/balance.py"
+_ZERO = "parallel/zero.py"
+
+LEARNING = {
+    "step": Metric("optimizer steps done, from 1", "count", _RECORD),
+    "tokens": Metric("tokens trained on so far", "tokens", _RECORD),
+    "loss": Metric("main cross-entropy alone, mean over the global batch", "nats/token", _RECORD),
+    "loss_mtp": Metric(
+        "mean cross-entropy of the MTP depths, unscaled", "nats/token", "model/mtp.py, DSV3 (24)"
+    ),
+    "loss_balance": Metric(
+        "sequence-wise balance loss, summed over MoE layers, unscaled", "1", f"{_ROUTER}, DSV3 (17)-(20)"
+    ),
+    "lr": Metric("learning rate of the step", "1/step", "optim/schedule.py"),
+    "batch_size": Metric("sequences of the step, all lanes together", "sequences", _RECORD),
+    "epoch": Metric(
+        "sequences given so far, over those that the training set has", "epochs", "data/order.py"
+    ),
+    "skipped": Metric(
+        "true if the step changed nothing, for its gradient was not finite or the config left it out",
+        "truth value",
+        _ZERO,
+    ),
+    "skipped_steps": Metric("steps so far that changed nothing", "count", "train/guard/state.py"),
+    "spike_z": Metric(
+        "distance of the loss from the median of the last guard.spike_window steps, in robust deviations",
+        "1",
+        "train/guard/spike.py",
+    ),
+    "val_loss": Metric("validation cross-entropy, on evaluation steps", "nats/token", "train/validate.py"),
+    "val_bpb": Metric(
+        "validation loss per byte of text, on evaluation steps", "bits/byte", "train/validate.py"
+    ),
+    "val_sets/*/val_loss": Metric("the same of one validation set", "nats/token", "train/validate.py"),
+    "val_sets/*/val_bpb": Metric("the same of one validation set", "bits/byte", "train/validate.py"),
+}
+
+# What is measured of every MoE layer, and the name under which its spread over the layers stands, if it has
+# one. The load of an expert is the number of tokens that chose it in the step's first forward pass.
+_OF_A_LAYER = {
+    "load_max": Metric("load of the busiest expert over the mean load", "1", _BALANCE),
+    "load_min": Metric("load of the idlest expert over the mean load", "1", _BALANCE),
+    "violation": Metric("(max load - mean) / mean", "1", f"{_BALANCE}, arXiv 2408.15664 (4)"),
+    "violation_global": Metric(
+        "the same of loads summed over the last metrics.window steps", "1", f"{_BALANCE}, arXiv 2408.15664"
+    ),
+    "load_entropy": Metric("H(p) / ln E of the shares p of the E experts; 1 is even", "1", _BALANCE),
+    "dead_experts": Metric("experts with less than 1% of a fair share", "count", _BALANCE),
+    "bias_min": Metric("smallest routing bias after the step", "1", _ROUTER),
+    "bias_max": Metric("largest routing bias after the step", "1", _ROUTER),
+    "bias_std": Metric("standard deviation of the routing biases after the step", "1", _ROUTER),
+    "bias_reach": Metric("largest |bias| after the step; affinities lie between 0 and 1", "1", _ROUTER),
+    "logit_rms": Metric("root mean square of the router's logits", "1", "model/router_meter.py"),
+    "z_loss": Metric(
+        "mean over tokens of (ln sum exp logits)^2; not part of the objective",
+        "1",
+        "model/router_meter.py, arXiv 2202.08906 (5)",
+    ),
+    "top_k_margin": Metric(
+        "mean over tokens of the distance between the last expert chosen and the first one not chosen, of "
+        "those in the groups kept, in biased affinity",
+        "1",
+        "model/router_meter.py",
+    ),
+    "nodes_per_token": Metric(
+        "mean over tokens of the nodes that hold its experts", "nodes", "model/router_meter.py"
+    ),
+}
+SPREAD = (
+    "violation",
+    "violation_global",
+    "load_entropy",
+    "dead_experts",
+    "bias_std",
+    "bias_reach",
+    "logit_rms",
+    "z_loss",
+    "top_k_margin",
+    "nodes_per_token",
+)
+_PLACES = {
+    "min": "smallest over the MoE layers",
+    "p50": "median over the MoE layers",
+    "max": "largest over the MoE layers",
+}
+
+ROUTING = {
+    "max_violation": Metric(
+        "mean over MoE layers of (max load - mean) / mean", "1", f"{_BALANCE}, arXiv 2408.15664 (4)"
+    ),
+    "rank_load_ratio": Metric(
+        "largest over MoE layers of (rows of the busiest expert-parallel rank / mean over ranks)",
+        "1",
+        _BALANCE,
+    ),
+    "worst_layer": Metric("prefix of the layer with the largest violation", "name", _BALANCE),
+    **{
+        f"routing/{name}/{place}": Metric(f"{words}: {metric.definition}", metric.unit, metric.source)
+        for name, metric in _OF_A_LAYER.items()
+        if name in SPREAD
+        for place, words in _PLACES.items()
+    },
+    **{f"layers/*/{name}": metric for name, metric in _OF_A_LAYER.items()},
+}
+
+PERFORMANCE = {
+    "tokens_per_s": Metric("tokens of the step over its wall time, whole run", "tokens/s", _RECORD),
+    "tokens_per_s_rank": Metric("the same over the number of ranks", "tokens/s", _RECORD),
+    "step_s": Metric("wall time of the step", "s", "train/step.py"),
+    "step_s_p50": Metric("median of step_s over the last metrics.window steps", "s", "metrics/window.py"),
+    "step_s_p99": Metric("99th percentile of the same", "s", "metrics/window.py"),
+    "flops_per_token": Metric(
+        "operations of forward and backward per token, recomputation not counted",
+        "FLOP/token",
+        "planner/flops.py",
+    ),
+    "mfu": Metric(
+        "model FLOP utilisation: flops_per_token x tokens_per_s_rank over the peak of a rank's device",
+        "1",
+        "metrics/utilisation.py",
+    ),
+    "bubble_fraction": Metric(
+        "share of the step that ranks wait for their pipeline neighbours, mean over ranks",
+        "1",
+        "parallel/clock.py",
+    ),
+    "bubble_fraction_ideal": Metric(
+        "share of idle time of the step's program in a simulation with its own mean action costs and free "
+        "messages, mean over ranks",
+        "1",
+        "planner/simulate.py",
+    ),
+    "exposed_comm_fraction": Metric(
+        "share of the step that ranks wait for dispatch and combine, mean over ranks",
+        "1",
+        "parallel/clock.py",
+    ),
+    "exposed_comm_s": Metric(
+        "time that a rank waits for dispatch and combine, mean over ranks", "s", "parallel/clock.py"
+    ),
+    "hidden_comm_fraction": Metric(
+        "of the time that exchanges fly, the share in which no rank waits for them", "1", "parallel/clock.py"
+    ),
+    "dispatch_gb_s_inter": Metric("comm_bytes_inter over the time that exchanges fly", "GB/s", _RECORD),
+    "dispatch_gb_s_intra": Metric("comm_bytes_intra over the same time", "GB/s", _RECORD),
+    "comm_bytes_inter": Metric(
+        "expert-parallel bytes sent between nodes, all ranks together, metadata too",
+        "bytes",
+        "moe_comm/traffic.py",
+    ),
+    "comm_bytes_intra": Metric(
+        "expert-parallel bytes sent between ranks of a node, likewise", "bytes", "moe_comm/traffic.py"
+    ),
+    "comm_meta_bytes_inter": Metric(
+        "of comm_bytes_inter: expert ids, gate weights and padding beside the rows",
+        "bytes",
+        "moe_comm/traffic.py",
+    ),
+    "comm_meta_bytes_intra": Metric("of comm_bytes_intra: the same", "bytes", "moe_comm/traffic.py"),
+    "comm_rows_inter": Metric(
+        "rows sent between nodes; in two_hop a token counts once for each node", "rows", "moe_comm/traffic.py"
+    ),
+    "comm_rows_intra": Metric(
+        "rows sent between ranks of a node; in two_hop a token counts once for each rank",
+        "rows",
+        "moe_comm/traffic.py",
+    ),
+    "comm_rows_self": Metric("rows that stayed on their rank", "rows", "moe_comm/traffic.py"),
+    "data_wait_s": Metric("time to read the tokens of the step, slowest rank", "s", "train/step.py"),
+    "straggler_ratio": Metric(
+        "own work of the slowest rank over that of its peers, median of the last steps",
+        "1",
+        "train/straggler.py",
+    ),
+    "straggler_rank": Metric("the rank that straggler_ratio is of", "rank", "train/straggler.py"),
+    "memory_peak_gb": Metric(
+        "most memory held since the process began, worst rank: of the device on a GPU, resident on a CPU",
+        "GB",
+        "metrics/memory.py",
+    ),
+    "alloc_retries": Metric(
+        "times that the GPU allocator had to free its cache and try again, all ranks, so far",
+        "count",
+        "metrics/memory.py",
+    ),
+    "meters_s": Metric("time that these meters took in the step, worst rank", "s", "train/step_record.py"),
+}
+
+NUMERICS = {
+    "grad_norm": Metric("global norm of the gradient before clipping", "1", _ZERO),
+    "grad_norms/*": Metric("norm of the gradient of one class of parameters", "1", _ZERO),
+    "updates/*": Metric("rms(update) / rms(parameter) of one class of parameters", "1", "optim/update.py"),
+    "nonfinite": Metric("parameters whose gradient was not finite", "count", "parallel/nonfinite.py"),
+    "fp8/*/amax": Metric("largest magnitude of an operand class, before it is scaled", "1", "fp8/cast.py"),
+    "fp8/*/underflow": Metric("share of elements that are not zero but cast so", "1", "fp8/cast.py"),
+    "fp8/*/saturation": Metric("share of elements cast to the largest code", "1", "fp8/cast.py"),
+    "fp8/*/scale_min": Metric("smallest scale of a tile or block", "1", "fp8/cast.py"),
+    "fp8/*/scale_max": Metric("largest such scale", "1", "fp8/cast.py"),
+    "fp8_error": Metric("relative error of an FP8 product against BF16", "1", "fp8/cast.py"),
+    "optim_numerics/*/zeros": Metric(
+        "share of elements whose sqrt(v) is stored as zero", "1", "optim/statistics.py"
+    ),
+    "optim_numerics/*/underflows": Metric(
+        "share of elements whose v is not zero but stored so", "1", "optim/statistics.py"
+    ),
+    "optim_numerics/*/saturated": Metric(
+        "share of elements whose m / sqrt(v) is at the largest code", "1", "optim/statistics.py"
+    ),
+    "optim_numerics/*/stalled": Metric(
+        "share of elements whose v changed and whose code did not; high is normal, 1 is not",
+        "1",
+        "optim/statistics.py",
+    ),
+    "optim_numerics/*/nonfinite": Metric(
+        "share of elements whose v is stored as NaN", "1", "optim/statistics.py"
+    ),
+    "optim_numerics/*/min_scale": Metric(
+        "smallest exponent of a block's scale, over blocks that are not all zero", "1", "optim/statistics.py"
+    ),
+    "optim_numerics/*/max_scale": Metric("largest such exponent", "1", "optim/statistics.py"),
+    "optim_numerics/*/largest_update": Metric(
+        "largest update of an element, in learning rates, weight decay apart",
+        "learning rates",
+        "optim/statistics.py",
+    ),
+}
+
+_REPORTED = "train/reliability.py"
+RELIABILITY = {
+    "ettr": Metric(
+        "effective training time ratio: wall time of the steps that count, over wall time since the run "
+        "began, stops by the user left out",
+        "1",
+        f"{_REPORTED}, arXiv 2410.21680",
+    ),
+    "restarts": Metric("times that the launcher started the ranks again after a failure", "count", _REPORTED),
+    "lost_steps": Metric("steps that were done and had to be done again", "count", _REPORTED),
+    "mttr_s": Metric("mean time from a failure to the first step after it", "s", _REPORTED),
+    "checkpoint_age": Metric("steps since the newest checkpoint that is complete", "steps", _REPORTED),
+    "checkpoint_s": Metric("time from the beginning of the newest save to its end", "s", _REPORTED),
+    "checkpoint_blocked_s": Metric("time of it in which training stood still", "s", _REPORTED),
+    "verified_step": Metric(
+        "step of the newest checkpoint whose files were read back and checked", "step", _REPORTED
+    ),
+    "digest_mismatches": Metric("replicas found to differ, so far", "count", "train/guard/integrity.py"),
+}
+
+GROUPS = {
+    "Learning": LEARNING,
+    "Routing": ROUTING,
+    "Performance": PERFORMANCE,
+    "Numerics": NUMERICS,
+    "Reliability": RELIABILITY,
+}
+METRICS: dict[str, Metric] = {path: metric for group in GROUPS.values() for path, metric in group.items()}
+KEYS = tuple(dict.fromkeys(path.split("/")[0] for path in METRICS))  # what stands at the top of a record
+LAYER_KEYS = tuple(_OF_A_LAYER)
+NUMERICS_KEYS = tuple(path.split("/")[-1] for path in METRICS if path.startswith("optim_numerics/"))
 
 
-def finite_or_none(value: Any) -> Any:
-    """NaN and the infinities become None; everything else stays."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@cache
+def metric_of(path: str) -> Metric | None:
+    """The description of a number by its path, `layers/layers.3/violation`; None if there is none."""
+    if path in METRICS:
+        return METRICS[path]
+    parts = path.split("/")
+    for pattern, metric in METRICS.items():
+        names = pattern.split("/")
+        if len(names) == len(parts) and all(
+            name in ("*", part) for name, part in zip(names, parts, strict=True)
+        ):
+            return metric
+    return None

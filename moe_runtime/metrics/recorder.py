@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
+from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
 from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines
-from moe_runtime.metrics.record import finite_or_none, to_line
+from moe_runtime.metrics.line import finite_or_none, to_line
+from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.planner.draw import draw_svg
+from moe_runtime.planner.measured import timeline_of
+from moe_runtime.planner.trace import Trace
 
 # `Recorder.tell`, for those that find something and need to know no more of records.
 Tell = Callable[..., None]
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:
@@ -60,15 +65,19 @@ class Recorder:
         self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
         self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
+        self._heatmap = _open_heatmap(run_dir, config, resume_step)
+        self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":
             shown = config.model_dump(mode="json")
-            self._wandb = WandbSink(run_dir, shown, config.name, metrics.wandb_project, metrics.wandb)
+            earlier = read_table_events(run_dir / EVENTS_FILE, resume_step)
+            where = (config.name, metrics.wandb_project, metrics.wandb)
+            self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Report one optimizer step.
 
         Args:
-            record: some of `record.KEYS`; `step`, `tokens` and `loss` among them.
+            record: some of `record.METRICS`; `step`, `tokens` and `loss` among them.
         """
         if not self._is_active:
             return
@@ -79,8 +88,20 @@ class Recorder:
             self._wandb.log(fields, record["step"])
             self._note_wandb(self._wandb)
 
+    def expert_load(self, step: int, load: Tensor | None) -> None:
+        """Report the load of every expert in a step; None: it is not due.
+
+        Args:
+            load: FP64 [MoE layers, experts], relative to a fair share.
+        """
+        if not self._is_active or self._heatmap is None or load is None:
+            return
+        self._note(self._heatmap.add(step, load.numpy()))
+        if self._wandb is not None:
+            self._wandb.heatmap(step, self._moe_layers, load.numpy())
+
     def roll_back(self, step: int) -> None:
-        """Take the records of later steps out of metrics.jsonl, as a resume would.
+        """Take the records of later steps out of metrics.jsonl and expert_load.jsonl, as a resume would.
 
         W&B keeps them: what comes after has steps that it has seen, and it leaves those out until a new one.
         """
@@ -88,6 +109,8 @@ class Recorder:
             return
         try:
             self._metrics.keep_to(step)
+            if self._heatmap is not None:
+                self._heatmap.roll_back(step)
         except OSError as error:
             self._note(f"{METRICS_FILE}: later steps stay in it: {error.strerror}")
 
@@ -120,10 +143,28 @@ class Recorder:
         """Report a generated text."""
         if not self._is_active:
             return
-        self.event("sample", step=step, text=text)
+        self.event(SAMPLE, step=step, text=text)
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
+
+    def alert(self, step: int, message: str, **fields: Any) -> None:
+        """Report that a limit of the section `alerts` was passed.
+
+        Args:
+            **fields: of the event: alert, metric, value, threshold, action, last.
+        """
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            self._wandb.alert(
+                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
+            )
+
+    def timeline(self, trace: Trace) -> None:
+        """Give W&B a drawing of the trace of a step."""
+        if self._wandb is not None:
+            self._wandb.timeline(trace.step, lambda: draw_svg(timeline_of(trace)))
 
     def close(self) -> None:
         """Finish all sinks; gives W&B a few seconds."""
@@ -134,6 +175,8 @@ class Recorder:
             self._note_wandb(self._wandb)
         self._console.close()
         self._metrics.close()
+        if self._heatmap is not None:
+            self._heatmap.close()
         self._events.close()
         self._is_active = False
 
@@ -147,6 +190,14 @@ class Recorder:
             self._warned.add(warning)
             self.event("warning", message=warning)
             self.say(f"warning: {warning}")
+
+
+def _open_heatmap(run_dir: Path, config: RunConfig, resume_step: int) -> HeatmapWriter | None:
+    """None where there is nothing to show."""
+    layers, every = moe_layers(config.model), config.metrics.heatmap_every
+    if not layers or not every:
+        return None
+    return HeatmapWriter(run_dir / HEATMAP_FILE, layers, every, keep_to_step=resume_step)
 
 
 def _safe(value: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_runtime.fp8.tiled import Groups, Tiles
+from moe_runtime.fp8.watch import ROWS
 from moe_runtime.model.experts import times
 from moe_runtime.model.ffn import SwiGLU, gated, gated_backward
 from moe_runtime.model.fp8_operands import Gradient, Kit, Products, flat, tiles_of, wgrad_operand
@@ -61,14 +62,22 @@ class Fp8Experts:
 
 def _gate(lifted: Tensor, row_weights: Tensor | None, kit: Kit) -> Tiles | Tensor:
     """The operand of the down projection, from its two factors [m, 2f]."""
-    if kit.choice.fprop:
-        return kit.casts.cast_gated(lifted, row_weights)
-    return _gate_high(lifted, row_weights)
+    if not kit.choice.fprop:
+        return _gate_high(lifted, row_weights)
+    tiles = kit.casts.cast_gated(lifted, row_weights)
+    if kit.watch.is_on:
+        kit.watch.saw("input", _gate_high(lifted[:ROWS].float(), _first(row_weights)), tiles)
+    return tiles
 
 
 def _gate_high(lifted: Tensor, row_weights: Tensor | None) -> Tensor:
     product = gated(lifted)
     return product if row_weights is None else times(product, row_weights)
+
+
+def _first(row_weights: Tensor | None) -> Tensor | None:
+    """Those of the rows that are watched."""
+    return None if row_weights is None else row_weights[:ROWS]
 
 
 def _gate_again(
@@ -86,7 +95,18 @@ def _gate_backward(
     """Gradients of the factors [m, 2f] and of the rows' weights."""
     if kit.choice.dgrad and kit.choice.wgrad:
         rows, columns, d_weights = kit.casts.gated_backward_cast(d_product, kept, row_weights, groups)
+        if kit.watch.is_on:
+            few = Tiles(kept.codes[:ROWS], kept.scales[:ROWS])
+            kit.watch.saw("gradient", _lift(d_product[:ROWS], few, _first(row_weights), kit)[0], rows)
         return Gradient(rows, columns, None), d_weights
+    d_lifted, d_weights = _lift(d_product, kept, row_weights, kit)
+    return Gradient.cast(d_lifted.to(d_product.dtype), kit, groups), d_weights
+
+
+def _lift(
+    d_product: Tensor, kept: Tiles, row_weights: Tensor | None, kit: Kit
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the factors [m, 2f] in FP32, before any cast, and of the rows' weights."""
     high = kit.casts.decode(kept, torch.float32)
     pull, d_weights = d_product.float(), None
     if row_weights is not None:
@@ -94,7 +114,7 @@ def _gate_backward(
         pull = pull * row_weights.unsqueeze(1)
     d_lifted = torch.empty_like(high, dtype=torch.promote_types(high.dtype, torch.float32))
     gated_backward(pull, high, d_lifted)
-    return Gradient.cast(d_lifted.to(d_product.dtype), kit, groups), d_weights
+    return d_lifted, d_weights
 
 
 class _Fp8Gated(torch.autograd.Function):
@@ -114,6 +134,8 @@ class _Fp8Gated(torch.autograd.Function):
         needs_tiles = kit.choice.fprop or (trains and source is None)
         tiles = tiles_of(x, casts) if needs_tiles else None
         first = tiles if kit.choice.fprop and tiles is not None else flat(decoded(x))
+        if kit.watch.is_on and tiles is not None and groups is None:  # experts' rows come over the wire
+            kit.watch.saw("input", x, tiles)
         lifted = products.forward(first, gate_up, x.dtype)
         out = products.forward(_gate(lifted, row_weights, kit), down, x.dtype)
         if trains:

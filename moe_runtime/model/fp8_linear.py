@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_runtime.fp8.tiled import Tiles
+from moe_runtime.fp8.watch import ROWS
 from moe_runtime.model.fp8_operands import Gradient, Kit, Products, flat, tiles_of, wgrad_operand
+from moe_runtime.model.product import product
 from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.weight_grad import deliver
 
@@ -50,9 +52,18 @@ class Fp8Multiplier:
         products, casts = Products(self.kit), self.kit.casts
         if self.kit.choice.fprop:
             tiles = tiles_of(x, casts)
-            return products.forward(tiles, weight, weight.dtype), tiles
+            out = products.forward(tiles, weight, weight.dtype)
+            if self.kit.watch.is_on and isinstance(x, Tensor):
+                self._show(x, tiles, weight, out)
+            return out, tiles
         plain = casts.decode(x, weight.dtype) if isinstance(x, Tiles) else flat(decoded(x))
         return products.forward(plain, weight, weight.dtype), None
+
+    def _show(self, x: Tensor, tiles: Tiles, weight: Tensor, out: Tensor) -> None:
+        """Let the watch see the input, and the product of some rows beside that in the weight's dtype."""
+        rows = flat(x)[:ROWS]
+        self.kit.watch.saw("input", rows, tiles)
+        self.kit.watch.saw_product(product(rows, weight.detach().t(), weight.dtype), out[:ROWS])
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_runtime.fp8 import cast
 from moe_runtime.fp8.e5m6 import Packed, pack_e5m6, unpack_e5m6
 from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.block import Block
 from moe_runtime.model.fp8_gated import Fp8Experts, Fp8FeedForward
@@ -24,23 +25,33 @@ from moe_runtime.model.recompute import Recomputed
 from moe_runtime.model.transformer import Transformer
 
 
-def use_fp8(model: Transformer, policy: Policy, weights: WeightCasts, casts: Casts = cast) -> list[str]:
+def use_fp8(
+    model: Transformer,
+    policy: Policy,
+    weights: WeightCasts,
+    casts: Casts = cast,
+    watch: Fp8Watch | None = None,
+) -> list[str]:
     """Let a model, or a slice of one, multiply in FP8 where the policy says so.
 
     Args:
         weights: keeps the casts of weights; whoever changes weights drops them.
         casts: makes tiles.
+        watch: counts what casts do, in steps that are sampled; None: nobody asks.
 
     Returns:
         Canonical names of the modules that are FP8 now.
     """
-    return [name for block in model.blocks() for name in _use_in_block(block, policy, weights, casts)]
+    watch = Fp8Watch() if watch is None else watch
+    return [name for block in model.blocks() for name in _use_in_block(block, policy, weights, casts, watch)]
 
 
-def _use_in_block(block: Block, policy: Policy, weights: WeightCasts, casts: Casts) -> list[str]:
+def _use_in_block(
+    block: Block, policy: Policy, weights: WeightCasts, casts: Casts, watch: Fp8Watch
+) -> list[str]:
     def kit_of(part: str) -> Kit | None:
         choice = policy.of(f"{block.name}.{part}")
-        return None if choice is None else Kit(choice, weights, casts)
+        return None if choice is None else Kit(choice, weights, casts, watch)
 
     found = {part: kit for part in _parts(block) if (kit := kit_of(part)) is not None}
     for part, kit in found.items():

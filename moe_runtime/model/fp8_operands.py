@@ -8,7 +8,7 @@ Tiles of a tensor may be there already: a norm cast its output as it made it, a 
 FP8. They hang on the tensor (`moe_comm.wire.carried`), and `tiles_of` finds them or casts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +20,7 @@ from moe_runtime.fp8 import gemm
 from moe_runtime.fp8.e5m6 import Packed, columns_of_packed, unpack_e5m6
 from moe_runtime.fp8.policy import Choice
 from moe_runtime.fp8.tiled import Blocks, Groups, Tiles
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.experts import Block, blocks_of, grouped_gemm_serves, write_blocks
 from moe_runtime.model.product import product, write_product
@@ -63,11 +64,13 @@ class Kit:
         choice: which of its products are FP8.
         weights: casts of weights, shared by the model.
         casts: makes tiles.
+        watch: counts what casts do, in steps that are sampled.
     """
 
     choice: Choice
     weights: WeightCasts
     casts: Casts
+    watch: Fp8Watch = field(default_factory=Fp8Watch)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -129,10 +132,16 @@ class Gradient:
             rows = tiles_of(d_out, casts)
             return cls(rows if dgrad else None, casts.columns_of(rows, groups) if wgrad else None, plain)
         if dgrad and wgrad:
-            return cls(*casts.cast_both(flat(d_out), groups), None)
+            rows, columns = casts.cast_both(flat(d_out), groups)
+            if kit.watch.is_on:
+                kit.watch.saw("gradient", d_out, rows)
+            return cls(rows, columns, None)
         assert plain is not None, "a gradient of which no product is high"
         if dgrad:
-            return cls(casts.cast_rows(plain), None, plain)
+            rows = casts.cast_rows(plain)
+            if kit.watch.is_on:
+                kit.watch.saw("gradient", plain, rows)
+            return cls(rows, None, plain)
         return cls(None, casts.cast_columns(plain, groups) if wgrad else None, plain)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_runtime.model.linear import linear
 from moe_runtime.model.recompute import Recomputed
+from moe_runtime.model.router_meter import RouterMeter
 
 
 def choose_experts(
@@ -30,14 +31,20 @@ def choose_experts(
     Returns:
         int64 [tokens, top_k], distinct within a token.
     """
-    biased = affinities + bias
-    if num_groups_kept < num_groups:
-        groups = biased.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts / groups]
-        best = groups.topk(min(2, groups.shape[-1]), dim=-1, sorted=False).values.sum(dim=-1)
-        kept = best.topk(num_groups_kept, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-        biased = groups.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+    biased = biased_affinities(affinities, bias, num_groups, num_groups_kept)
     return biased.topk(top_k, dim=-1, sorted=False).indices
+
+
+def biased_affinities(affinities: Tensor, bias: Tensor, num_groups: int, num_groups_kept: int) -> Tensor:
+    """What experts are chosen by: [tokens, experts], -inf for those of groups that a token leaves out."""
+    biased = affinities + bias
+    if num_groups_kept >= num_groups:
+        return biased
+    groups = biased.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts / groups]
+    best = groups.topk(min(2, groups.shape[-1]), dim=-1, sorted=False).values.sum(dim=-1)
+    kept = best.topk(num_groups_kept, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+    return groups.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def sequence_balance(log_affinities: Tensor, num_sequences: int, top_k: int) -> Tensor:
@@ -81,9 +88,13 @@ class Router(nn.Module):
 
     Args:
         scaling_factor: multiplies the renormalised gate weights.
+
+    Attributes:
+        meter: told of the choices of every forward pass that trains; None: nobody is.
     """
 
     bias: Tensor
+    meter: RouterMeter | None = None
 
     def __init__(
         self,
@@ -121,8 +132,10 @@ class Router(nn.Module):
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate weights and expert ids [tokens, top_k], and log affinities, of logits [tokens, experts]."""
         log_affinities = nn.functional.logsigmoid(logits)
-        expert_ids = choose_experts(
-            logits.detach().sigmoid(), self.bias, self.top_k, self.num_groups, self.num_groups_kept
-        )
+        affinities = logits.detach().sigmoid()
+        biased = biased_affinities(affinities, self.bias, self.num_groups, self.num_groups_kept)
+        expert_ids = biased.topk(self.top_k, dim=-1, sorted=False).indices
+        if self.meter is not None and torch.is_grad_enabled():
+            self.meter.add(logits, biased, expert_ids)
         weights = log_affinities.gather(1, expert_ids).softmax(dim=-1) * self.scaling_factor
         return weights, expert_ids, log_affinities

@@ -15,7 +15,8 @@ finaliser, so a forgotten reference shows as a life that does not end.
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -25,9 +26,11 @@ from moe_comm.lane import Lane
 
 from moe_runtime.parallel.progress import Progress
 from moe_runtime.parallel.starved import own_starvation
+from moe_runtime.schedule.action import Entry, Overlap
 
 T = TypeVar("T")
 Span = tuple[str, str, float, float]  # lane, name, start, end
+EntryKind = tuple[str, int, int]  # kind of action or "pair", stage, stage of the backward of a pair
 
 
 @dataclass
@@ -40,12 +43,14 @@ class Clock:
         exchange_s: expert exchanges were under way, those at the same time counted once.
         worked_s: this rank's own work in the program, without its waits and without `starved`.
         peak_live: most microbatches alive at once.
+        entries: what each kind of entry took, exchange waits included: (seconds, how often), by `kind_of`.
         spans: of the step, if they are kept; else None.
         progress: what is under way now.
         has_exchanges: expert exchanges go to other ranks; else they are computation like any other.
         arrivals: waits for exchanges beside the rank's own thread, so that the moment of arrival is known
             also where the rank comes later; None: an exchange seems to fly until the rank comes.
         starved: seconds in which the rank's own thread was ready and had no processor.
+        meters_s: what measuring has taken since `take_meters_s`, as far as it stands within `metering`.
     """
 
     exchange_wait_s: float = 0.0
@@ -53,11 +58,13 @@ class Clock:
     exchange_s: float = 0.0
     worked_s: float = 0.0
     peak_live: int = 0
+    entries: dict[EntryKind, tuple[float, int]] = field(default_factory=dict)
     spans: list[Span] | None = None
     progress: Progress = field(default_factory=Progress)
     has_exchanges: bool = True
     arrivals: Lane | None = None
     starved: Callable[[], float] = float
+    meters_s: float = 0.0
     _working_since: float = 0.0
     _idle_since: float = 0.0
     _live: int = 0
@@ -67,6 +74,7 @@ class Clock:
         """Begin a step: all sums from zero."""
         self.exchange_wait_s = self.transfer_wait_s = self.exchange_s = self.worked_s = 0.0
         self.peak_live = self._live
+        self.entries = {}
         self.spans = [] if keep_spans else None
 
     def program_begins(self) -> None:
@@ -89,6 +97,27 @@ class Clock:
         """A span ends now."""
         if self.spans is not None:
             self.spans.append((lane, name, start, time.perf_counter()))
+
+    def took(self, entry: Entry, start: float) -> None:
+        """An entry of the program, which began to compute at `start`, ends now."""
+        seconds, times = self.entries.get(kind_of(entry), (0.0, 0))
+        self.entries[kind_of(entry)] = seconds + time.perf_counter() - start, times + 1
+        if self.spans is not None:
+            self.ran("action", str(entry), start)
+
+    @contextmanager
+    def metering(self) -> Iterator[None]:
+        """What happens within is measuring, not training."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.meters_s += time.perf_counter() - begun
+
+    def take_meters_s(self) -> float:
+        """Seconds of `metering` since the last call."""
+        seconds, self.meters_s = self.meters_s, 0.0
+        return seconds
 
     def waited(self, cause: str, start: float) -> None:
         """A wait for an `exchange` or a `transfer`, that began at `start`, ends now."""
@@ -136,6 +165,13 @@ class Clock:
         self._live += change
         self.peak_live = max(self.peak_live, self._live)
         self.ran("live", str(self._live), time.perf_counter())
+
+
+def kind_of(entry: Entry) -> EntryKind:
+    """What entries have in common that should take equally long: kinds and stages."""
+    if isinstance(entry, Overlap):
+        return "pair", entry.forward.stage, entry.backward.stage
+    return entry.kind.value, entry.stage, -1
 
 
 def open_clock(ep: int, device: torch.device, ranks_per_node: int) -> Clock:

@@ -176,7 +176,7 @@ class Executor:
     def _weight_grad(self, action: Action) -> None:
         begun = time.perf_counter()
         run_weight_grads(self._flights.pop(_key(action)).weight_grads)
-        self._clock.ran("action", str(action), begun)
+        self._clock.took(action, begun)
         self._tell_gradients()
 
     def _overlap(self, pair: Overlap) -> None:
@@ -193,7 +193,7 @@ class Executor:
             start = clock.progress.begins(name)
             step.run()
             clock.ran("phase", name, start)
-        clock.ran("action", str(entry), begun)
+        clock.took(entry, begun)
 
     def _begin_forward(self, action: Action) -> tuple[Flight, list[Step]]:
         tokens = self._tokens[action.direction][action.microbatch]

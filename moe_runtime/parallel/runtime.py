@@ -16,6 +16,7 @@ from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh
 from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.planner.choose import choose
 from moe_runtime.schedule.action import Program
 from moe_runtime.schedule.passes import lower, unpair
@@ -31,6 +32,7 @@ class Runtime:
         weight_casts: FP8 forms of the weights; dropped whenever weights change.
         tied_embedding: the embedding that first and last stage hold a copy of each, or None.
         executor: runs training and validation programs.
+        meters: of the routers, filled by every training forward.
         sampler: runs forwards that end with the normed stream, before head and MTP.
         chosen: how the newest program was chosen, in one line, where a search chose it.
     """
@@ -45,6 +47,7 @@ class Runtime:
     tied_embedding: Parameter | None
     weight_casts: WeightCasts
     load: ExpertLoad
+    meters: RouterMeters
     clock: Clock
     dispatcher: Dispatcher
     executor: Executor

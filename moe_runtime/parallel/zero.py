@@ -26,7 +26,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from moe_runtime.errors import CheckpointError, ConfigError, NumericsError
+from moe_runtime.optim.classes import CLASSES
+from moe_runtime.parallel.by_class import UpdateSample, add_squares, runs_of
 from moe_runtime.parallel.nonfinite import Culprit, GradientPart, find_culprits
 from moe_runtime.parallel.zero_groups import check_replicas, complete_groups, make_client, owners_of
 from moe_runtime.parallel.zero_partition import Partition, lay_out
@@ -44,8 +46,6 @@ from moe_runtime.parallel.zero_partition import Partition, lay_out
 _NORM_TOLERANCE = 1e-5
 # DeepSpeed adds up squares in FP32: beyond this they overflow, and the gradient is not usable.
 _LARGEST_SQUARE_SUM = 1e38
-# Elements converted to FP64 at a time.
-_NORM_WINDOW = 2**20
 # Elements from which a message to each owner is quicker than one all-reduce of twice the bytes:
 # measured on gloo, 4 ranks: 30% slower at 2^16, 25% quicker at 2^20.
 _OWNER_MESSAGE = 2**18
@@ -60,12 +60,17 @@ class StepResult:
         clipped: gradients were scaled down.
         skipped: gradients were not finite, or the caller wanted no update; nothing was changed, on no rank.
         culprits: where this rank's gradients are not finite; empty on a rank that is not to blame.
+        grad_norms: the same norm of each class of parameters that the model has.
+        updates: rms(update) / rms(weights from before) of each class, from a sample; None if not asked for,
+            or nothing was changed.
     """
 
     grad_norm: float
     clipped: bool
     skipped: bool
     culprits: tuple[Culprit, ...] = ()
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    updates: dict[str, float] | None = None
 
 
 class ZeroOptimizer:
@@ -151,8 +156,13 @@ class ZeroOptimizer:
         self._partitions = [self._describe(i, lay_out(ps, names)) for i, ps in enumerate(self._members)]
         for own, partition in zip(self.client.param_groups, self._partitions, strict=True):
             own["offset"] = partition.start  # stochastic rounding counts elements of the whole flat group
+        # Another pipeline rank counts its copy of these.
+        self._copies = frozenset(n for n, p in self._named if getattr(p, "ds_pipe_replicated", False))
+        self._runs = [runs_of(partition, self._copies) for partition in self._partitions]
+        self._classes = self._classes_of_all()
         self._released: set[int] = set()
         self._grad_norm: float | None = None
+        self._grad_norms: dict[str, float] = {}
         self._flat_accums: list[Tensor] = []
         self.zero_grad()
 
@@ -209,10 +219,11 @@ class ZeroOptimizer:
                 for params in self._members:
                     self._engine.feed(params)
                 self._engine.flush()
-            self._grad_norm = math.sqrt(self._square_sum())
+            self._grad_norm = math.sqrt(sum(squares := self._square_sums()))
+            self._grad_norms = self._by_class(map(math.sqrt, squares))
         return self._grad_norm
 
-    def step(self, lr: float, apply: bool = True) -> StepResult:
+    def step(self, lr: float, apply: bool = True, measures_updates: bool = False) -> StepResult:
         """Reduce, clip by the global norm, step the client optimizer, gather the updated weights.
 
         Gradients that are not finite are dropped and nothing is changed; all ranks decide alike.
@@ -220,6 +231,7 @@ class ZeroOptimizer:
         Args:
             lr: learning rate.
             apply: False drops the gradients all the same.
+            measures_updates: the result says how far weights moved; alike on every rank.
 
         Raises:
             ConfigError: the model is FP64, for which there are no masters.
@@ -230,14 +242,18 @@ class ZeroOptimizer:
         norm = self.reduce()
         is_usable = norm * norm < _LARGEST_SQUARE_SUM  # not when NaN
         culprits = () if is_usable else tuple(find_culprits(self.gradients()))
+        updates, norms = None, self._grad_norms
         if is_usable and apply:
+            sample = UpdateSample(self._partitions, self._copies) if measures_updates else None
             self._engine.norm_check = lambda theirs: _compare_norms(norm, theirs)
             self._engine.set_lr(lr)
             self._engine.step()
             self._weights_written()
+            updates = None if sample is None else self._update_sizes(sample)
         self.zero_grad()
         skipped = not (is_usable and apply)
-        return StepResult(norm, not skipped and 0.0 < self._grad_clip < norm + 1e-6, skipped, culprits)
+        clipped = not skipped and 0.0 < self._grad_clip < norm + 1e-6
+        return StepResult(norm, clipped, skipped, culprits, norms, updates)
 
     def gradients(self) -> Iterator[GradientPart]:
         """This rank's gradients by parameter, until the step ends.
@@ -299,22 +315,35 @@ class ZeroOptimizer:
         self._engine.update_lp_params()
         self._weights_written()
 
-    def _square_sum(self) -> float:
-        """Sum of squares over every distinct parameter of the model, the same on all ranks."""
-        total = torch.zeros(1, dtype=torch.float64, device=self._named[0][1].device)
-        replicated = {name for name, p in self._named if getattr(p, "ds_pipe_replicated", False)}
-        for idx, partition in enumerate(self._partitions):
-            flat = self._engine.reduced(idx)
-            parts = [flat]
-            if any(entry.name in replicated for entry in partition.layout):
-                owned = (piece for piece in partition.pieces() if piece.name not in replicated)
-                parts = [flat.narrow(0, piece.local, piece.numel) for piece in owned]
-            for window in (window for part in parts for window in part.split(_NORM_WINDOW)):
-                total += torch.linalg.vector_norm(window, dtype=torch.float64).square()
+    def _square_sums(self) -> list[float]:
+        """Squares of every distinct parameter of the model, summed by class, the same on all ranks."""
+        sums = torch.zeros(len(CLASSES), dtype=torch.float64, device=self._named[0][1].device)
+        for idx, runs in enumerate(self._runs):
+            add_squares(sums, self._engine.reduced(idx), runs)
+        return self._summed(sums).tolist()  # type: ignore[no-any-return]
+
+    def _update_sizes(self, sample: UpdateSample) -> dict[str, float]:
+        moved, weights = self._summed(sample.sums(self._named[0][1].device)).tolist()
+        pairs = zip(moved, weights, strict=True)
+        return self._by_class(math.sqrt(square / whole) if whole else 0.0 for square, whole in pairs)
+
+    def _classes_of_all(self) -> frozenset[str]:
+        """Classes of which some rank holds a parameter."""
+        held = torch.zeros(len(CLASSES), dtype=torch.float64, device=self._named[0][1].device)
+        held[[run.row for runs in self._runs for run in runs]] = 1.0
+        return frozenset(name for name, ranks in zip(CLASSES, self._summed(held).tolist(), strict=True) if ranks)
+
+    def _by_class(self, values: Iterable[float]) -> dict[str, float]:
+        return {
+            name: value for name, value in zip(CLASSES, values, strict=True) if name in self._classes
+        }
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Over all ranks that hold something else."""
         for group in (self._dp_group, self._norm_group):
             if dist.get_world_size(group) > 1:
-                dist.all_reduce(total, group=group)
-        return float(total)
+                dist.all_reduce(sums, group=group)
+        return sums
 
     def _describe(self, idx: int, layout: tuple[Any, ...]) -> Partition:
         group, owners = self._groups[idx], self._owners[idx]

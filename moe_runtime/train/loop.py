@@ -1,6 +1,5 @@
 """The training loop: resume, step, validate, sample, save, until the end or until asked to stop."""
 
-import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import TextIO
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter
-from moe_runtime.data.loader import BatchLoader
-from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError, NumericsError, PeerLost
 from moe_runtime.fp8.which_path import which_path
+from moe_runtime.metrics.files import TRACE_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.heartbeat import STATUS_DIR
 from moe_runtime.parallel.runtime import Runtime
@@ -24,14 +22,15 @@ from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import StateDamaged
 from moe_runtime.train.guard.roll_back import RollBack
+from moe_runtime.train.open_data import RunData
 from moe_runtime.train.optim_numerics import Report, check_report
 from moe_runtime.train.preempted import leave_marker
 from moe_runtime.train.sample import sample_tokens
 from moe_runtime.train.saving import TrainingState
 from moe_runtime.train.step import TrainStep
 from moe_runtime.train.stopping import StopRequest
-from moe_runtime.train.tracing import TRACE_FILE, collect_trace
-from moe_runtime.train.validate import Validation, validate
+from moe_runtime.train.tracing import collect_trace
+from moe_runtime.train.validate import Validation, validate_sets
 
 
 @dataclass
@@ -48,8 +47,7 @@ class Run:
     config: RunConfig
     state: TrainingState
     step: TrainStep
-    tokenizer: Tokenizer
-    validation: BatchLoader
+    data: RunData
     checkpoints: RunCheckpoints
     recorder: Recorder
     guard: Guard
@@ -136,8 +134,10 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
     is_last = step == run.end
     if is_last or (every.eval_every and step % every.eval_every == 0):
         run.latest = _validate(run)
-        record |= {"val_loss": run.latest.loss, "val_bpb": run.latest.bits_per_byte}
+        record |= run.latest.record()
     run.recorder.step(record)
+    with run.runtime.clock.metering():
+        run.recorder.expert_load(step, run.step.recorder.expert_load)
     run.checkpoints.tell()
     if run.guard.finds_spike(record, run.step.blames):
         back = run.roll_back.past_data(step)
@@ -207,6 +207,7 @@ def _trace(run: Run, step: int) -> None:
     run.runtime.clock.restart()
     if trace is None:
         return
+    run.recorder.timeline(trace)
     path = Path(run.config.out_dir) / run.config.name / TRACE_FILE
     try:
         write_trace(trace, path)
@@ -216,40 +217,55 @@ def _trace(run: Run, step: int) -> None:
         run.recorder.event("trace", step=step, path=str(path))
 
 
-def _baseline(run: Run) -> float:
-    """Bits per byte of the order-1 model on rank 0, NaN elsewhere; the others wait as long as it takes."""
-    scores = [math.nan]
+def _baseline(run: Run) -> dict[str, float]:
+    """Bits per byte of the order-1 model of each trained set, on rank 0; the others wait as long as it takes.
+
+    It predicts every byte, so none is told beside a loss over some of the text.
+    """
+    scores: dict[str, float] = {}
 
     def score() -> None:
-        scores[0] = order1_bits_per_byte(run.step.loader.dataset, run.validation.dataset, run.tokenizer)
+        for name, train in run.data.datasets.items():
+            validation = run.data.validation.loaders[name].dataset
+            if not validation.is_masked:
+                scores[name] = order1_bits_per_byte(train, validation, run.data.tokenizer)
 
     run.state.peers.first_does(score, (DataError,))
-    return scores[0]
+    return scores
 
 
 def _validate(run: Run) -> Validation:
     run.runtime.clock.progress.enters("evaluate")
-    counter = ByteCounter(run.tokenizer)
-    return validate(run.runtime, run.validation, counter, run.config.train.eval_sequences)
+    counter = ByteCounter(run.data.tokenizer)
+    return validate_sets(run.runtime, run.data.validation, counter, run.config.train.eval_sequences)
 
 
 def _sample(run: Run, step: int) -> None:
     run.runtime.clock.progress.enters("sample")
     every = run.config.train
-    prompt = [int(token) for token in run.tokenizer.encode(every.sample_prompt)] or [run.tokenizer.eos_id]
+    tokenizer = run.data.tokenizer
+    prompt = [int(token) for token in tokenizer.encode(every.sample_prompt)] or [tokenizer.eos_id]
     drawn = sample_tokens(run.runtime, prompt, every.sample_tokens, run.config.seed)
-    run.recorder.sample(step, every.sample_prompt + run.tokenizer.decode(drawn))
+    run.recorder.sample(step, every.sample_prompt + tokenizer.decode(drawn))
 
 
 def _finish(run: Run) -> None:
     """What a finished run says: loss in bits per byte beside a plain baseline, and a sample."""
     result = run.latest or _validate(run)
     run.runtime.clock.progress.enters("end")
-    baseline = _baseline(run)
-    message = (
-        f"validation: {result.bits_per_byte:.3f} bits per byte, loss {result.loss:.4f} "
-        f"(order-1 byte model on the same shards: {baseline:.3f} bits per byte)"
-    )
-    run.recorder.event("finished", step=run.end, val_bpb=result.bits_per_byte, order1_bpb=baseline)
-    run.recorder.say(message)
+    baselines = _baseline(run)
+    baseline = baselines.get("")
+    own = {"val_bpb": result.bits_per_byte} | ({} if baseline is None else {"order1_bpb": baseline})
+    run.recorder.event("finished", step=run.end, **own)
+    run.recorder.say(f"validation: {_said(result, baseline)}")
+    for name, one in result.sets.items():
+        run.recorder.say(f"  {name}: {_said(one, baselines.get(name))}")
     _sample(run, run.end)
+
+
+def _said(result: Validation, baseline: float | None) -> str:
+    """A loss for people; beside it that of the order-1 model, NaN where another rank knows it."""
+    said = f"{result.bits_per_byte:.3f} bits per byte, loss {result.loss:.4f}"
+    if baseline is None:
+        return said
+    return f"{said} (order-1 byte model on the same shards: {baseline:.3f} bits per byte)"

@@ -79,7 +79,8 @@ def resume(store: CheckpointStore, state: TrainingState, fresh: bool) -> tuple[i
         return 0, said
     start = load_state(state, found.checkpoint)
     moved = other_layout(found.checkpoint, state)
-    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}{moved}"]
+    other = state.loader.differences(found.checkpoint.manifest.state.get("data", {})) if state.loader else []
+    return start, [*said, f"resuming after step {start} from {found.checkpoint.path}{moved}", *other]
 
 
 def other_layout(checkpoint: Checkpoint, state: TrainingState) -> str:

@@ -54,3 +54,13 @@ def lock_run(run_dir: Path) -> TextIO | None:
     lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
     lock.flush()
     return lock
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Whether a process holds the folder; False where that cannot be known."""
+    try:
+        with (run_dir / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False

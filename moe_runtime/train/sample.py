@@ -24,13 +24,11 @@ def sample_tokens(runtime: Runtime, prompt: list[int], count: int, seed: int) ->
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    placement = runtime.layout.placement
-    directions = len(placement)
-    program = forward_only(placement, directions)
+    program = forward_only(runtime.layout.placement[:1], 1)  # a second direction would do the same again
     window, tokens = runtime.config.batch.seq_len, list(prompt)
     for _ in range(count):
         inputs = _as_input(runtime, tokens[-window:])
-        kept = runtime.sampler.run(program, [[inputs]] * directions, None, keep="hidden").kept
+        kept = runtime.sampler.run(program, [[inputs]], None, keep="hidden").kept
         tokens.append(_draw(runtime, kept.get((0, 0)), generator))
     return tokens[len(prompt) :]
 

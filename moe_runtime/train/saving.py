@@ -23,6 +23,7 @@ from moe_runtime.checkpoint.weights import (
     weights_to_save,
 )
 from moe_runtime.config.derive import sequences_before
+from moe_runtime.data.loader import Loader
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import CheckpointError
 from moe_runtime.optim.ema import HostEma
@@ -35,7 +36,12 @@ from moe_runtime.train.position import layout_facts, rng_facts, schedules_at
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parts of a rank that a checkpoint holds; `ema` is over what this rank writes, if it is kept."""
+    """The parts of a rank that a checkpoint holds.
+
+    Args:
+        ema: over what this rank writes, if it is kept.
+        loader: of training; knows which data comes when. None where nothing is read.
+    """
 
     runtime: Runtime
     optimizer: ZeroOptimizer
@@ -43,6 +49,7 @@ class TrainingState:
     tokenizer: Tokenizer
     guard: GuardState
     ema: HostEma | None = None
+    loader: Loader | None = None
 
     @cached_property
     def extras(self) -> dict[str, bytes]:
@@ -88,12 +95,13 @@ def capture(state: TrainingState, owned: Collection[str]) -> Contribution:
 def describe(state: TrainingState, step: int, tokens: int) -> SaveMeta:
     """What a checkpoint after `step` steps says about the run; alike on every rank."""
     config, layout = state.runtime.config, state.runtime.layout
+    data = {} if state.loader is None else {"data": state.loader.to_json()}
     separator = {"document_separator": state.tokenizer.eos_id} if config.data.document_mask else {}
     return SaveMeta(
         tokens=tokens,
         config=config.model_dump(mode="json"),
         layout=layout_facts(layout),
-        state={"tokenizer": state.tokenizer.name, "guard": state.guard.to_json()} | separator,
+        state={"tokenizer": state.tokenizer.name, "guard": state.guard.to_json()} | data | separator,
         sequences=sequences_before(config, layout, step),
         skipped=state.guard.skipped_data.ranges,
         schedules=schedules_at(config, step, tokens),
@@ -124,6 +132,9 @@ def load_state(state: TrainingState, checkpoint: Checkpoint) -> int:
     manifest, position = checkpoint.manifest, checkpoint.manifest.position
     state.runtime.layout = replace(state.runtime.layout, taken_over=(position.step, position.tokens))
     state.guard.restore(manifest.state.get("guard", {}), position.skipped, position.sequences)
+    if state.loader is not None:
+        reached = position.tokens // state.runtime.config.batch.seq_len
+        state.loader.restore(manifest.state.get("data", {}), state.guard.skipped_data.number(reached))
     return position.step
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_runtime.config.derive import batch_size_at, tokens_before
-from moe_runtime.data.loader import BatchLoader
+from moe_runtime.data.loader import Loader
 from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
 from moe_runtime.optim.ema import HostEma
@@ -33,7 +33,7 @@ from moe_runtime.train.guard.replay import is_replayed, replay
 from moe_runtime.train.guard.skips import Blame, gather_blame
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
-from moe_runtime.train.step_record import Record, StepFacts, record_step
+from moe_runtime.train.step_record import Record, StepFacts, StepRecorder
 from moe_runtime.train.straggler import Straggler, StragglerWatch, peers_of
 
 
@@ -80,7 +80,7 @@ class TrainStep:
         self,
         runtime: Runtime,
         optimizer: ZeroOptimizer,
-        loader: BatchLoader,
+        loader: Loader,
         guard: GuardState,
         integrity: Integrity,
         ema: HostEma | None = None,
@@ -94,6 +94,8 @@ class TrainStep:
         self.blames: list[Blame] = []
         self._bad_data: str | None = None
         self._programs: dict[int, Program] = {}
+        self._data_s = 0.0
+        self.recorder = StepRecorder(runtime)
         self._watch = _straggler_watch(runtime)
         self.stragglers: list[Straggler] = []
 
@@ -124,6 +126,7 @@ class TrainStep:
         """
         begun = time.perf_counter()
         plan, runtime = self.plan(step), self.runtime
+        self._data_s = 0.0
         runtime.clock.progress.begins_step(step + 1)
         scalars = self._sound_gradients(plan)
         self._sum_tied_embedding()
@@ -166,13 +169,16 @@ class TrainStep:
         runtime.clock.restart(keep_spans=plan.step + 1 == runtime.config.metrics.trace_step)
         runtime.dispatcher.traffic.snapshot(reset=True)
         runtime.load.counts.zero_()
+        runtime.meters.clear()
         self.optimizer.zero_grad()
 
     def _forward_backward(self, plan: StepPlan) -> StepScalars:
         runtime, program = self.runtime, self.program(plan.num_microbatches)
         self._start(plan)
         weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
+        reading = time.perf_counter()
         tokens = self._tokens(plan, program)
+        self._data_s += time.perf_counter() - reading
         runtime.clock.progress.enters("step")
         scalars = runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
         if self._bad_data is not None:
@@ -225,14 +231,26 @@ class TrainStep:
             grad_norm=result.grad_norm,
             skipped=result.skipped,
             seconds=seconds,
+            data_s=self._data_s,
             microbatches=plan.num_microbatches * self.runtime.mesh.dp,
         )
-        record, work_s = record_step(self.runtime, facts, scalars, total)
+        record = self.recorder(facts, scalars, total, self.program(plan.num_microbatches))
+        record |= self._learned(facts, record["loss"])
         # The first step of a process says nothing: kernels are compiled and buffers made in it.
         if self._watch is not None and not self.runtime.clock.progress.is_first_step:
-            self.stragglers = self._watch.update(work_s)
-            record["straggler_ratio"] = self._watch.worst
+            self.stragglers = self._watch.update(self.recorder.work_s)
+            record["straggler_ratio"], record["straggler_rank"] = self._watch.worst
         return record
+
+    def _learned(self, facts: StepFacts, loss: float) -> Record:
+        """What the guard and the data know of a step."""
+        self.guard.skipped_steps += facts.skipped
+        read = self.guard.skipped_data.number(facts.tokens // self.runtime.config.batch.seq_len)
+        return {
+            "spike_z": self.guard.spike_z(loss),
+            "skipped_steps": self.guard.skipped_steps,
+            "epoch": read / self.loader.samples_per_epoch,
+        }
 
 
 def _straggler_watch(runtime: Runtime) -> StragglerWatch | None:

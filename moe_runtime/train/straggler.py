@@ -55,9 +55,10 @@ class StragglerWatch:
         self._slow: set[int] = set()
 
     @property
-    def worst(self) -> float:
-        """The largest median ratio of a rank; 1 while nothing is known."""
-        return max((statistics.median(ratios) for ratios in self._ratios if ratios), default=1.0)
+    def worst(self) -> tuple[float, int | None]:
+        """The largest median ratio and the rank that it is of; 1 and None while nothing is known."""
+        medians = [(statistics.median(ratios), rank) for rank, ratios in enumerate(self._ratios) if ratios]
+        return max(medians, key=lambda found: found[0], default=(1.0, None))
 
     def update(self, work_s: Sequence[float]) -> list[Straggler]:
         """Take a step; gives what has changed.

@@ -12,7 +12,6 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.planner.trace import Event, Trace
 from moe_runtime.schedule.action import Program, is_transfer
 
-TRACE_FILE = "trace.json"
 _MOST_RANKS = 64
 
 

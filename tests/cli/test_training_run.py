@@ -154,6 +154,7 @@ def test_sigterm_ends_cleanly_with_a_checkpoint_and_a_marker_and_fresh_starts_ov
     assert steps_done(run_dir) == [1]
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     config, run_dir = write_config(tmp_path), tmp_path / "runs" / "small"
     first = start("train", str(config), "train.total_steps=100000", "train.eval_every=0")

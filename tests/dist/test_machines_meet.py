@@ -57,6 +57,7 @@ def _dies(machine: ManyMachines) -> None:
     machine._torch._stop_heartbeats()
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_is_missed_and_one_that_comes_back_is_waited_for(pool: ThreadPoolExecutor) -> None:
     port = free_port()
     zero, one = pool.map(lambda rank: _machine(rank, port, least=1), (0, 1))

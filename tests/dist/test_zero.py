@@ -22,6 +22,7 @@ from tests.dist.zero_world import (
     LR,
     STEPS,
     WORLD,
+    ByClass,
     Layout,
     World,
     accumulate,
@@ -58,7 +59,7 @@ def compare(world: World, case: tuple[str, torch.dtype, int, float], early: bool
     named = make_params(layout, world.rank, dtype)
     zero = world.open(layout, named, stage, clip, bucket_elements=2**20 if case[0] == "large_dp4" else 100)
     results = train(layout, zero, named, range(STEPS), early=early)
-    expected, norms = reference(layout, dtype, clip, STEPS)
+    expected, norms, by_class, updates = reference(layout, dtype, clip, STEPS)
     rounding = 0.0 if dtype == torch.float32 else 2.0**-8
     error = 0.0
     for name, param in named:
@@ -67,10 +68,20 @@ def compare(world: World, case: tuple[str, torch.dtype, int, float], early: bool
     return {
         "param_error": error,
         "norm_error": max(abs(r.grad_norm / n - 1) for r, n in zip(results, norms, strict=True)),
+        "class_error": farthest([r.grad_norms for r in results], by_class),
+        "update_error": farthest([r.updates or {} for r in results], updates),
         "clipped": [r.clipped for r in results],
         "skipped": any(r.skipped for r in results),
         "weights": {identity(layout, name, world.rank): digest(param) for name, param in named},
     }
+
+
+def farthest(found: list[ByClass], wanted: list[ByClass]) -> float:
+    """Largest relative distance of a number from the reference; infinite where classes differ."""
+    pairs = list(zip(found, wanted, strict=True))
+    if any(ours.keys() != theirs.keys() for ours, theirs in pairs):
+        return math.inf
+    return max(abs(ours[name] / theirs[name] - 1) for ours, theirs in pairs for name in theirs)
 
 
 def snapshot(zero: ZeroOptimizer) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -183,7 +194,7 @@ def refusals(world: World) -> dict[str, str]:
     for name, param in named:
         if not (name.endswith("one") and world.rank == 1):
             accumulate(param, gradient(layout, name, world.rank, 0, 0, tuple(param.shape)))
-    _, norms = reference(layout, torch.float32, 0.0, 1, microbatches=1)
+    _, norms, *_ = reference(layout, torch.float32, 0.0, 1, microbatches=1)
     said["fp64_norm"] = str(abs(zero.reduce() / norms[0] - 1))
     with pytest.raises(ConfigError) as caught:
         zero.step(LR)
@@ -270,6 +281,15 @@ def test_norm_counts_every_distinct_parameter_once(ranks: list[dict[str, Any]], 
     for found in ranks:
         assert found[case_name(case)]["norm_error"] <= 1e-6
         assert all(found[case_name(case)]["clipped"]) == (case[3] > 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_norms_and_updates_are_told_by_class_of_parameter(ranks: list[dict[str, Any]], case: Any) -> None:
+    # A large piece is sampled: 2^14 elements tell a ratio of two sizes to 1% or so.
+    tolerance = 0.03 if case[0] == "large_dp4" else 1e-3
+    for found in ranks:
+        assert found[case_name(case)]["class_error"] <= 1e-6
+        assert found[case_name(case)]["update_error"] <= tolerance
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)

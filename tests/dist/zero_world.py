@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moe_runtime.optim.adamw import AdamW
+from moe_runtime.optim.classes import class_of
 from moe_runtime.parallel.zero import StepResult, ZeroOptimizer
 
 WORLD = 4
@@ -216,14 +217,30 @@ def train(
                 if early:
                     zero.release([param])
             zero.end_microbatch()
-        results.append(zero.step(LR))
+        results.append(zero.step(LR, measures_updates=True))
     return results
+
+
+ByClass = dict[str, float]
+
+
+def sizes(tensors: dict[str, Tensor]) -> ByClass:
+    """Norm of each class of parameters."""
+    squares: ByClass = {}
+    for key, tensor in tensors.items():
+        name = class_of(key)
+        squares[name] = squares.get(name, 0.0) + float(tensor.double().square().sum())
+    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 def reference(
     layout: Layout, dtype: torch.dtype, clip: float, steps: int, microbatches: int = 2
-) -> tuple[dict[str, Tensor], list[float]]:
-    """The whole model in one process: every distinct parameter, FP32 masters, torch AdamW and clipping."""
+) -> tuple[dict[str, Tensor], list[float], list[ByClass], list[ByClass]]:
+    """The whole model in one process: every distinct parameter, FP32 masters, torch AdamW and clipping.
+
+    Returns:
+        (weights, gradient norm of each step, norms by class, sizes of updates by class).
+    """
     holders: dict[str, list[tuple[int, str]]] = {}
     for rank in range(WORLD):
         for name in layout.names(rank):
@@ -237,7 +254,7 @@ def reference(
         betas=(0.9, 0.95),
         eps=EPS,
     )
-    norms = []
+    norms, by_class, updates = [], [], []
     for step in range(steps):
         for key, param in masters.items():
             total = torch.zeros(shapes[key], dtype=torch.float64)
@@ -249,7 +266,11 @@ def reference(
             param.grad = (total / microbatches / len(layout.peers(holders[key][0][0]))).float()
         # In FP64: torch's clip_grad_norm_ is off by 1e-5 for a million elements.
         norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in masters.values())))
+        by_class.append(sizes({key: param.grad for key, param in masters.items()}))
+        before = {key: param.detach().clone() for key, param in masters.items()}
         for param in masters.values():
             param.grad *= min(1.0, clip / norms[-1]) if clip else 1.0
         optimizer.step()
-    return {key: p.detach().to(dtype) for key, p in masters.items()}, norms
+        moved = sizes({key: param.detach() - before[key] for key, param in masters.items()})
+        updates.append({name: moved[name] / size for name, size in sizes(before).items()})
+    return {key: p.detach().to(dtype) for key, p in masters.items()}, norms, by_class, updates

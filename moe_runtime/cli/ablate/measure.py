@@ -30,8 +30,8 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.evaluation.loss import evaluate
+from moe_runtime.metrics.files import METRICS_FILE
 from moe_runtime.metrics.jsonl import read_jsonl
-from moe_runtime.metrics.recorder import METRICS_FILE
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.router import Router
 from moe_runtime.model.transformer import Transformer

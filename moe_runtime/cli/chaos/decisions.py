@@ -9,8 +9,8 @@ from pathlib import Path
 
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
 from moe_runtime.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from moe_runtime.metrics.files import METRICS_FILE
 from moe_runtime.metrics.jsonl import read_jsonl
-from moe_runtime.metrics.recorder import METRICS_FILE
 
 
 def decisions_of(run_dir: Path) -> list[str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.jsonl import read_jsonl
-from moe_runtime.metrics.recorder import EVENTS_FILE, METRICS_FILE
 
 LOOK_S = 0.05  # seconds between looks
 

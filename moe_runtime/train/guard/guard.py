@@ -8,7 +8,6 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.metrics.recorder import Tell
 from moe_runtime.train.guard.skips import Blame, check_data, check_row, describe
-from moe_runtime.train.guard.spike import robust_z
 from moe_runtime.train.guard.state import GuardState
 
 
@@ -55,12 +54,10 @@ class Guard:
             raise
 
     def _judge_loss(self, step: int, loss: float) -> bool:
-        limit, losses = self.config.spike_z, self.state.losses
-        z = robust_z(losses, loss)
-        is_judged = limit is not None and len(losses) == losses.maxlen
+        limit, z = self.config.spike_z, self.state.spike_z(loss)
         if math.isfinite(loss):
-            losses.append(loss)
-        if not is_judged or not z > limit:  # type: ignore[operator]
+            self.state.losses.append(loss)
+        if limit is None or z is None or not z > limit:
             return False
         rolls_back = self.config.spike_action == "roll_back" and self.state.roll_backs < self.config.spike_max
         self._tell("spike", step, f"loss {loss:.4f} is a spike: z {z:.1f}", loss=loss, z=z)

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_runtime.data.skipped import SkippedData
+from moe_runtime.train.guard.spike import robust_z
 
 
 class GuardState:
-    """Recent losses, steps skipped in a row, roll-backs done and data passed over; alike on every rank.
+    """Recent losses, steps skipped, roll-backs done and data passed over; alike on every rank.
 
     Args:
         window: losses that are kept.
@@ -24,14 +25,20 @@ class GuardState:
         self._wanted = tuple(skip)
         self.losses: deque[float] = deque(maxlen=window)
         self.skips_in_row = 0
+        self.skipped_steps = 0
         self.roll_backs = 0
         self.skipped_data = SkippedData(self._wanted)
+
+    def spike_z(self, loss: float) -> float | None:
+        """How far a loss stands out from those before; None until the window is full."""
+        return robust_z(self.losses, loss) if len(self.losses) == self.losses.maxlen else None
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest keeps of it, beside its skipped ranges."""
         return {
             "losses": list(self.losses),
             "skips_in_row": self.skips_in_row,
+            "skipped_steps": self.skipped_steps,
             "roll_backs": self.roll_backs,
         }
 
@@ -45,5 +52,6 @@ class GuardState:
         """
         self.losses = deque(fields.get("losses", ()), maxlen=self.losses.maxlen)
         self.skips_in_row = fields.get("skips_in_row", 0)
+        self.skipped_steps = fields.get("skipped_steps", 0)
         self.roll_backs = fields.get("roll_backs", 0)
         self.skipped_data = SkippedData(skipped).with_later(self._wanted, position)

@@ -37,7 +37,7 @@ def test_rows_equal_the_oracle_in_any_epoch(loader: BatchLoader, byte_folder: Pa
     rows = loader.rows(numbers)
     assert (rows.dtype, tuple(rows.shape)) == (torch.int64, (8, SEQ_LEN + 1 + DEPTH))
     assert np.array_equal(rows.numpy(), oracle(byte_folder, "train", 7, numbers))
-    assert loader.epoch_of(epoch) == 1
+    assert loader.epochs(epoch) == {"": 1.0}
 
 
 def test_every_token_is_a_target_once_an_epoch(loader: BatchLoader, byte_folder: Path) -> None:

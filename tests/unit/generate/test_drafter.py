@@ -103,8 +103,8 @@ def test_prompts_in_pieces_lead_to_the_same_drafts(
     check_drafts(model, engine, requests_of(model, (11,), new=4))
 
 
-@pytest.mark.parametrize("prefill", [1, 2, 1024])
-@pytest.mark.parametrize(("depth", "num_drafts"), [(2, 1), (3, 3)])
+@pytest.mark.parametrize("prefill", [1, pytest.param(2, marks=pytest.mark.slow), 1024])
+@pytest.mark.parametrize(("depth", "num_drafts"), [pytest.param(2, 1, marks=pytest.mark.slow), (3, 3)])
 def test_what_a_store_knows_leads_to_the_same_drafts(depth: int, num_drafts: int, prefill: int) -> None:
     model = draft_model(depth)
     # A hit of all but the last token, two of a block and a rest, and none.

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import Recorder
-from moe_runtime.metrics.wandb_sink import WandbSink, flatten
+from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 from tests.unit.metrics.test_recorder import config, record
 
@@ -132,8 +132,3 @@ def test_opening_the_sink_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: p
     sink.close()
     warning = sink.take_warning()
     assert warning is not None and "too late" in warning
-
-
-def test_nested_records_become_panel_names() -> None:
-    nested = {"loss": 1.0, "layers": {"layers.3": {"violation": 0.5}}, "lr": None}
-    assert flatten(nested) == {"loss": 1.0, "layers/layers.3/violation": 0.5}

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from moe_runtime.config.schema import NumericsConfig, NumericsLimits
 from moe_runtime.errors import NumericsError
-from moe_runtime.metrics.record import NUMERICS_KEYS, to_line
+from moe_runtime.metrics.line import to_line
+from moe_runtime.metrics.record import NUMERICS_KEYS
 from moe_runtime.optim.adamw import AdamW
 from moe_runtime.optim.statistics import StepStatistics
 from moe_runtime.train.loop import _check_numerics

@@ -1,0 +1,1 @@
+"""What is measured of a step on every rank, and how it becomes one record."""
