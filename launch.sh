@@ -24,6 +24,9 @@ Options, before the command, for `train`:
                                                 with fewer data-parallel replicas and the same batch
   --hostfile FILE                               start all of them from here with the deepspeed
                                                 launcher (ssh, pdsh); lines `host slots=PROCESSES`
+  --hostfile FILE --node-rank R [--master ...]  the same without ssh: this machine alone, on each
+  --mpi [--hostfile FILE]                       start the ranks with mpiexec, here or on those machines
+  --slurm [--nnodes N]                          print a batch file for Slurm; starts nothing
   --nproc N                                     processes on each machine, if not what the layout says
 
 Set-up needs Python 3.11 or newer and nothing else, and takes minutes once. Environment:
@@ -82,7 +85,7 @@ while [[ ${1:-} == -* ]]; do
     --nnodes | --node-rank | --master | --hostfile | --nproc)
       [[ $# -ge 2 ]] || fail "$1 needs a value; see --help"
       options+=("$1" "$2") && shift 2 ;;
-    --*=*) options+=("$1") && shift ;;
+    --mpi | --slurm | --*=*) options+=("$1") && shift ;;
     *) fail "unknown option $1; see --help" ;;
   esac
 done

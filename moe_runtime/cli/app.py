@@ -2,11 +2,13 @@
 
 import os
 import sys
+import time
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.lazy import lazy_app
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
@@ -19,6 +21,7 @@ COMMANDS = {
     "prepare": "moe_runtime.cli.prepare:prepare",
     "generate": "moe_runtime.cli.generate:generate",
     "eval": "moe_runtime.cli.evaluate:evaluate",
+    "launch": "moe_runtime.cli.launch:as_command",
     "ablate": "moe_runtime.cli.ablate.command:ablate",
     "plan": "moe_runtime.cli.plan.command:plan",
     "chaos": "moe_runtime.cli.chaos.command:chaos",
@@ -42,13 +45,16 @@ def moe_runtime(
     """Train Mixture-of-Experts language models of the DeepSeek-V3 kind."""
 
 
-app = lazy_app(moe_runtime, COMMANDS)
+# Its options are those of the launcher, which reads them itself.
+_SETTINGS = {"launch": {"ignore_unknown_options": True, "help_option_names": []}}
+
+app = lazy_app(moe_runtime, COMMANDS, _SETTINGS)
 
 
 def main() -> None:
     """Run one command; a user's mistake ends with its message alone and exit code 2."""
     try:
-        code = run_typer(app, "moe-runtime")
+        code = _launched() if _is_to_launch(sys.argv[1:]) else run_typer(app, "moe-runtime")
     except KeyboardInterrupt:
         _leave(130, "interrupted before there was anything to save")
     except MoeRuntimeError as error:
@@ -64,11 +70,40 @@ def main() -> None:
         os._exit(code)
 
 
+def _is_to_speak(rank: int, code: int) -> bool:
+    """Whether this rank tells what ended it, where no launcher of ours does.
+
+    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and torchrun
+    end all ranks after the first; a mistake of one machine is then told by the first rank of that.
+    """
+    if rank == 0 or code != MoeRuntimeError.exit_code:
+        return True
+    time.sleep(_RANK_0_SPEAKS_S)
+    return os.environ.get("LOCAL_RANK") == "0"
+
+
+_RANK_0_SPEAKS_S = 3.0
+
+
+def _is_to_launch(arguments: list[str]) -> bool:
+    """Whether this process is to start the ranks of a command, not to be one."""
+    if rank_here(os.environ) is not None:
+        return False
+    wants_several = any(word.partition("=")[0] == "--ep" for word in arguments)
+    return arguments[:1] == ["train"] or (arguments[:1] == ["generate"] and wants_several)
+
+
+def _launched() -> NoReturn:
+    from moe_runtime.cli import launch  # what it needs to start ranks, no other command does
+
+    launch.leave(launch.main(program="moe-runtime"))
+
+
 def _leave(code: int, message: str) -> None:
-    """Tell the launcher, tell the user (rank 0 for what all ranks decide alike), and go."""
+    """Tell the launcher, tell the user, and go."""
     message = redact(message)
-    rank = os.environ.get("RANK", "0")
-    if not leave_status(rank, code, message) and (rank == "0" or code != MoeRuntimeError.exit_code):
+    rank = rank_here(os.environ) or 0
+    if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.

@@ -2,7 +2,7 @@
 
 `train` has several, and `generate --ep N`. A run's config is loaded and its layout checked here, once, before
 any process is started, so that a mistake is told in one line and at once. Then `supervise/` starts ranks and
-keeps them alive; with a hostfile the `deepspeed` launcher starts them.
+keeps them alive, unless others do: the deepspeed launcher, mpiexec, or a job of Slurm (`launchers/`).
 """
 
 import argparse
@@ -11,16 +11,19 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from moe_runtime.cli import generate, network, train
-from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.cli.launch_options import parse_options
+from moe_runtime.cli.launchers.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.cli.launchers.mpi import find_mpiexec, mpiexec_command
+from moe_runtime.cli.launchers.sbatch import Shape, sbatch_file
 from moe_runtime.cli.supervise.job import Job, Machines
 from moe_runtime.cli.supervise.run import run_ranks
 from moe_runtime.cli.supervise.shrink import fit_shape
-from moe_runtime.cli.usage import OneLineParser, run_typer
+from moe_runtime.cli.usage import run_typer
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
@@ -28,61 +31,17 @@ from moe_runtime.errors import ConfigError, MoeRuntimeError
 from moe_runtime.train.fault import read_faults, split_orders
 
 
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """The options before the command, and the command with its own.
+def main(arguments: list[str] | None = None, program: str = "launch.sh") -> int:
+    """Runs a command; returns its exit code (see `run_ranks`).
 
-    Raises:
-        UsageMistake: an option is unknown, wrong, or does not go with the others or the command.
+    Args:
+        arguments: options, command and its own; None: those of this process.
+        program: what the user typed before them, for messages.
     """
-    parser = OneLineParser(prog="launch.sh", allow_abbrev=False, description="Runs moe-runtime commands.")
-    parser.add_argument(
-        "--nnodes",
-        type=_counts,
-        default=(1, 1),
-        metavar="N|MIN:MAX",
-        help="machines; the same command on each",
-    )
-    parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
-    parser.add_argument("--master", metavar="HOST:PORT", help="machine 0, and a free port on it")
-    parser.add_argument("--hostfile", type=Path, help="lines `host slots=N`; starts all through deepspeed")
-    parser.add_argument("--nproc", type=_count, help="processes on each machine, if not what the layout says")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="train CONFIG a.b=c ..., or any other")
-    options = parser.parse_args(arguments)
-    given = [name for name in _FOR_TRAIN if getattr(options, name) != parser.get_default(name)]
-    shown = [f"--{name.replace('_', '-')}" for name in given]
-    if given and options.command[:1] != ["train"]:
-        got = " ".join(options.command[:1]) or "no command"
-        parser.error(f"{shown[0]} is for train, the only command of several processes, got {got}")
-    if options.hostfile is not None and len(given) > 1:
-        other = next(name for name in shown if name != "--hostfile")
-        parser.error(f"{other} does not go with --hostfile, which says the machines and their processes")
-    return options
-
-
-_FOR_TRAIN = ("nnodes", "node_rank", "master", "hostfile", "nproc")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, int]:
-    """`4` or `2:4`: the fewest machines that will do, and all of them."""
-    least, colon, most = text.partition(":")
-    pair = _count(least), _count(most if colon else least)
-    if pair[0] > pair[1]:
-        raise argparse.ArgumentTypeError(f"expected MIN:MAX with MIN not above MAX, got {text!r}")
-    return pair
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code (see `run_ranks`)."""
     try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        options = parse_options(sys.argv[1:] if arguments is None else arguments, program)
         if options.command[:1] == ["train"]:
-            return _launch_train(options)
+            return _launch_train(options, program)
         processes = parse_generate(options.command[1:]) if options.command[:1] == ["generate"] else 1
         if processes == 1:
             return _become(options.command)
@@ -93,16 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _launch_train(options: argparse.Namespace) -> int:
-    parameters = parse_train(options.command[1:])
+def _launch_train(options: argparse.Namespace, program: str) -> int:
+    parameters = parse_train(options.command[1:], program)
     config = load_config(parameters["config"], parameters["overrides"] or ())
-    if options.hostfile is not None:
-        hosts = read_hostfile(options.hostfile)
-        check_layout(config, sum(hosts.values()))
-        if config.device == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return _become_program(deepspeed_command(options.hostfile, hosts, options.command))
-    least, most = options.nnodes
+    if options.slurm:
+        return _print_batch_file(options, config, parameters["fresh"])
+    if options.mpi or options.hostfile is not None:
+        return _start_by_others(options, config)
+    least, most = options.nnodes or (1, 1)
     per_node = ranks_per_node(config, most, options.nproc)
     read_faults(split_orders(parameters["inject"] or ())[0], per_node * most)
     fit_shape(config, least * per_node)
@@ -118,6 +75,38 @@ def _launch_train(options: argparse.Namespace) -> int:
         config,
     )
     return _run(job)
+
+
+def _start_by_others(options: argparse.Namespace, config: RunConfig) -> int:
+    """Become mpiexec or the deepspeed launcher."""
+    hosts = {} if options.hostfile is None else read_hostfile(options.hostfile)
+    size = check_layout(config, sum(hosts.values()) or options.nproc).world_size
+    if options.mpi:
+        return _become_program(mpiexec_command(find_mpiexec(), size, hosts, options.command))
+    if config.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    here = None if options.node_rank is None else (options.node_rank, options.master)
+    return _become_program(deepspeed_command(options.hostfile, hosts, options.command, here))
+
+
+def _print_batch_file(options: argparse.Namespace, config: RunConfig, fresh: bool) -> int:
+    """A file for sbatch on standard output; machines of eight GPUs unless the user says otherwise."""
+    if fresh:
+        raise ConfigError(
+            "--slurm: expected no --fresh, for it would begin anew whenever the job is queued again; "
+            "remove the run folder instead"
+        )
+    size, gpus = check_layout(config).world_size, config.device != "cpu"
+    per_node = options.nproc or (min(size, _GPUS_OF_A_MACHINE) if gpus else size)
+    least, most = options.nnodes or (max(1, size // per_node),) * 2
+    shape = Shape(least, most, ranks_per_node(config, most, options.nproc, gpus_here=0), gpus)
+    fit_shape(config, least * shape.per_node)
+    run_dir = Path(config.out_dir) / config.name
+    print(sbatch_file(config.name, run_dir, shape, options.nproc is not None, options.command), end="")
+    return 0
+
+
+_GPUS_OF_A_MACHINE = 8
 
 
 def _program(options: argparse.Namespace) -> tuple[str, ...]:
@@ -144,13 +133,13 @@ def _run(job: Job) -> int:
     return outcome.code
 
 
-def parse_train(arguments: list[str]) -> dict[str, Any]:
+def parse_train(arguments: list[str], program: str = "launch.sh") -> dict[str, Any]:
     """The parameters of `train`, read by the command itself; --help ends here.
 
     Raises:
         UsageMistake: a wrong option, or no config.
     """
-    return _parse(train.train, "launch.sh train", arguments)
+    return _parse(train.train, f"{program} train", arguments)
 
 
 def parse_generate(arguments: list[str]) -> int:
@@ -178,13 +167,14 @@ def _parse(command: Callable[..., None], program: str, arguments: list[str]) -> 
     return parameters
 
 
-def ranks_per_node(config: RunConfig, nnodes: int, nproc: int | None) -> int:
+def ranks_per_node(config: RunConfig, nnodes: int, nproc: int | None, gpus_here: int | None = None) -> int:
     """Processes on each machine.
 
     Args:
         config: the run; its layout says how many processes there are in all.
         nnodes: machines.
         nproc: the user's own choice.
+        gpus_here: GPUs of this machine; None: those that torch finds; 0: it does not matter.
 
     Raises:
         ConfigError: they do not spread evenly, do not match the layout, or outnumber the GPUs.
@@ -197,7 +187,7 @@ def ranks_per_node(config: RunConfig, nnodes: int, nproc: int | None) -> int:
         wanted = f"a divisor of the {world_size} processes of pp {config.layout.pp} x dp {config.layout.dp}"
         raise ConfigError(f"--nnodes: expected {wanted}, got {nnodes}")
     per_node = world_size // nnodes
-    gpus = 0 if config.device == "cpu" else count_gpus()
+    gpus = 0 if config.device == "cpu" else count_gpus() if gpus_here is None else gpus_here
     if gpus and per_node > gpus:
         raise ConfigError(
             f"layout: pp {config.layout.pp} x dp {config.layout.dp} needs {per_node} processes on each of "
@@ -220,18 +210,16 @@ def this_machine(options: argparse.Namespace) -> Machines | None:
     Raises:
         ConfigError: the machines could not find each other.
     """
-    least, most = options.nnodes
-    if not 0 <= options.node_rank < most:
-        raise ConfigError(f"--node-rank: expected 0 to {most - 1}, got {options.node_rank}")
+    (least, most), node_rank = options.nnodes or (1, 1), options.node_rank or 0
+    if not 0 <= node_rank < most:
+        raise ConfigError(f"--node-rank: expected 0 to {most - 1}, got {node_rank}")
     if options.master is None:
         if most > 1:
             raise ConfigError(
                 "--master: expected HOST:PORT of machine 0, for there is more than one; got none"
             )
         return None
-    host, colon, port = options.master.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"--master: expected HOST:PORT, such as 10.0.0.1:29500, got {options.master}")
+    host, port = network.split_address(options.master)
     if most == 1:
         return None
     address = network.address_towards(host)
@@ -240,7 +228,7 @@ def this_machine(options: argparse.Namespace) -> Machines | None:
     if network.is_public(host):
         text = f"warning: --master {host} is a public address; whoever reaches it can disturb the run"
         print(f"{text}: use a network of your own", file=sys.stderr)
-    return Machines(least, most, options.node_rank, host, int(port), address)
+    return Machines(least, most, node_rank, host, port, address)
 
 
 def _become(command: list[str]) -> int:
@@ -252,8 +240,19 @@ def _become_program(arguments: list[str]) -> int:
     os.execv(arguments[0], arguments)
 
 
-if __name__ == "__main__":
-    code = main()
+def as_command(
+    arguments: Annotated[list[str] | None, typer.Argument(help="[OPTIONS] train CONFIG [a.b=c ...]")] = None,
+) -> None:
+    """Train with several machines, mpiexec, the deepspeed launcher or Slurm; --help lists the options."""
+    leave(main(arguments or [], "moe-runtime launch"))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a thread that waits on a link that was cut would hold up, or abort, a plain exit
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_runtime.cli.launchers.environment import claim_rank
 from moe_runtime.cli.orphan import stop_with_parent
 from moe_runtime.cli.supervise.outcome import leave_stopped
 from moe_runtime.config.layout import check_layout
@@ -40,6 +41,7 @@ def train(
     """Train a model; the same command again resumes from the last good checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    claim_rank()
     run = load_config(config, overrides or ())
     texts, orders = split_orders(inject or ())
     faults = read_faults(texts)

@@ -108,9 +108,7 @@ class Segment:
         """Sequences of each set before the sequence `number` of this segment, all earlier ones too."""
         periods, rest = divmod(number - self.first, sum(self.quotas.values()))
         begun = np.bincount(turns(tuple(self.quotas.values()))[0][:rest], minlength=len(self.quotas))
-        own = {
-            name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())
-        }
+        own = {name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())}
         return {name: self.before.get(name, 0) + own.get(name, 0) for name in {**self.before, **own}}
 
 

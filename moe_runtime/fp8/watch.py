@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_runtime.fp8.tiled import TILE, Blocks, Tiles, num_tiles
+from moe_runtime.fp8.tiled import TILE, Tiles, num_tiles
 from moe_runtime.fp8.weight_casts import WeightCasts
 
 CLASSES = ("input", "weight", "gradient")

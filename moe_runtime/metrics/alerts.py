@@ -84,7 +84,9 @@ class Alert:
         """One line: which number, what was expected, what it is, where, for how long, and what to do."""
         rule = self.rule
         sense = "at least" if rule.is_floor else "at most"
-        places = f" ({', '.join(self.where[:3])}{', ...' if len(self.where) > 3 else ''})" if self.where else ""
+        places = (
+            f" ({', '.join(self.where[:3])}{', ...' if len(self.where) > 3 else ''})" if self.where else ""
+        )
         row = f", {rule.patience} times in a row" if rule.patience > 1 else ""
         advice = f"; {rule.advice}" if rule.advice else ""
         got = f"{self.value:.4g}"

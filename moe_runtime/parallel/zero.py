@@ -331,12 +331,12 @@ class ZeroOptimizer:
         """Classes of which some rank holds a parameter."""
         held = torch.zeros(len(CLASSES), dtype=torch.float64, device=self._named[0][1].device)
         held[[run.row for runs in self._runs for run in runs]] = 1.0
-        return frozenset(name for name, ranks in zip(CLASSES, self._summed(held).tolist(), strict=True) if ranks)
+        return frozenset(
+            name for name, ranks in zip(CLASSES, self._summed(held).tolist(), strict=True) if ranks
+        )
 
     def _by_class(self, values: Iterable[float]) -> dict[str, float]:
-        return {
-            name: value for name, value in zip(CLASSES, values, strict=True) if name in self._classes
-        }
+        return {name: value for name, value in zip(CLASSES, values, strict=True) if name in self._classes}
 
     def _summed(self, sums: Tensor) -> Tensor:
         """Over all ranks that hold something else."""

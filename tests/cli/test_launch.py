@@ -11,7 +11,7 @@ import pytest
 
 from moe_runtime.cli import app as command_line
 from moe_runtime.cli import launch
-from moe_runtime.cli.hostfile import deepspeed_command, read_hostfile
+from moe_runtime.cli.launchers.hostfile import deepspeed_command, read_hostfile
 from moe_runtime.cli.network import free_port, is_public
 from moe_runtime.errors import ConfigError
 from tests.cli.small_run import ROOT, finish, run, start, steps_done, wait_for_step, write_config

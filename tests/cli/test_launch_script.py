@@ -132,7 +132,8 @@ def test_torch_is_installed_first_from_its_own_index_and_the_rest_under_constrai
     )
     assert first == f"python -m pip install --quiet --index-url https://torch.example/cpu {torch}"
     root = machine.repository
-    assert second == f"python -m pip install --quiet -c {root}/constraints.txt -e {root}[data,test,mpi,report,dashboard]"
+    extras = "[data,test,mpi,report,dashboard]"
+    assert second == f"python -m pip install --quiet -c {root}/constraints.txt -e {root}{extras}"
     assert "making .venv with Python 3.12.1" in errors
 
 

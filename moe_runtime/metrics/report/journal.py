@@ -135,7 +135,9 @@ def _event(line: dict[str, Any], level: Level) -> Event:
 
 def _told(rest: dict[str, Any]) -> str:
     """The fields in one line, for an event that has no message of its own."""
-    parts = [f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items()]
+    parts = [
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items()
+    ]
     return visible(", ".join(parts), 300)
 
 

@@ -88,7 +88,9 @@ def boxes(timeline: Timeline) -> dict[str, Any]:
     return {"labels": list(labels), "left_out": len(timeline.rows) - len(shown), **columns}
 
 
-def _add_boxes(columns: dict[str, list[Any]], row: int, span: Span, pale: dict[tuple[int, int], float]) -> None:
+def _add_boxes(
+    columns: dict[str, list[Any]], row: int, span: Span, pale: dict[tuple[int, int], float]
+) -> None:
     actions = actions_of(span.entry)
     split = span.start + _PAIR_SPLIT * (span.end - span.start)
     edges = [(span.start, split), (split, span.end)] if len(actions) == 2 else [(span.start, span.end)]

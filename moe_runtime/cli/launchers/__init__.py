@@ -1,0 +1,1 @@
+"""Other programs that start our ranks: the deepspeed launcher, mpiexec, Slurm."""
