@@ -73,8 +73,8 @@ def main() -> None:
 def _is_to_speak(rank: int, code: int) -> bool:
     """Whether this rank tells what ended it, where no launcher of ours does.
 
-    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and torchrun
-    end all ranks after the first; a mistake of one machine is then told by the first rank of that.
+    A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and
+    torchrun end all after the first; a mistake of one machine is then told by the first rank there.
     """
     if rank == 0 or code != MoeRuntimeError.exit_code:
         return True

@@ -1,7 +1,7 @@
 """Turns what pydantic found into findings that a user can act on."""
 
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -101,61 +101,6 @@ def describe(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
-
-
-def section_at(path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The section class under a key path, or None where no section is."""
-    section: type[BaseModel] | None = RunConfig
-    is_named = False  # the next part is the name of one of several sections
-    for part in path:
-        if is_named:
-            is_named = False
-            continue
-        info = section.model_fields.get(part) if section is not None else None
-        section = _section_of(info.annotation) if info is not None else None
-        is_named = info is not None and get_origin(info.annotation) is dict
-    return None if is_named else section
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    choices = (annotation, *get_args(annotation))
-    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def suggest_key(path: tuple[str, ...]) -> str:
-    """`; did you mean X?` for an unknown key: first among its own section, then among all."""
-    section, key = section_at(path[:-1]), path[-1]
-    if section is None:
-        return ""
-    close = difflib.get_close_matches(key, list(section.model_fields), n=1, cutoff=0.5)
-    near = difflib.SequenceMatcher(None, key, close[0]).ratio() if close else 0.0
-    elsewhere = _elsewhere(key, path[:-1], better_than=max(near, 0.8))
-    if elsewhere:
-        return f"; did you mean {elsewhere}?"
-    if close:
-        return f"; did you mean {'.'.join((*path[:-1], close[0]))}?"
-    return f"; keys here: {', '.join(section.model_fields)}"
-
-
-def _elsewhere(key: str, own: tuple[str, ...], better_than: float) -> str | None:
-    """The path of the most similar key outside of a section, if it is more similar than that."""
-    places = {
-        name: ".".join((*path, name))
-        for path in reversed(_section_paths())
-        if path != own
-        for name in (section_at(path) or RunConfig).model_fields
-    }
-    close = difflib.get_close_matches(key, list(places), n=1, cutoff=better_than)
-    if not close or difflib.SequenceMatcher(None, key, close[0]).ratio() <= better_than:
-        return None
-    return places[close[0]]
-
-
-def _section_paths(start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    section = section_at(start)
-    inner = list(section.model_fields) if section else []
-    below = [path for name in inner if section_at((*start, name)) for path in _section_paths((*start, name))]
-    return [start, *below]
 
 
 def _suggest_word(value: Any, context: Mapping[str, Any]) -> str:

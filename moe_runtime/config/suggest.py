@@ -1,7 +1,8 @@
 """The key that was meant by one that is not there: a slip, another section's, or another program's name."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from functools import cache, lru_cache
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -10,19 +11,26 @@ from moe_runtime.config.other_names import OTHER_NAMES
 from moe_runtime.config.schema import RunConfig
 
 KeyPath = tuple[str, ...]
+NAME = "NAME"
 _MOST = 3
 # A slip within the section that was named is likelier than one that goes to another as well.
 _ELSEWHERE = 0.5  # slips
 _ALIKE_ELSEWHERE = 0.8
 
 
+@lru_cache(maxsize=4096)
 def section_at(path: KeyPath) -> type[BaseModel] | None:
     """The section class under a key path, or None where no section is."""
     section: type[BaseModel] | None = RunConfig
+    is_named = False  # the next part is the name of one of several sections
     for part in path:
+        if is_named:
+            is_named = False
+            continue
         info = section.model_fields.get(part) if section is not None else None
         section = section_of(info.annotation) if info is not None else None
-    return section
+        is_named = info is not None and get_origin(info.annotation) is dict
+    return None if is_named else section
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -32,11 +40,20 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def key_paths(start: KeyPath = ()) -> Iterator[KeyPath]:
-    """All keys of a run, those of sections too, each section before its keys."""
+    """All keys of a run, those of sections too, each section before its keys.
+
+    Where a user names sections (`data.mixture`), NAME stands for any of their names.
+    """
     section = section_at(start)
-    for name in section.model_fields if section is not None else ():
+    for name, info in section.model_fields.items() if section is not None else ():
         yield (*start, name)
-        yield from key_paths((*start, name))
+        is_named = get_origin(info.annotation) is dict
+        yield from key_paths((*start, name, NAME) if is_named else (*start, name))
+
+
+@cache
+def _all_keys() -> tuple[KeyPath, ...]:
+    return tuple(key_paths())
 
 
 def suggest_key(path: KeyPath, value: Any = None) -> str:
@@ -61,7 +78,10 @@ def suggest_key(path: KeyPath, value: Any = None) -> str:
 
 def meant_by(path: KeyPath) -> list[KeyPath]:
     """The keys that may be meant by an unknown one: the likeliest, and those that are as likely."""
-    ranked = sorted((place, key) for key in key_paths() if (place := _place(path, key)) is not None)
+    section = section_at(path[:-1])
+    own = [(*path[:-1], name) for name in section.model_fields] if section is not None else []
+    keys = [*own, *(key for key in _all_keys() if section_at(key[:-1]) is not section)]
+    ranked = sorted((place, key) for key in keys if (place := _place(path, key)) is not None)
     other = OTHER_NAMES.get(path[-1].lower())
     if other is not None and not (ranked and ranked[0][0][0] <= 1):
         return [tuple(other.split("."))]
