@@ -11,7 +11,6 @@ from moe_runtime.config.other_names import OTHER_NAMES
 from moe_runtime.config.schema import RunConfig
 
 KeyPath = tuple[str, ...]
-NAME = "NAME"
 _MOST = 3
 # A slip within the section that was named is likelier than one that goes to another as well.
 _ELSEWHERE = 0.5  # slips
@@ -22,15 +21,22 @@ _ALIKE_ELSEWHERE = 0.8
 def section_at(path: KeyPath) -> type[BaseModel] | None:
     """The section class under a key path, or None where no section is."""
     section: type[BaseModel] | None = RunConfig
-    is_named = False  # the next part is the name of one of several sections
+    is_one_of = False  # the next part is the name, or the number, of one of several sections
     for part in path:
-        if is_named:
-            is_named = False
+        if is_one_of:
+            is_one_of = False
             continue
         info = section.model_fields.get(part) if section is not None else None
         section = section_of(info.annotation) if info is not None else None
-        is_named = info is not None and get_origin(info.annotation) is dict
-    return None if is_named else section
+        is_one_of = info is not None and several(info.annotation) is not None
+    return None if is_one_of else section
+
+
+def several(annotation: Any) -> str | None:
+    """What stands for one of the sections of a field that has several: NAME, or N in a list; else None."""
+    if section_of(annotation) is None:
+        return None
+    return {dict: "NAME", tuple: "N", list: "N"}.get(get_origin(annotation))
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -42,13 +48,13 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 def key_paths(start: KeyPath = ()) -> Iterator[KeyPath]:
     """All keys of a run, those of sections too, each section before its keys.
 
-    Where a user names sections (`data.mixture`), NAME stands for any of their names.
+    Where there may be several sections under a key (`data.mixture`), NAME or N stands for any of them.
     """
     section = section_at(start)
     for name, info in section.model_fields.items() if section is not None else ():
         yield (*start, name)
-        is_named = get_origin(info.annotation) is dict
-        yield from key_paths((*start, name, NAME) if is_named else (*start, name))
+        one = several(info.annotation)
+        yield from key_paths((*start, name) if one is None else (*start, name, one))
 
 
 @cache
