@@ -36,7 +36,6 @@ class LazyGroup(NearGroup):
     """A group whose commands are named by `module:attribute`: a function, or a `typer.Typer` of several."""
 
     places: Mapping[str, str] = {}
-    settings: Mapping[str, dict[str, Any]] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands, without importing them."""
@@ -45,21 +44,18 @@ class LazyGroup(NearGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name, imported now; None if there is none."""
         if cmd_name not in self.commands and cmd_name in self.places:
-            self.commands[cmd_name] = load(cmd_name, self.places[cmd_name], self.settings.get(cmd_name))
+            self.commands[cmd_name] = load(cmd_name, self.places[cmd_name])
         return self.commands.get(cmd_name)
 
 
-def lazy_app(
-    callback: Callable[..., None], places: Mapping[str, str], settings: Mapping[str, dict[str, Any]]
-) -> typer.Typer:
+def lazy_app(callback: Callable[..., None], places: Mapping[str, str]) -> typer.Typer:
     """A program of commands that are imported when they are needed.
 
     Args:
         callback: has the program's own options as parameters, and its help as docstring.
         places: `module:attribute` of each command.
-        settings: context settings of those commands that need some.
     """
-    group = type("Commands", (LazyGroup,), {"places": places, "settings": settings})
+    group = type("Commands", (LazyGroup,), {"places": places})
     program = typer.Typer(
         cls=group,
         no_args_is_help=True,
@@ -71,7 +67,7 @@ def lazy_app(
     return program
 
 
-def load(name: str, place: str, settings: dict[str, Any] | None = None) -> Any:
+def load(name: str, place: str) -> Any:
     """The command at `module:attribute`, as typer runs it."""
     module, _, attribute = place.partition(":")
     found = getattr(import_module(module), attribute)
@@ -81,5 +77,5 @@ def load(name: str, place: str, settings: dict[str, Any] | None = None) -> Any:
         group.name = name
         return group
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command(name, context_settings=settings)(found)
+    alone.command(name)(found)
     return typer.main.get_command(alone)

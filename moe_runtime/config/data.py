@@ -20,7 +20,7 @@ class TextForm(Section):
     )
     loss_on: tuple[str, ...] | None = Field(
         None,
-        description="fields, or roles of messages, whose tokens are targets; null: all fields, role assistant",
+        description="fields, or roles of messages, whose tokens are targets; null: all fields, or assistant",
     )
     message_format: str = Field(
         "{role}: {content}\n", description="a message as text; what comes before {content} is never a target"

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_TAIL_BYTES = 1 << 16
+
 
 class JsonLines:
     """An append-only file of JSON objects.
@@ -84,6 +86,25 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield fields
 
 
+def last_of(path: Path) -> dict[str, Any] | None:
+    """The last whole object of a file, without reading what is before it; None if there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        size = _TAIL_BYTES
+        while True:
+            file.seek(max(0, end - size))
+            lines = file.read(size).splitlines(keepends=True)
+            for line in reversed(lines[end > size :]):  # the first line of a part may be the rest of one
+                fields = _parsed(line)
+                if fields is not None and line.endswith(b"\n"):
+                    return fields
+            if end <= size:
+                return None
+            size *= 4
+
+
 def _is_past(line: bytes, step: int | None) -> bool:
     return step is not None and json.loads(line).get("step", 0) > step
 
@@ -103,8 +124,12 @@ def _good_bytes(path: Path, keep_to_step: int | None) -> int:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     with path.open("rb") as file:
         for line in file:
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                fields = None
-            yield line, fields if isinstance(fields, dict) else None
+            yield line, _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None

@@ -62,8 +62,10 @@ LEARNING = {
     "val_bpb": Metric(
         "validation loss per byte of text, on evaluation steps", "bits/byte", "train/validate.py"
     ),
-    "val_sets/*/val_loss": Metric("the same of one validation set", "nats/token", "train/validate.py"),
-    "val_sets/*/val_bpb": Metric("the same of one validation set", "bits/byte", "train/validate.py"),
+    "val_sets/*/val_loss": Metric("validation cross-entropy of one set", "nats/token", "train/validate.py"),
+    "val_sets/*/val_bpb": Metric(
+        "validation loss of one set per byte of its text", "bits/byte", "train/validate.py"
+    ),
 }
 
 # What is measured of every MoE layer, and the name under which its spread over the layers stands, if it has
@@ -73,13 +75,28 @@ _OF_A_LAYER = {
     "load_min": Metric("load of the idlest expert over the mean load", "1", _BALANCE),
     "violation": Metric("(max load - mean) / mean", "1", f"{_BALANCE}, arXiv 2408.15664 (4)"),
     "violation_global": Metric(
-        "the same of loads summed over the last metrics.window steps", "1", f"{_BALANCE}, arXiv 2408.15664"
+        "(max load - mean) / mean of loads summed over the last metrics.window steps",
+        "1",
+        f"{_BALANCE}, arXiv 2408.15664",
     ),
     "load_entropy": Metric("H(p) / ln E of the shares p of the E experts; 1 is even", "1", _BALANCE),
     "dead_experts": Metric("experts with less than 1% of a fair share", "count", _BALANCE),
+    "lost_experts": Metric(
+        "experts with less than 1% of a fair share of the last metrics.window steps together, whose routing "
+        "bias is not above the layer's mean: nothing brings them back; from the first full window on",
+        "count",
+        _BALANCE,
+    ),
+    "unchecked_violation": Metric(
+        "violation_global where the bias of the busiest expert is not below the layer's mean, else 0; from "
+        "the first full window on",
+        "1",
+        _BALANCE,
+    ),
     "bias_min": Metric("smallest routing bias after the step", "1", _ROUTER),
     "bias_max": Metric("largest routing bias after the step", "1", _ROUTER),
     "bias_std": Metric("standard deviation of the routing biases after the step", "1", _ROUTER),
+    "bias_range": Metric("bias_max - bias_min; affinities are never further apart than 1", "1", _ROUTER),
     "bias_reach": Metric("largest |bias| after the step; affinities lie between 0 and 1", "1", _ROUTER),
     "logit_rms": Metric("root mean square of the router's logits", "1", "model/router_meter.py"),
     "z_loss": Metric(
@@ -102,7 +119,10 @@ SPREAD = (
     "violation_global",
     "load_entropy",
     "dead_experts",
+    "lost_experts",
+    "unchecked_violation",
     "bias_std",
+    "bias_range",
     "bias_reach",
     "logit_rms",
     "z_loss",
@@ -136,10 +156,12 @@ ROUTING = {
 
 PERFORMANCE = {
     "tokens_per_s": Metric("tokens of the step over its wall time, whole run", "tokens/s", _RECORD),
-    "tokens_per_s_rank": Metric("the same over the number of ranks", "tokens/s", _RECORD),
+    "tokens_per_s_rank": Metric("tokens_per_s over the number of ranks", "tokens/s", _RECORD),
     "step_s": Metric("wall time of the step", "s", "train/step.py"),
     "step_s_p50": Metric("median of step_s over the last metrics.window steps", "s", "metrics/window.py"),
-    "step_s_p99": Metric("99th percentile of the same", "s", "metrics/window.py"),
+    "step_s_p99": Metric(
+        "99th percentile of step_s over the last metrics.window steps", "s", "metrics/window.py"
+    ),
     "flops_per_token": Metric(
         "operations of forward and backward per token, recomputation not counted",
         "FLOP/token",
@@ -156,10 +178,10 @@ PERFORMANCE = {
         "parallel/clock.py",
     ),
     "bubble_fraction_ideal": Metric(
-        "share of idle time of the step's program in a simulation with its own mean action costs and free "
-        "messages, mean over ranks",
+        "what bubble_fraction would be if every entry of the program took its mean time and messages none: "
+        "simulated in the first steps and every metrics.window steps, and kept in between",
         "1",
-        "planner/simulate.py",
+        "train/meters/ideal_bubble.py",
     ),
     "exposed_comm_fraction": Metric(
         "share of the step that ranks wait for dispatch and combine, mean over ranks",
@@ -173,21 +195,27 @@ PERFORMANCE = {
         "of the time that exchanges fly, the share in which no rank waits for them", "1", "parallel/clock.py"
     ),
     "dispatch_gb_s_inter": Metric("comm_bytes_inter over the time that exchanges fly", "GB/s", _RECORD),
-    "dispatch_gb_s_intra": Metric("comm_bytes_intra over the same time", "GB/s", _RECORD),
+    "dispatch_gb_s_intra": Metric("comm_bytes_intra over the time that exchanges fly", "GB/s", _RECORD),
     "comm_bytes_inter": Metric(
         "expert-parallel bytes sent between nodes, all ranks together, metadata too",
         "bytes",
         "moe_comm/traffic.py",
     ),
     "comm_bytes_intra": Metric(
-        "expert-parallel bytes sent between ranks of a node, likewise", "bytes", "moe_comm/traffic.py"
+        "expert-parallel bytes sent between ranks of a node, all ranks together, metadata too",
+        "bytes",
+        "moe_comm/traffic.py",
     ),
     "comm_meta_bytes_inter": Metric(
         "of comm_bytes_inter: expert ids, gate weights and padding beside the rows",
         "bytes",
         "moe_comm/traffic.py",
     ),
-    "comm_meta_bytes_intra": Metric("of comm_bytes_intra: the same", "bytes", "moe_comm/traffic.py"),
+    "comm_meta_bytes_intra": Metric(
+        "of comm_bytes_intra: expert ids, gate weights and padding beside the rows",
+        "bytes",
+        "moe_comm/traffic.py",
+    ),
     "comm_rows_inter": Metric(
         "rows sent between nodes; in two_hop a token counts once for each node", "rows", "moe_comm/traffic.py"
     ),
@@ -214,7 +242,12 @@ PERFORMANCE = {
         "count",
         "metrics/memory.py",
     ),
-    "meters_s": Metric("time that these meters took in the step, worst rank", "s", "train/step_record.py"),
+    "meters_s": Metric(
+        "time that measuring took since the last record, worst rank; the one reduction that carries all "
+        "numbers, which the loss needs too, is not in it",
+        "s",
+        "train/step_record.py",
+    ),
 }
 
 NUMERICS = {
@@ -226,7 +259,7 @@ NUMERICS = {
     "fp8/*/underflow": Metric("share of elements that are not zero but cast so", "1", "fp8/cast.py"),
     "fp8/*/saturation": Metric("share of elements cast to the largest code", "1", "fp8/cast.py"),
     "fp8/*/scale_min": Metric("smallest scale of a tile or block", "1", "fp8/cast.py"),
-    "fp8/*/scale_max": Metric("largest such scale", "1", "fp8/cast.py"),
+    "fp8/*/scale_max": Metric("largest scale of a tile or block", "1", "fp8/cast.py"),
     "fp8_error": Metric("relative error of an FP8 product against BF16", "1", "fp8/cast.py"),
     "optim_numerics/*/zeros": Metric(
         "share of elements whose sqrt(v) is stored as zero", "1", "optim/statistics.py"
@@ -248,7 +281,7 @@ NUMERICS = {
     "optim_numerics/*/min_scale": Metric(
         "smallest exponent of a block's scale, over blocks that are not all zero", "1", "optim/statistics.py"
     ),
-    "optim_numerics/*/max_scale": Metric("largest such exponent", "1", "optim/statistics.py"),
+    "optim_numerics/*/max_scale": Metric("largest exponent of a block's scale", "1", "optim/statistics.py"),
     "optim_numerics/*/largest_update": Metric(
         "largest update of an element, in learning rates, weight decay apart",
         "learning rates",
@@ -256,24 +289,30 @@ NUMERICS = {
     ),
 }
 
-_REPORTED = "train/reliability.py"
+_LEDGER = "metrics/ledger.py"
 RELIABILITY = {
-    "ettr": Metric(
-        "effective training time ratio: wall time of the steps that count, over wall time since the run "
-        "began, stops by the user left out",
-        "1",
-        f"{_REPORTED}, arXiv 2410.21680",
+    "run_s": Metric(
+        "time that launchers have been at work on the run: from the start of ranks on, restarts counted, "
+        "from the end of one launcher to the next one not",
+        "s",
+        _LEDGER,
     ),
-    "restarts": Metric("times that the launcher started the ranks again after a failure", "count", _REPORTED),
-    "lost_steps": Metric("steps that were done and had to be done again", "count", _REPORTED),
-    "mttr_s": Metric("mean time from a failure to the first step after it", "s", _REPORTED),
-    "checkpoint_age": Metric("steps since the newest checkpoint that is complete", "steps", _REPORTED),
-    "checkpoint_s": Metric("time from the beginning of the newest save to its end", "s", _REPORTED),
-    "checkpoint_blocked_s": Metric("time of it in which training stood still", "s", _REPORTED),
+    "train_s": Metric("time of it in steps that count: not skipped, not done again", "s", _LEDGER),
+    "ettr": Metric("effective training time ratio: train_s / run_s", "1", f"{_LEDGER}, arXiv 2410.21680"),
+    "restarts": Metric("times that ranks were started again after a failure", "count", _LEDGER),
+    "lost_steps": Metric("steps that were recorded and had to be done again", "count", _LEDGER),
+    "mttr_s": Metric("mean time from a failure as told to the first step after it", "s", _LEDGER),
+    "checkpoint_age": Metric("steps since the newest checkpoint that is complete", "steps", _LEDGER),
+    "checkpoint_s": Metric("time from the beginning of the newest save to its end", "s", _LEDGER),
+    "checkpoint_blocked_s": Metric("time of it in which training stood still", "s", _LEDGER),
     "verified_step": Metric(
-        "step of the newest checkpoint whose files were read back and checked", "step", _REPORTED
+        "step of the newest checkpoint; every save reads back and checks what it has written",
+        "steps",
+        _LEDGER,
     ),
-    "digest_mismatches": Metric("replicas found to differ, so far", "count", "train/guard/integrity.py"),
+    "digest_mismatches": Metric(
+        "times that state was found changed or replicas to differ", "count", "train/guard/integrity.py"
+    ),
 }
 
 GROUPS = {

@@ -1,20 +1,20 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
-from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.console import ConsoleSink, open_console, printable
 from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
-from moe_runtime.metrics.jsonl import JsonLines
+from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
+from moe_runtime.metrics.ledger import Ledger
 from moe_runtime.metrics.line import finite_or_none, to_line
 from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
@@ -38,7 +38,7 @@ class Recorder:
         peers: all ranks of the run.
         resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
-        console: where the console sink writes; standard output if None.
+        console: shows the run on rank 0; None: a new one on standard output.
         attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
 
     Raises:
@@ -51,7 +51,7 @@ class Recorder:
         config: RunConfig,
         peers: Peers,
         resume_step: int = 0,
-        console: Console | None = None,
+        console: ConsoleSink | None = None,
         attempt: int = 1,
     ) -> None:
         self._attempt = attempt
@@ -61,10 +61,13 @@ class Recorder:
         if not self._is_active:
             return
         run_dir = Path(run_dir)
-        train, metrics = config.train, config.metrics
-        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
-        self._metrics = JsonLines(run_dir / METRICS_FILE, keep_to_step=resume_step)
+        metrics = config.metrics
+        self._console = console or open_console(config, attempt)
+        path, last = run_dir / METRICS_FILE, last_of(run_dir / METRICS_FILE)
+        self._metrics = JsonLines(path, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
+        past = read_jsonl(run_dir / EVENTS_FILE)
+        self._ledger = Ledger(past, last, last_of(path), resume_step, attempt)
         self._heatmap = _open_heatmap(run_dir, config, resume_step)
         self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":
@@ -74,14 +77,17 @@ class Recorder:
             self._wandb = WandbSink(run_dir, shown, *where, earlier)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Report one optimizer step.
+        """Report one optimizer step, with what the run went through so far.
 
         Args:
             record: some of `record.METRICS`; `step`, `tokens` and `loss` among them.
         """
         if not self._is_active:
             return
-        fields = to_line(record)
+        repair_s = self._ledger.repaired_after()
+        if repair_s is not None:
+            self.event("recovered", step=record["step"], seconds=repair_s)
+        fields = to_line({**record, **self._ledger.step(record)})
         self._note(self._metrics.append(fields))
         self._console.step(record)
         if self._wandb is not None:
@@ -109,6 +115,7 @@ class Recorder:
             return
         try:
             self._metrics.keep_to(step)
+            self._ledger.roll_back(last_of(self._metrics.path))
             if self._heatmap is not None:
                 self._heatmap.roll_back(step)
         except OSError as error:
@@ -118,6 +125,11 @@ class Recorder:
         """Print a line on the console, above the progress bar."""
         if self._is_active:
             self._console.say(redact(text))
+
+    def begins(self, step: int) -> None:
+        """Add the event that an attempt of this run begins after `step` steps."""
+        if self._is_active:
+            self.event("attempt", step=step, lost_steps=self._ledger.lost_steps_now, run_s=self._ledger.run_s)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl: resume, checkpoint, skipped, stopped ...
@@ -130,7 +142,9 @@ class Recorder:
             return
         values = {key: _safe(value) for key, value in fields.items()}
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        failure = self._events.append({"time": time, "kind": kind, "attempt": self._attempt, **values})
+        line = {"time": time, "kind": kind, "attempt": self._attempt, **values}
+        failure = self._events.append(line)
+        self._ledger.add(line)
         if kind != "warning":
             self._note(failure)
 
@@ -138,6 +152,22 @@ class Recorder:
         """Add an event of a step, and print its message."""
         self.event(kind, step=step, message=message, **fields)
         self.say(f"step {step}: {message}")
+
+    def alert(self, step: int, message: str, actions: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Tell an alert, to W&B too if an action says so.
+
+        Args:
+            fields: of the event beside step and message; JSON values.
+        """
+        if not self._is_active:
+            return
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            said = {key: _safe(value) for key, value in shown.items()}
+            self._wandb.alert({"kind": "alert", "step": step} | said)
+        elif "wandb" in actions:
+            self._note("an alert's action is wandb, and metrics.wandb is off: it is in events.jsonl alone")
 
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""
@@ -147,19 +177,6 @@ class Recorder:
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
-
-    def alert(self, step: int, message: str, **fields: Any) -> None:
-        """Report that a limit of the section `alerts` was passed.
-
-        Args:
-            **fields: of the event: alert, metric, value, threshold, action, last.
-        """
-        self.tell("alert", step, message, **fields)
-        if self._wandb is not None:
-            shown = {"message": message, **fields}
-            self._wandb.alert(
-                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
-            )
 
     def timeline(self, trace: Trace) -> None:
         """Give W&B a drawing of the trace of a step."""

@@ -36,8 +36,8 @@ def agree_on_meeting_point(rank: int, world_size: int, per_node: int) -> tuple[s
     library = MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
     if ("Open MPI" in library) != ("OMPI_COMM_WORLD_RANK" in os.environ):
         raise ConfigError(
-            f"mpiexec: expected mpi4py to use the same MPI, got {library}; set MPI4PY_LIBMPI to the libmpi.so "
-            f"of this mpiexec, or {_BY_HAND}"
+            f"mpiexec: expected mpi4py to use the same MPI, got {library}; set MPI4PY_LIBMPI to the "
+            f"libmpi.so of this mpiexec, or {_BY_HAND}"
         )
     MPI.Init()
     world = MPI.COMM_WORLD

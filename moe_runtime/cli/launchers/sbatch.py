@@ -38,7 +38,8 @@ _FILE = """\
 set -euo pipefail
 
 # Rank 0 lives on the first machine; the port is this job's own.
-master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+master=${{hosts%%$'\n'*}}
 port=$(({first_port} + SLURM_JOB_ID % {num_ports}))
 
 # One launcher on each machine starts, watches and restarts the ranks there. --cpu-bind=none: they share all
