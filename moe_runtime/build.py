@@ -13,6 +13,7 @@ from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
+from torch.nn import Parameter
 
 from moe_runtime.checkpoint.background import BackgroundSaver
 from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
@@ -24,7 +25,10 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
+from moe_runtime.metrics.alert_rules import rules_of
+from moe_runtime.metrics.console import ConsoleSink, open_console
 from moe_runtime.metrics.files import CONFIG_FILE
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
@@ -45,6 +49,7 @@ from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
+from moe_runtime.train.alerting import Alarm
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import Integrity
@@ -100,13 +105,11 @@ def build_runtime(
         stage: build_chunk(config, layout, mesh, stage, dispatcher, device, document_separator)
         for stage in sorted({stage for _, stage in places})
     }
-    casts = _use_precision(config, chunks, device)
+    casts, watch = _use_precision(config, chunks, device)
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)
-    sink, clock = WeightGradSink(), open_clock(mesh.ep, device, ranks_per_node)
-    sink.install(param for _, param in named)
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    load = ExpertLoad(layers, config.model.num_experts, device)
+    named = unique_parameters(chunks)  # not before embeddings are tied
+    sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
+    load = _open_load(config, chunks, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -130,6 +133,7 @@ def build_runtime(
         named_params=named,
         tied_embedding=tied,
         weight_casts=casts,
+        fp8_watch=watch,
         load=load,
         meters=RouterMeters(chunks.values(), dispatcher.placement, device),
         clock=clock,
@@ -137,6 +141,19 @@ def build_runtime(
         executor=open_executor(_runners(chunks, places, make)),
         sampler=open_executor(_runners(chunks, places, lambda phases: make(_until_head(phases)))),
     )
+
+
+def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
+    """Where weight gradients of these parameters go."""
+    sink = WeightGradSink()
+    sink.install(param for _, param in named)
+    return sink
+
+
+def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
+    """What counts the tokens of each expert held here."""
+    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
+    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(
@@ -180,17 +197,19 @@ def build_chunk(
     return chunk
 
 
-def _use_precision(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> WeightCasts:
-    """Let the model multiply in FP8 if the config says so; gives what will hold casts of weights."""
-    casts = WeightCasts()
+def _use_precision(
+    config: RunConfig, chunks: dict[int, Transformer], device: torch.device
+) -> tuple[WeightCasts, Fp8Watch]:
+    """Let the model multiply in FP8 if the config says so; gives what holds casts, and what counts them."""
+    casts, watch = WeightCasts(), Fp8Watch()
     if config.precision == "fp8":
         wanted = config.fp8.backend
         reason = None if wanted == "auto" else cannot_run(wanted, device)
         if reason:
             raise ConfigError(f"fp8.backend: {wanted} expects {reason}; choose another, or auto")
         for chunk in chunks.values():
-            use_fp8(chunk, Policy(config.fp8), casts)
-    return casts
+            use_fp8(chunk, Policy(config.fp8), casts, watch=watch)
+    return casts, watch
 
 
 def build_optimizer(runtime: Runtime) -> ZeroOptimizer:
@@ -290,15 +309,22 @@ def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transp
     return ThroughHost(transport) if over_host else transport
 
 
-def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
-    """Build everything and take up where the last checkpoint stands."""
+def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
+    """Build everything and take up where the last checkpoint stands.
+
+    Args:
+        console: shows what is being done, on rank 0; None: nothing is shown before the first step.
+    """
+    shown = console or open_console(config, world.attempt, quiet=world.rank > 0)
     layout = check_layout(config, world.world_size)
     mesh = build_mesh(layout, world.rank)
     groups = open_groups(mesh, config.train.peer_timeout_s)
     peers = Peers(world.rank, world.world_size, groups.control)
     check_same_config(config, peers)
-    data = open_data(config, peers)
+    shown.starting("opening data")
+    data = open_data(config, peers, shown.preparing)
     tokenizer = data.tokenizer
+    shown.starting("building the model")
     runtime = build_runtime(
         config,
         layout,
@@ -313,17 +339,21 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    guard_state = GuardState(config.guard.spike_window, config.data.skip)
+    guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
     parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
     state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
+    shown.starting("looking for a checkpoint")
     start, resumed = resume(store, state, fresh)
     preempted = take_marker(run_dir) if peers.is_first else None
     said += [preempted, *resumed] if preempted else resumed
     recorder = peers.alike(
-        lambda: _open_recorder(run_dir, config, peers, start, world.attempt), (ConfigError,)
+        lambda: _open_recorder(run_dir, config, peers, start, world.attempt, shown), (ConfigError,)
     )
+    shown.starting("")
+    if peers.is_first:
+        runtime.clock.progress.listeners.append(shown.follow)
     recorder.begins(start)
     for line in said:
         recorder.event("resume", message=line)
@@ -332,14 +362,16 @@ def open_run(config: RunConfig, world: World, *, fresh: bool) -> Run:
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
+    step = TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema)
     return Run(
         config,
         state,
-        TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema),
+        step,
         data,
         checkpoints,
         recorder,
         guard,
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
@@ -357,12 +389,14 @@ def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fre
     return [begin_from(path, runtime, first_expert, peers)]
 
 
-def _open_recorder(run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int) -> Recorder:
+def _open_recorder(
+    run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int, console: ConsoleSink
+) -> Recorder:
     """Begin the records: not before data was opened and a checkpoint of another model refused."""
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start, attempt=attempt)
+        return Recorder(run_dir, config, peers, resume_step=start, console=console, attempt=attempt)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

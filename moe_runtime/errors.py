@@ -31,6 +31,12 @@ class NumericsError(MoeRuntimeError):
     """A number went wrong: non-finite values, or two norms that must agree do not."""
 
 
+class AlertStop(NumericsError):
+    """An alert ended the run, as the config says; on every rank alike, and never restarted."""
+
+    exit_code = 5
+
+
 class MemoryEnded(MoeRuntimeError):
     """This rank asked for more memory than there is; another attempt may find more."""
 

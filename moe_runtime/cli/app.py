@@ -10,11 +10,12 @@ import typer
 
 from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.lazy import lazy_app
+from moe_runtime.cli.rank_output import leave_no_trace, note, tell_user
 from moe_runtime.cli.supervise.outcome import leave_status
 from moe_runtime.cli.usage import run_typer
 from moe_runtime.cli.version import show_version
 from moe_runtime.config.secrets import redact
-from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.errors import AlertStop, MoeRuntimeError
 
 COMMANDS = {
     "train": "moe_runtime.cli.train:train",
@@ -34,6 +35,8 @@ COMMANDS = {
     "convert": "moe_runtime.cli.convert:app",
     "bench": "moe_runtime.cli.bench:app",
     "metrics": "moe_runtime.cli.metrics:app",
+    "report": "moe_runtime.cli.report:report",
+    "dashboard": "moe_runtime.cli.dashboard:dashboard",
 }
 
 
@@ -73,7 +76,7 @@ def _is_to_speak(rank: int, code: int) -> bool:
     A mistake is mostly that of all ranks, and rank 0 tells it. The others give it time, for mpiexec and
     torchrun end all after the first; a mistake of one machine is then told by the first rank there.
     """
-    if rank == 0 or code != MoeRuntimeError.exit_code:
+    if rank == 0 or code not in (MoeRuntimeError.exit_code, AlertStop.exit_code):
         return True
     time.sleep(_RANK_0_SPEAKS_S)
     return os.environ.get("LOCAL_RANK") == "0"
@@ -105,7 +108,11 @@ def _leave(code: int, message: str) -> None:
     message = redact(message)
     rank = rank_here(os.environ) or 0
     if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
-        print(message, file=sys.stderr, flush=True)
+        tell_user(message)
+    elif code == MoeRuntimeError.exit_code:
+        leave_no_trace()
+    else:
+        note(message)
     sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
     os._exit(code)

@@ -20,6 +20,7 @@ from moe_runtime.cli.launch_options import parse_options
 from moe_runtime.cli.launchers.hostfile import deepspeed_command, read_hostfile
 from moe_runtime.cli.launchers.mpi import find_mpiexec, mpiexec_command
 from moe_runtime.cli.launchers.sbatch import Shape, sbatch_file
+from moe_runtime.cli.rank_output import read_ranks
 from moe_runtime.cli.supervise.job import Job, Machines
 from moe_runtime.cli.supervise.run import run_ranks
 from moe_runtime.cli.supervise.shrink import fit_shape
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None, program: str = "launch.sh") -> int:
 
 def _launch_train(options: argparse.Namespace, program: str) -> int:
     parameters = parse_train(options.command[1:], program)
-    config = load_config(parameters["config"], parameters["overrides"] or ())
+    config = load_config(parameters["config"], train.with_wandb(parameters["overrides"], parameters["wandb"]))
     if options.slurm:
         return _print_batch_file(options, config, parameters["fresh"])
     if options.mpi or options.hostfile is not None:
@@ -62,6 +63,7 @@ def _launch_train(options: argparse.Namespace, program: str) -> int:
     least, most = options.nnodes or (1, 1)
     per_node = ranks_per_node(config, most, options.nproc)
     read_faults(split_orders(parameters["inject"] or ())[0], per_node * most)
+    read_ranks(parameters["log_ranks"], per_node * most)
     fit_shape(config, least * per_node)
     machines = this_machine(options)
     job = Job(

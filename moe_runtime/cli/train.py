@@ -4,24 +4,26 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from moe_runtime.cli.launchers.environment import claim_rank
 from moe_runtime.cli.orphan import stop_with_parent
+from moe_runtime.cli.rank_output import read_ranks, tell_user, turn_to_file
 from moe_runtime.cli.supervise.outcome import leave_stopped
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, MemoryEnded, PeerLost
-from moe_runtime.parallel.heartbeat import STATUS_DIR, Heartbeat
+from moe_runtime.parallel.heartbeat import ATTEMPT, STATUS_DIR, Heartbeat
 from moe_runtime.train.fault import Fault, read_faults, split_orders
 
 if TYPE_CHECKING:
+    from moe_runtime.metrics.console import ConsoleSink
     from moe_runtime.train.inject import Injector
     from moe_runtime.train.loop import Run
 
@@ -36,17 +38,47 @@ def train(
             help="a fault to be made once, such as sigkill:rank1:step5:dispatch, or @FILE; repeatable"
         ),
     ] = None,
+    wandb: Annotated[
+        Literal["online", "offline", "off"] | None, typer.Option(help="the same as metrics.wandb=...")
+    ] = None,
+    log_ranks: Annotated[
+        str | None,
+        typer.Option(help="ranks whose output is shown too, besides their logs: all, or such as 1,4-7"),
+    ] = None,
     local_rank: Annotated[int | None, typer.Option(help="set by the deepspeed launcher")] = None,
 ) -> None:
     """Train a model; the same command again resumes from the last good checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     claim_rank()
-    run = load_config(config, overrides or ())
+    run = load_config(config, with_wandb(overrides, wandb))
     texts, orders = split_orders(inject or ())
     faults = read_faults(texts)
-    with _supervised(run.reliability.heartbeat_s) as heartbeat:
-        _train(run, fresh, faults, orders, heartbeat)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    shown = read_ranks(log_ranks, size)
+    console = _open_console(run, rank, fresh, rank in shown)
+    with _supervised(run.reliability.heartbeat_s) as heartbeat, closing(console):
+        _train(run, fresh, faults, orders, heartbeat, console)
+
+
+def with_wandb(overrides: list[str] | None, wandb: str | None) -> list[str]:
+    """The overrides, and `--wandb` as one of them."""
+    return [*(overrides or ()), *([] if wandb is None else [f"metrics.wandb={wandb}"])]
+
+
+def _open_console(run: RunConfig, rank: int, fresh: bool, shown: bool) -> "ConsoleSink":
+    """What shows the run; of the other ranks nobody sees it, for they speak into files."""
+    # Imported here: pydantic and rich are enough for --help.
+    from moe_runtime.metrics.console import open_console
+
+    attempt = int(os.environ.get(ATTEMPT, "1"))
+    if rank > 0:
+        head = f"attempt {attempt}, process {os.getpid()}"
+        run_dir, private = Path(run.out_dir) / run.name, run.reliability.private
+        turn_to_file(run_dir, rank, head, private=private, fresh=fresh, shown=shown)
+    console = open_console(run, attempt, quiet=rank > 0)
+    console.starting("loading libraries")
+    return console
 
 
 def _train(
@@ -55,6 +87,7 @@ def _train(
     faults: list[Fault],
     orders: Path | None,
     heartbeat: Heartbeat | None,
+    console: "ConsoleSink",
 ) -> None:
     """Train as one rank."""
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
@@ -67,13 +100,14 @@ def _train(
     from moe_runtime.train.inject import Injector
 
     world = read_world(run.device)
+    console.starting("joining the other ranks" if world.world_size > 1 else "")
     check_layout(run, world.world_size)
     injector = Injector(faults, world.rank, Path(run.out_dir) / run.name, fresh, orders)
     ready: Run | None = None
     with join_world(world, run.train.peer_timeout_s):
         try:
             injector.at("init")
-            ready = open_run(run, world, fresh=fresh)
+            ready = open_run(run, world, fresh=fresh, console=console)
             ready.checkpoints.saver.store.at = partial(_writes, heartbeat, injector)
             if heartbeat is not None:
                 heartbeat.follow(ready.runtime.clock.progress)
@@ -84,7 +118,7 @@ def _train(
         except (RuntimeError, MemoryError, CommError) as error:
             raise _explain(error, world.rank, ready) from error
     for text in injector.left():
-        print(f"rank {world.rank}: --inject {text}: never came to its place", file=sys.stderr, flush=True)
+        tell_user(f"rank {world.rank}: --inject {text}: never came to its place")
 
 
 @contextmanager

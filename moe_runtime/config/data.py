@@ -15,11 +15,12 @@ class TextForm(Section):
     """Which text of a line of JSON (or a row of Parquet) is read, and which of it is trained on."""
 
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        ("text",), description="keys whose text is joined, in this order; messages: a list of role and content"
+        ("text",),
+        description="keys whose text is joined, in this order; messages: a list of role and content",
     )
     loss_on: tuple[str, ...] | None = Field(
         None,
-        description="fields, or roles of messages, whose tokens are targets; null: all fields, role assistant",
+        description="fields, or roles of messages, whose tokens are targets; null: all fields, or assistant",
     )
     message_format: str = Field(
         "{role}: {content}\n", description="a message as text; what comes before {content} is never a target"
@@ -107,7 +108,9 @@ class DataConfig(Section):
         if not self.mixture:
             return {"": self}
         common = self.model_dump(exclude={"mixture", "path", "source"})
-        return {name: DataConfig.model_validate(common | self._own(one)) for name, one in self.mixture.items()}
+        return {
+            name: DataConfig.model_validate(common | self._own(one)) for name, one in self.mixture.items()
+        }
 
     def _own(self, one: MixtureSet) -> dict[str, Any]:
         own = one.model_dump(exclude={"weight"})

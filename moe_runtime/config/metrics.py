@@ -23,6 +23,9 @@ class MetricsConfig(Section):
         10,
         description="steps between lines of expert_load.jsonl at first; it keeps at most 1,000; 0: no file",
     )
+    numerics_every: Count = Field(
+        10, description="steps between samples of updates and, under fp8, of casts; 0: none"
+    )
     peak_tflops: PositiveFloat | None = Field(
         None, description="peak of one rank's device, 10^12 operations a second; null: known of GPUs alone"
     )

@@ -6,10 +6,9 @@ targets of the next and of D further tokens overlap the following sample and eve
 once an epoch. The last sample goes on at the start of the stream. Nothing else is state: every layout
 sees the same global batch, a rank reads its own rows only, and a run resumes from a number.
 
-A token that is read but not to be predicted (a prompt, say) stands in a row as its complement, -1 - id: one
-tensor carries both, through every layout, and what is not masked looks as it always did. `token_ids` gives
-the ids back. Rejected: a second tensor of masks, which everything between the loader and the loss would have
-to carry along for the few runs that have one.
+A token that is read but not to be predicted (a prompt, say) stands in a row as its complement, -1 - id
+(`model.targets`). Rejected: a second tensor of masks, which everything between the loader and the loss would
+have to carry along for the few runs that have one.
 
 Documents are packed without a border: a sequence may hold the end of one and the start of the next,
 with an end-of-document id between. Ref: DSV3 §4.1.
@@ -28,11 +27,6 @@ from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
 
 VALIDATION_SEED = 0  # windows of validation do not depend on a run's seed: runs are compared on the same text
-
-
-def token_ids(rows: Tensor) -> Tensor:
-    """The ids in rows of tokens, those that are no targets too."""
-    return torch.where(rows < 0, ~rows, rows)
 
 
 class Loader(Protocol):

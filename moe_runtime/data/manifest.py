@@ -54,7 +54,9 @@ class SplitRecord(Section):
     fim_documents: Count = Field(0, description="documents rewritten prefix-suffix-middle")
     max_id: Count
     shards: tuple[ShardRecord, ...]
-    masks: tuple[FileRecord, ...] = Field((), description="one for each shard; empty: every token is a target")
+    masks: tuple[FileRecord, ...] = Field(
+        (), description="one for each shard; empty: every token is a target"
+    )
     targets: Count | None = Field(None, description="tokens that are targets; null: all of them")
     index: FileRecord
     part_names: tuple[str, ...] = Field((), description="parts of the source; empty if not recorded")

@@ -14,7 +14,7 @@ scatter.
 
 A run may change its weights, or its sets, where it resumes. Numbers from there on follow the new quotas, and
 each set goes on where it stood: a `Segment` keeps how many sequences of each set came before it. The list of
-segments lies in the checkpoint, so a position is still found from its number, and every layout finds the same.
+segments lies in the checkpoint: a position is still found from its number, and every layout finds the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,8 +53,8 @@ def quotas_of(weights: Mapping[str, float]) -> dict[str, int]:
     for name, quota in quotas.items():
         if quota == 0:
             raise DataError(
-                f"data.mixture.{name}.weight: expected at least 1/{LONGEST_PERIOD} of the sum of all weights, "
-                f"got {weights[name]:g} of {float(total):g}; raise it, or set 0 to validate on it only"
+                f"data.mixture.{name}.weight: expected at least 1/{LONGEST_PERIOD} of the sum of all "
+                f"weights, got {weights[name]:g} of {float(total):g}; raise it, or set 0 to only validate"
             )
     return quotas
 
@@ -68,8 +68,9 @@ def turns(quotas: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     period, sets = sum(quotas), len(quotas)
     whose, ranks = np.zeros(period, dtype=np.int64), np.zeros(period, dtype=np.int64)
     if sets == 1:
-        return whose, np.arange(period, dtype=np.int64)
-    had, spread = [0] * sets, 2 * sets - 2
+        ranks += np.arange(period)
+        return whose, ranks
+    had, spread = [0] * sets, 2 * sets - 2  # sets are two or more from here on
     for place in range(period):
         # How far each set is behind after this place, in units of 1 / period.
         behind = [(place + 1) * quota - count * period for quota, count in zip(quotas, had, strict=True)]
@@ -102,15 +103,13 @@ class Segment:
         periods, places = np.divmod(numbers - self.first, int(sizes.sum()))
         whose, ranks = turns(tuple(self.quotas.values()))
         sets = whose[places]
-        return sets, starts[sets] + periods * sizes[sets] + ranks[places]
+        return sets, np.add(starts[sets] + ranks[places], periods * sizes[sets], dtype=np.int64)
 
     def counts(self, number: int) -> dict[str, int]:
         """Sequences of each set before the sequence `number` of this segment, all earlier ones too."""
         periods, rest = divmod(number - self.first, sum(self.quotas.values()))
         begun = np.bincount(turns(tuple(self.quotas.values()))[0][:rest], minlength=len(self.quotas))
-        own = {
-            name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())
-        }
+        own = {name: periods * quota + int(begun[k]) for k, (name, quota) in enumerate(self.quotas.items())}
         return {name: self.before.get(name, 0) + own.get(name, 0) for name in {**self.before, **own}}
 
 

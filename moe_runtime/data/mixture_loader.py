@@ -66,9 +66,7 @@ class MixtureLoader:
     def epochs(self, number: int) -> dict[str, float]:
         """How often each set was read before this sequence, parts of an epoch too."""
         counts = self.mixture.counts(number)
-        return {
-            name: counts.get(name, 0) / loader.samples_per_epoch for name, loader in self.loaders.items()
-        }
+        return {name: counts.get(name, 0) / loader.samples_per_epoch for name, loader in self.loaders.items()}
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

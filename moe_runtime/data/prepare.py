@@ -1,27 +1,45 @@
 """Makes a folder of token shards once, and checks that the one at hand is the one asked for.
 
-The folder is built beside its place under another name and renamed when whole, so a folder that has
-a manifest is complete. A lock keeps two preparations of the same folder apart; the second finds the
-work done, and leftovers of a killed one are removed by the next.
+    survey     every chunk of the source is read and hashed: which documents are kept, which validate
+    tokenizer  trained, where it must be
+    tokenise   every chunk is read again, and its documents become ids
+    assemble   pieces become shards
+
+The first and third are shared out to processes. The folder is built beside its place, and renamed when whole,
+so a folder that has a manifest is complete. A lock keeps two preparations of the same folder apart; the
+second finds the work done. What a killed preparation leaves is gone on with by the next one that asks for the
+same of the same files, and removed by any other.
 """
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from moe_runtime.config.data import DataConfig
-from moe_runtime.data.manifest import MANIFEST, Manifest, read_manifest
-from moe_runtime.data.survey import Progress
-from moe_runtime.data.tokenise import Request, write_data
+from moe_runtime.config.data import DataConfig, TextForm
+from moe_runtime.data.assemble import assemble
+from moe_runtime.data.bpe import train_bpe
+from moe_runtime.data.job import PLAN, SURVEY, TOKENISE, Job, plan_digest
+from moe_runtime.data.manifest import MANIFEST, Manifest, TokenizerRecord, read_manifest
+from moe_runtime.data.pool import run_chunks
+from moe_runtime.data.sources import CHUNK_BYTES, Chunk
+from moe_runtime.data.survey import kept_of, merge_surveys
+from moe_runtime.data.task import Progress, Request
+from moe_runtime.data.tokenise import SPLITS, ids_dtype
 from moe_runtime.data.tokenizer import bpe_size, open_tokenizer
-from moe_runtime.data.writer import SHARD_TOKENS
+from moe_runtime.data.vocabulary import Tokenizer
+from moe_runtime.data.writer import SHARD_TOKENS, replace_file, write_file
 from moe_runtime.errors import DataError
+
+# A BPE learns from this much of the training split, from its beginning; more changes little.
+BPE_TRAINING_BYTES = 256 * 1024 * 1024
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -34,6 +52,8 @@ def prepare(
     overwrite: bool = False,
     progress: Progress = silent,
     shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Manifest:
     """Tokenise a source into `out`, unless the same request was prepared there already.
 
@@ -42,6 +62,8 @@ def prepare(
         overwrite: replace data that was prepared there, never a folder that holds anything else.
         progress: told of the work as it goes.
         shard_tokens: tokens a shard.
+        workers: processes that read and tokenise; None: one for each processor.
+        chunk_bytes: of the source, read by one of them at a time.
 
     Raises:
         DataError: bad source or tokenizer, disk full, or `out` holds something else.
@@ -54,7 +76,8 @@ def prepare(
                 return _same(read_manifest(out), request, out)
             if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
                 raise DataError(f"{out}: exists and holds no prepared data; choose another folder")
-            return _build(request, out, progress, shard_tokens)
+            hands = workers or len(os.sched_getaffinity(0))
+            return _build(request, out, progress, shard_tokens, hands, chunk_bytes)
     except OSError as error:
         raise _disk_error(error, out) from error
 
@@ -63,18 +86,23 @@ def ensure_prepared(config: DataConfig, seed: int, progress: Progress = silent) 
     """The manifest of `config.path`, prepared there first if missing and `config.source` is set.
 
     Args:
+        config: of one set.
         seed: of the run; keys the infill cuts if the data is prepared now.
 
     Raises:
         DataError: nothing there and no source, or what is there was prepared otherwise than the config says.
     """
+    assert config.path is not None, "sets of a mixture are prepared one by one"
     out = Path(config.path)
     if config.source is not None and not (out / MANIFEST).exists():
-        rates = {"fim_rate": config.fim_rate, "validation_fraction": config.validation_fraction}
-        prepare(Request(config.source, config.tokenizer, seed, **rates), out, progress=progress)
+        prepare(_wanted(config, config.source, seed), out, progress=progress)
     manifest = read_manifest(out)
     check_manifest(manifest, config)
     return manifest
+
+
+def _wanted(config: DataConfig, source: str, seed: int) -> Request:
+    return Request(source, config.tokenizer, seed, config.fim_rate, config.validation_fraction, config.form)
 
 
 def check_manifest(manifest: Manifest, config: DataConfig) -> None:
@@ -84,8 +112,7 @@ def check_manifest(manifest: Manifest, config: DataConfig) -> None:
         DataError: names the key, both values and what to do.
     """
     source = manifest.source if config.source is None else config.source
-    rates = {"fim_rate": config.fim_rate, "validation_fraction": config.validation_fraction}
-    found = _difference(manifest, Request(source, config.tokenizer, manifest.seed, **rates))
+    found = _difference(manifest, _wanted(config, source, manifest.seed))
     if found is not None:
         key, got, expected = found
         raise DataError(
@@ -113,6 +140,7 @@ def _difference(manifest: Manifest, wanted: Request) -> tuple[str, object, objec
         "source": (manifest.source, wanted.source),
         "fim_rate": (manifest.fim_rate, wanted.fim_rate),
         "validation_fraction": (manifest.validation_fraction, wanted.validation_fraction),
+        "form": (_shown(manifest.form), _shown(wanted.form)),
         "seed": (manifest.seed, wanted.seed if wanted.fim_rate > 0 else manifest.seed),
     }
     for key, (got, expected) in pairs.items():
@@ -129,24 +157,146 @@ def _is_same_file(manifest: Manifest, name: str) -> bool:
     return hashlib.sha256(content).hexdigest() == manifest.tokenizer.record.sha256
 
 
-def _build(request: Request, out: Path, progress: Progress, shard_tokens: int) -> Manifest:
+def _shown(form: TextForm) -> str:
+    """As it can be given again."""
+    return json.dumps(form.model_dump(exclude_defaults=True)).replace('"', "")
+
+
+def _build(
+    request: Request, out: Path, progress: Progress, shard_tokens: int, workers: int, chunk_bytes: int
+) -> Manifest:
     """Make the folder under a temporary name, then put it in its place."""
-    prefix = f".{out.name}.preparing-"
-    for leftover in out.parent.glob(f"{prefix}*"):
+    work = out.parent / f".{out.name}.preparing"
+    for leftover in out.parent.glob(f"{work.name}-*"):
         shutil.rmtree(leftover)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    job, keeps = Job(request, work), False
+    tokenizer = None if bpe_size(request.tokenizer) else open_tokenizer(request.tokenizer)
+    _check_marks(tokenizer, request)
+    chunks = job.source.chunks(chunk_bytes)
+    _enter(job, plan_digest(request, chunks))
     try:
+        manifest = _fill(job, chunks, tokenizer, progress, shard_tokens, workers)
         fresh = work / "new"
-        fresh.mkdir()
-        manifest = write_data(request, fresh, progress, shard_tokens)
         _sync_folder(fresh)
         if out.exists():
             out.rename(work / "old")
         fresh.rename(out)
         _sync_folder(out.parent)
         return manifest
+    except (DataError, OSError) as error:
+        # What took long is kept for another try, unless the source itself is at fault.
+        keeps = len(chunks) > 1 and any(job.pieces.glob("*.json")) and not _is_of_source(error)
+        raise
+    except BaseException:
+        keeps = True  # asked to end: the next one goes on
+        raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not keeps:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_of_source(error: Exception) -> bool:
+    return isinstance(error, DataError) and "worker" not in str(error)
+
+
+def _enter(job: Job, digest: str) -> None:
+    """Go on with what lies in the work folder if it is of the same plan; else begin anew."""
+    plan = job.work / PLAN
+    if not plan.is_file() or plan.read_text() != digest:
+        shutil.rmtree(job.work, ignore_errors=True)
+        for folder in (job.surveys, job.pieces):
+            folder.mkdir(parents=True)
+        plan.write_text(digest)
+    shutil.rmtree(job.work / "new", ignore_errors=True)
+    (job.work / "new").mkdir()
+
+
+def _fill(
+    job: Job,
+    chunks: list[Chunk],
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+    shard_tokens: int,
+    workers: int,
+) -> Manifest:
+    """All passes in order; gives the manifest, which is written last."""
+    request, folder = job.request, job.work / "new"
+    _pass(job, SURVEY, chunks, workers, progress)
+    survey = merge_surveys(job.source, len(chunks), job.surveys, request.validation_fraction)
+    job = replace(job, survey=survey)
+    if tokenizer is None:
+        tokenizer = _trained(job, chunks, progress)
+    content = tokenizer.to_json().encode()
+    replace_file(job.work / "tokenizer.json", content)
+    _pass(job, TOKENISE, chunks, workers, progress)
+    record = write_file(folder / "tokenizer.json", content)
+    dtype = ids_dtype(tokenizer)
+    splits = {
+        split: assemble(job.pieces, len(chunks), split, folder, dtype, shard_tokens, lambda done: None)
+        for split in SPLITS
+    }
+    manifest = Manifest(
+        dtype=dtype,
+        tokenizer=TokenizerRecord(
+            name=request.tokenizer, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, record=record
+        ),
+        source=request.source,
+        licence=job.source.licence,
+        seed=request.seed,
+        fim_rate=request.fim_rate,
+        validation_fraction=request.validation_fraction,
+        form=request.form,
+        counts=survey.counts,
+        splits=splits,
+    )
+    write_file(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode())
+    return manifest
+
+
+def _pass(job: Job, what: str, chunks: list[Chunk], workers: int, progress: Progress) -> None:
+    """Do what is missing of one pass."""
+    total = sum(part.num_bytes for chunk in chunks for part in chunk)
+    missing = [(index, chunk) for index, chunk in enumerate(chunks) if not job.is_done(what, index)]
+    done = total - sum(part.num_bytes for _, chunk in missing for part in chunk)
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(what, done, total)
+
+    tell(0)
+    run_chunks(job, what, missing, workers, tell)
+
+
+def _check_marks(tokenizer: Tokenizer | None, request: Request) -> None:
+    if tokenizer is not None and tokenizer.fim is None and request.fim_rate > 0:
+        raise DataError(
+            f"tokenizer {request.tokenizer!r}: has no infill tokens, which fim_rate {request.fim_rate} "
+            "needs; set fim_rate to 0 or take another tokenizer"
+        )
+
+
+def _trained(job: Job, chunks: list[Chunk], progress: Progress) -> Tokenizer:
+    """A BPE learnt from the training split, or the one that was before this preparation was killed."""
+    if (job.work / "tokenizer.json").is_file():
+        return job.tokenizer
+    size = bpe_size(job.request.tokenizer)
+    assert size is not None, f"{job.request.tokenizer} needs no training"
+    return train_bpe(_training_texts(job, chunks, progress), size)
+
+
+def _training_texts(job: Job, chunks: list[Chunk], progress: Progress) -> Iterator[str]:
+    assert job.survey is not None, "the survey comes first"
+    total = min(job.survey.num_bytes, BPE_TRAINING_BYTES)
+    done = 0
+    for index, chunk in enumerate(chunks):
+        for kept in kept_of(job.source, chunk, index, job.survey, Counter()):
+            if done >= BPE_TRAINING_BYTES:
+                return
+            if not kept.is_validation:
+                yield kept.document.text
+            done += kept.num_bytes
+            progress("training the tokenizer", min(done, total), total)
 
 
 @contextmanager
@@ -170,8 +320,14 @@ def _disk_error(error: OSError, out: Path) -> DataError:
         return DataError(
             f"{error.filename or out}: {error.strerror or error}; choose another folder for the data"
         )
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(out.parent).free / 1e6
+    work = out.parent / f".{out.name}.preparing"
+    if work.exists():
+        return DataError(
+            f"{out}: disk full while preparing data ({free:.1f} MB free); free some space and run the same "
+            f"command, which goes on where it stopped, or remove {work}"
+        )
     return DataError(
-        f"{out}: disk full while preparing data ({free / 1e6:.1f} MB free now that the partial folder "
+        f"{out}: disk full while preparing data ({free:.1f} MB free now that the partial folder "
         "is removed); free some space or choose another folder"
     )

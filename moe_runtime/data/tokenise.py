@@ -1,140 +1,139 @@
-"""Documents to ids to files: fills an empty folder with shards, index, tokenizer and manifest."""
+"""Documents of one chunk to ids: the pieces that `assemble` makes shards of.
+
+A piece is the part of one split that comes out of one chunk: files of ids, lengths and parts of its
+documents, and targets where some tokens are none. Any process may make it, at any time, and makes the same
+bytes.
+
+Text is tokenised in parts where a document is rewritten for infill, and where targets begin or end. A prompt
+is so tokenised as it will be when a model is asked, with nothing of its answer in its last token.
+"""
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moe_runtime.data.bpe import train_bpe
+from moe_runtime.data.documents import pieces_of
 from moe_runtime.data.fim import cut_document, join_parts
-from moe_runtime.data.manifest import MANIFEST, Manifest, SplitRecord, TokenizerRecord
-from moe_runtime.data.sources import Source, open_source
-from moe_runtime.data.survey import Kept, Progress, Survey, take_survey
-from moe_runtime.data.tokenizer import bpe_size, open_tokenizer
+from moe_runtime.data.sources import Chunk, Source
+from moe_runtime.data.survey import Kept, Survey, kept_of
+from moe_runtime.data.task import Request, Tick
 from moe_runtime.data.vocabulary import Ids, Tokenizer
-from moe_runtime.data.writer import SplitWriter, write_file
-from moe_runtime.errors import DataError
+from moe_runtime.data.writer import replace_file
 
 # Texts go to the tokenizer in batches of about this size, which it spreads over the cores.
 BATCH_BYTES = 4 * 1024 * 1024
-# A BPE learns from this much of the training split, from its beginning; more changes little.
-BPE_TRAINING_BYTES = 256 * 1024 * 1024
+SPLITS = ("train", "validation")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be prepared, spelled as in the config.
+class Tokenised(NamedTuple):
+    """One document.
 
     Args:
-        source: builtin:stdlib, dir:PATH, or a .txt, .jsonl or .parquet file.
-        tokenizer: byte, bpe:N, deepseek, or the path of a tokenizer.json.
-        seed: keys which training documents are rewritten and where they are cut.
-        fim_rate: share of training documents rewritten prefix-suffix-middle, 0..1.
-        validation_fraction: share of documents in the validation split.
+        ids: int64 [tokens], the end of the document included.
+        targets: bool [tokens], which of them are to be predicted; None: all.
+        is_fim: it was rewritten prefix-suffix-middle.
     """
 
-    source: str
-    tokenizer: str = "byte"
-    seed: int = 1234
-    fim_rate: float = 0.0
-    validation_fraction: float = 0.05
+    ids: Ids
+    targets: NDArray[np.bool_] | None
+    is_fim: bool
 
 
-def write_data(request: Request, folder: Path, progress: Progress, shard_tokens: int) -> Manifest:
-    """Fill an empty folder; the manifest comes last.
-
-    Raises:
-        DataError: the source or the tokenizer is not usable.
-        OSError: the disk is.
-    """
-    source = open_source(request.source)
-    tokenizer = None if bpe_size(request.tokenizer) else open_tokenizer(request.tokenizer)
-    _check_marks(tokenizer, request)
-    survey = take_survey(source, request.validation_fraction, progress)
-    if tokenizer is None:
-        tokenizer = _trained(source, survey, request, progress)
-    record = write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    train, validation = _write_splits(
-        source, survey, tokenizer, request, folder, dtype, progress, shard_tokens
-    )
-    manifest = Manifest(
-        dtype=dtype,
-        tokenizer=TokenizerRecord(
-            name=request.tokenizer, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, record=record
-        ),
-        source=request.source,
-        licence=source.licence,
-        seed=request.seed,
-        fim_rate=request.fim_rate,
-        validation_fraction=request.validation_fraction,
-        counts=survey.counts,
-        splits={"train": train, "validation": validation},
-    )
-    write_file(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode())
-    return manifest
-
-
-def _check_marks(tokenizer: Tokenizer | None, request: Request) -> None:
-    if tokenizer is not None and tokenizer.fim is None and request.fim_rate > 0:
-        raise DataError(
-            f"tokenizer {request.tokenizer!r}: has no infill tokens, which fim_rate {request.fim_rate} "
-            "needs; set fim_rate to 0 or take another tokenizer"
-        )
-
-
-def _trained(source: Source, survey: Survey, request: Request, progress: Progress) -> Tokenizer:
-    """A BPE learnt from the training split."""
-    size = bpe_size(request.tokenizer)
-    assert size is not None, f"{request.tokenizer} needs no training"
-    return train_bpe(_training_texts(source, survey, progress), size)
-
-
-def _training_texts(source: Source, survey: Survey, progress: Progress) -> Iterator[str]:
-    total = min(survey.num_bytes, BPE_TRAINING_BYTES)
-    done = 0
-    for document in survey.kept(source):
-        if done >= BPE_TRAINING_BYTES:
-            return
-        if not document.is_validation:
-            yield document.text
-        done += document.num_bytes
-        progress("training the tokenizer", min(done, total), total)
-
-
-def _write_splits(
+def tokenise_chunk(
     source: Source,
+    chunk: Chunk,
+    index: int,
     survey: Survey,
     tokenizer: Tokenizer,
     request: Request,
     folder: Path,
-    dtype: str,
-    progress: Progress,
-    shard_tokens: int,
-) -> tuple[SplitRecord, SplitRecord]:
-    """Tokenise every kept document into its split."""
-    done = 0
-    with (
-        SplitWriter(folder, "train", dtype, shard_tokens) as train,
-        SplitWriter(folder, "validation", dtype, shard_tokens) as validation,
-    ):
-        for batch in _batches(survey.kept(source)):
-            for document, (ids, is_fim) in zip(batch, _tokenised(batch, tokenizer, request), strict=True):
-                writer = validation if document.is_validation else train
-                writer.add(ids, document.num_bytes, is_fim, document.part)
-                done += document.num_bytes
-            progress("tokenising", done, survey.num_bytes)
-        return train.close(), validation.close()
+    tick: Tick,
+) -> None:
+    """Write the pieces of a chunk; they are whole once the last file is there.
+
+    Raises:
+        DataError: the source changed since the survey.
+        OSError: the disk is full.
+    """
+    counts: Counter[str] = Counter()
+    dtype = ids_dtype(tokenizer)
+    writers = {split: PieceWriter(folder, f"{index:06d}_{split}", dtype) for split in SPLITS}
+    try:
+        for batch in _batches(kept_of(source, chunk, index, survey, counts)):
+            for kept, tokenised in zip(batch, _tokenised(batch, tokenizer, request), strict=True):
+                writer = writers["validation" if kept.is_validation else "train"]
+                writer.add(tokenised, kept.num_bytes, kept.document.part)
+            tick(counts["read_bytes"])
+        facts = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    replace_file(folder / f"{index:06d}.json", json.dumps(facts).encode())
+
+
+def is_tokenised(index: int, folder: Path) -> bool:
+    """The pieces of the chunk are whole."""
+    return (folder / f"{index:06d}.json").is_file()
+
+
+def ids_dtype(tokenizer: Tokenizer) -> str:
+    """In how many bits ids are stored."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+class PieceWriter:
+    """Files of one piece under temporary names until it is closed: ids, lengths, parts, targets."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self._stem, self._dtype = folder / name, np.dtype(dtype).newbyteorder("<")
+        kinds = ("ids", "lengths", "parts", "targets")
+        self._paths = {kind: folder / f"{name}.{kind}.{os.getpid()}" for kind in kinds}
+        self._files = {kind: path.open("wb") for kind, path in self._paths.items()}
+        self._parts: dict[str, int] = {}
+        self._facts: Counter[str] = Counter(
+            dict.fromkeys(("tokens", "documents", "bytes", "fim_documents", "max_id", "targets"), 0)
+        )
+
+    def add(self, document: Tokenised, num_bytes: int, part: str) -> None:
+        """Append a document of `num_bytes` of text."""
+        ids, count = document.ids, len(document.ids)
+        targets = np.ones(count, dtype=np.bool_) if document.targets is None else document.targets
+        self._files["ids"].write(ids.astype(self._dtype).tobytes())
+        self._files["lengths"].write(count.to_bytes(8, "little"))
+        self._files["parts"].write(self._parts.setdefault(part, len(self._parts)).to_bytes(4, "little"))
+        self._files["targets"].write(targets.tobytes())
+        own = {"documents": 1, "fim_documents": int(document.is_fim)}
+        self._facts.update(own, tokens=count, bytes=num_bytes, targets=int(targets.sum()))
+        self._facts["max_id"] = max(self._facts["max_id"], int(ids.max()))
+
+    def close(self) -> dict[str, object]:
+        """Put the files in their place; gives what the piece holds."""
+        for kind, file in self._files.items():
+            file.close()
+            self._paths[kind].replace(f"{self._stem}.{kind}")
+        return {**self._facts, "part_names": list(self._parts)}
+
+    def abandon(self) -> None:
+        """Remove what was not put in its place."""
+        for kind, file in self._files.items():
+            with suppress(OSError):  # a disk that is full fails once more, which changes nothing
+                file.close()
+            self._paths[kind].unlink(missing_ok=True)
 
 
 def _batches(documents: Iterator[Kept]) -> Iterator[list[Kept]]:
     batch: list[Kept] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.num_bytes
+    for kept in documents:
+        batch.append(kept)
+        size += kept.num_bytes
         if size >= BATCH_BYTES or len(batch) == 4096:
             yield batch
             batch, size = [], 0
@@ -142,22 +141,34 @@ def _batches(documents: Iterator[Kept]) -> Iterator[list[Kept]]:
         yield batch
 
 
-def _tokenised(batch: list[Kept], tokenizer: Tokenizer, request: Request) -> Iterator[tuple[Ids, bool]]:
-    """(ids with the end of the document, was it rewritten) of each document, one call of the tokenizer."""
-    cuts = [_parts(document, request) for document in batch]
-    encoded = iter(tokenizer.encode_batch([part for parts in cuts for part in parts]))
+def _tokenised(batch: list[Kept], tokenizer: Tokenizer, request: Request) -> Iterator[Tokenised]:
+    """The ids of each document, by one call of the tokenizer."""
+    cuts = [_fim_parts(kept, request) for kept in batch]
+    pieces = [
+        [(part, True) for part in parts] if parts else pieces_of(kept.document)
+        for kept, parts in zip(batch, cuts, strict=True)
+    ]
+    encoded = iter(tokenizer.encode_batch([text for parts in pieces for text, _ in parts]))
     end = np.array([tokenizer.eos_id], dtype=np.int64)
-    for parts in cuts:
-        pieces = [next(encoded) for _ in parts]
-        if len(pieces) == 1:
-            yield np.concatenate([pieces[0], end]), False
+    for cut, parts in zip(cuts, pieces, strict=True):
+        found = [next(encoded) for _ in parts]
+        if cut:
+            assert tokenizer.fim is not None, "checked before the survey"
+            prefix, suffix, middle = found
+            ids = np.concatenate([join_parts(prefix, suffix, middle, tokenizer.fim), end])
+            yield Tokenised(ids, None, True)
             continue
-        assert tokenizer.fim is not None, "checked before the survey"
-        yield np.concatenate([join_parts(pieces[0], pieces[1], pieces[2], tokenizer.fim), end]), True
+        ids = np.concatenate([*found, end])
+        if len(parts) == 1 and parts[0][1]:
+            yield Tokenised(ids, None, False)
+            continue
+        # The end of a document is a target where the text before it is.
+        marks = [*(is_target for _, is_target in parts), parts[-1][1]]
+        yield Tokenised(ids, np.repeat(marks, [*map(len, found), 1]), False)
 
 
-def _parts(document: Kept, request: Request) -> tuple[str, ...]:
-    """The whole text, or prefix, suffix and middle."""
-    if document.is_validation:
-        return (document.text,)
-    return cut_document(document.text, document.digest, request.seed, request.fim_rate) or (document.text,)
+def _fim_parts(kept: Kept, request: Request) -> tuple[str, ...] | None:
+    """Prefix, suffix and middle of a document that is rewritten; one with a mask never is."""
+    if kept.is_validation or kept.document.spans is not None:
+        return None
+    return cut_document(kept.document.text, kept.digest, request.seed, request.fim_rate)

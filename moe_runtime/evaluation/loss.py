@@ -4,7 +4,7 @@ The windows are those of validation in training: the packed stream cut into sequ
 the end of one document and the beginning of the next in one window. So the figure is that of the run, and its
 total does not depend on how sources are told apart. Only where the last window goes on at the beginning of
 the split, as sequences of training do, these tokens are left out: every token counts once, the first one
-not, for nothing stands before it.
+not, for nothing stands before it. Tokens that are no targets of training are read, and not counted either.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.vocabulary import byte_lengths
 from moe_runtime.evaluation.tally import Tally
 from moe_runtime.model.loss import token_losses
+from moe_runtime.model.targets import token_ids
 from moe_runtime.model.transformer import Transformer
 
 
@@ -39,12 +40,14 @@ def evaluate(model: Transformer, loader: BatchLoader, sequences: int, batch_sequ
     for first in range(0, last, batch_sequences):
         numbers = np.arange(first, min(first + batch_sequences, last))
         rows = loader.rows(numbers)[:, : loader.seq_len + 1].to(device)
-        targets = rows[:, 1:].reshape(-1)
-        hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
+        tokens, is_target = token_ids(rows), (rows[:, 1:] >= 0).reshape(-1).cpu().numpy()
+        targets = tokens[:, 1:].reshape(-1)
+        hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
         nats = token_losses(hidden, model.head.weight, targets).double().cpu().numpy()
         places = loader.starts(numbers)[:, None] + np.arange(1, loader.seq_len + 1)
         places = places.reshape(-1)
-        once = places < dataset.num_tokens  # the last window goes on at the beginning, which others predict
+        # The last window goes on at the beginning, which others predict.
+        once = (places < dataset.num_tokens) & is_target
         documents = np.searchsorted(ends, places[once], side="right")
         ids = targets.cpu().numpy()
         sizes = np.where(ids < len(lengths), lengths[np.minimum(ids, len(lengths) - 1)], 0)

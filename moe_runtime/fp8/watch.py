@@ -13,7 +13,7 @@ Beside the casts one product is probed: rows of a linear's output as FP8 compute
 multiplied in the weights' own precision. Two operands with a rounding error of 2^-4 at most each make about
 4%, whatever the width.
 
-Looked at are the first 128 rows of a matrix and only in sampled steps. Everything stays on the device until it is read.
+Looked at are the first 128 rows of a matrix, and only in sampled steps; nobody waits for a device meanwhile.
 Rows that arrive over the wire as tiles have no values any more; they were seen where they were cast.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_runtime.fp8.tiled import TILE, Blocks, Tiles, num_tiles
+from moe_runtime.fp8.tiled import TILE, Tiles, num_tiles
 from moe_runtime.fp8.weight_casts import WeightCasts
 
 CLASSES = ("input", "weight", "gradient")

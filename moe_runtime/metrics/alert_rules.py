@@ -1,10 +1,11 @@
 """The rules of a run, from its config: what each built-in alert watches, and what it advises.
 
 The three of routing tell what the routing bias does not mend. A young router is uneven, and experts without
-tokens are common in its first hundred steps; the bias of each then rises by gamma a step, and brings it back.
-A rule on load alone would cry all that time, so these ask for more: an expert without tokens *though its bias
-is not above its layer's mean*, the busiest expert *though its bias is not below it*; and where the bias pushes
-but nothing gives way, biases end up further apart than affinities, which lie between 0 and 1, can be.
+tokens are common in its first hundred steps; their biases then rise by gamma a step and bring them back. A
+rule on load alone would cry all that time, so these ask for more: an expert without tokens *though its bias
+is not above its layer's mean*, an overloaded one *though its bias is not below it*, over many steps together.
+And where the bias pushes but nothing gives way, biases end up further apart than affinities can be, which lie
+between 0 and 1.
 """
 
 import difflib
@@ -27,8 +28,8 @@ _METRICS = {
     "nonfinite": "nonfinite",
 }
 _ADVICE = {
-    "dead_expert": "these experts learn nothing and the bias does not bring them back: see the heatmap of the "
-    "report; raise recipe.bias_gamma, or go back to a checkpoint from before",
+    "dead_expert": "they learn nothing and the bias does not bring them back: see the heatmap of the report; "
+    "raise recipe.bias_gamma, or go back to a checkpoint from before",
     "violation": "the load of these layers is not being evened out: raise recipe.bias_gamma or "
     "recipe.balance_alpha, and look at routing/logit_rms",
     "bias_runaway": "the bias decides alone which experts are used: lower recipe.bias_gamma, or set "

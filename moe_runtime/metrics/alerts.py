@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEPT = 20  # values of the metric that an alert shows
+_SHOWN = 3  # places in its message; the event has all
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,14 @@ class Alert:
         """One line: which number, what was expected, what it is, where, for how long, and what to do."""
         rule = self.rule
         sense = "at least" if rule.is_floor else "at most"
-        places = f" ({', '.join(self.where[:3])}{', ...' if len(self.where) > 3 else ''})" if self.where else ""
+        more = ", ..." if len(self.where) > _SHOWN else ""
+        places = f" ({', '.join(self.where[:_SHOWN])}{more})" if self.where else ""
         row = f", {rule.patience} times in a row" if rule.patience > 1 else ""
         advice = f"; {rule.advice}" if rule.advice else ""
-        got = f"{self.value:.4g}"
-        return f"alert {rule.name}: {rule.metric}{places}: expected {sense} {rule.limit:g}, got {got}{row}{advice}"
+        return (
+            f"alert {rule.name}: {rule.metric}{places}: expected {sense} {rule.limit:g}, "
+            f"got {self.value:.4g}{row}{advice}"
+        )
 
     def fields(self) -> dict[str, Any]:
         """The event, as events.jsonl holds it; numbers that are not finite are null."""

@@ -1,4 +1,9 @@
-"""What the person in front of the terminal sees: a bar on a terminal, plain lines in a pipe."""
+"""What the person in front of the terminal sees: a bar on a terminal, plain lines in a pipe.
+
+On a terminal one line at the bottom always says what is being done: a phase (`loading libraries`,
+`validating`) or the newest step, with the time left. In a pipe every `log_every`-th step has a line, and so
+has a phase that takes long.
+"""
 
 import time
 import unicodedata
@@ -6,7 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from moe_runtime.config.schema import RunConfig
+from moe_runtime.metrics.phase_lines import PhaseLines
+from moe_runtime.parallel.progress import Progress as RankProgress
 
 _SMOOTHING = 0.1  # weight of the newest step in the speed that the time left is computed from
 _SHOWN = (
@@ -14,8 +23,20 @@ _SHOWN = (
     ("val_loss", "val {:.4f}"),
     ("val_bpb", "{:.3f} bits/byte"),
     ("tokens_per_s", "{:,.0f} tokens/s"),
+    ("grad_norm", "gradient {:.2f}"),
     ("max_violation", "load violation {:.2f}"),
 )
+_PATIENCE_S, _STARTING_PATIENCE_S = 5.0, 30.0  # of a phase in a pipe, until it has a line
+_DETAIL_S = 0.1  # between changes of what a terminal shows of a phase
+_NARROW = 100  # columns of a terminal below which the bar is short
+# Phases of the loop that are worth telling; the others are over at once.
+_PHASES = {
+    "evaluate": "validating",
+    "sample": "writing a sample",
+    "save": "saving a checkpoint",
+    "end": "finishing",
+}
+_FIRST_STEP = "first step: kernels are compiled and buffers made"
 
 
 class ConsoleSink:
@@ -39,22 +60,70 @@ class ConsoleSink:
         self._head = [f"attempt {attempt}"] if attempt > 1 else []
         self._total_steps, self._total_tokens, self._log_every = total_steps, total_tokens, log_every
         self._console = console or Console(soft_wrap=True)
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._first: tuple[float, float] | None = None  # (time, fraction done) when progress began
         self._rate: float | None = None  # fraction a second
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._line, self._phase, self._detail = "", "", ""
+        self._phase_since = self._detail_since = 0.0
+        self._phase_lines = PhaseLines(self.say)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a step; `record` has some of `record.METRICS`, step, tokens and loss among them."""
         done = self._fraction(record)
-        line = self._line(record, self._time_left(done))
+        left_s = self._time_left(done)
         is_evaluation = record.get("val_loss") is not None
-        if self._console.is_terminal:
-            self._move_bar(done, line)
-            if is_evaluation:
-                self.say(line)
-        elif record["step"] % self._log_every == 0 or done >= 1.0 or is_evaluation:
-            self.say(line)
+        if self._is_live:
+            self._line = self._text(record, left_s, is_left_first=True)
+            self._move_bar(done)
+        if is_evaluation or (not self._is_live and (record["step"] % self._log_every == 0 or done >= 1.0)):
+            self.say(self._text(record, left_s))
+
+    def phase(self, text: str, patience_s: float = _PATIENCE_S) -> None:
+        """Something else than a step begins, such as `validating`; empty: it has ended.
+
+        Args:
+            patience_s: seconds that it may take until it has a line in a pipe.
+        """
+        if text == self._phase:
+            return
+        self._phase, self._detail, self._phase_since = text, "", time.monotonic()
+        if self._is_live:
+            self._move_bar()
+        else:
+            self._phase_lines.enters(text, patience_s)
+
+    def starting(self, text: str) -> None:
+        """A phase before the first step; empty: all is ready."""
+        self.phase(text, _STARTING_PATIENCE_S)
+
+    def preparing(self, what: str, done: int, total: int | None) -> None:
+        """Show how far the preparation of data is; for `data.prepare`, which calls it for every document.
+
+        Args:
+            what: a step of the preparation, such as `tokenising`.
+            done, total: bytes of text; None: the total is not known yet.
+        """
+        self.phase(f"preparing data, {what}")
+        now = time.monotonic()
+        if now - self._detail_since < _DETAIL_S:
+            return
+        self._detail_since = now
+        self._detail = _how_far(done, total, now - self._phase_since)
+        if self._is_live:
+            self._move_bar()
+        else:
+            self._phase_lines.detail(self._detail)
+
+    def follow(self, progress: RankProgress) -> None:
+        """Show the phases of the loop as they come; a listener of rank 0's marks."""
+        if progress.phase == "start":
+            return
+        if progress.phase == "step" and progress.is_first_step:
+            self.phase(_FIRST_STEP)
+        else:
+            self.phase(_PHASES.get(progress.phase, ""))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one; no markup, never wrapped."""
@@ -62,7 +131,10 @@ class ConsoleSink:
 
     def close(self) -> None:
         """Take the bar away, leaving its last state."""
+        self._phase_lines.close()
         if self._bar is not None:
+            self._phase = self._detail = ""
+            self._move_bar()
             self._bar.stop()
 
     def _fraction(self, record: Mapping[str, Any]) -> float:
@@ -80,21 +152,44 @@ class ConsoleSink:
         self._rate = rate if self._rate is None else self._rate + _SMOOTHING * (rate - self._rate)
         return (1.0 - done) / self._rate
 
-    def _line(self, record: Mapping[str, Any], left_s: float | None) -> str:
+    def _text(self, record: Mapping[str, Any], left_s: float | None, is_left_first: bool = False) -> str:
+        """A step in a line; the time left early in it where a narrow terminal may cut the end off."""
         end = f"/{self._total_steps}" if self._total_steps else ""
-        parts = [*self._head, f"step {record['step']}{end}"]
-        parts += [form.format(record[key]) for key, form in _SHOWN if record.get(key) is not None]
-        if left_s is not None:
-            parts.append(f"{clock(left_s)} left")
-        return " | ".join(parts)
+        left = [] if left_s is None else [f"{clock(left_s)} left"]
+        parts = [form.format(record[key]) for key, form in _SHOWN if record.get(key) is not None]
+        parts = [*left, *parts] if is_left_first else [*parts, *left]
+        return " | ".join([*self._head, f"step {record['step']}{end}", *parts])
 
-    def _move_bar(self, done: float, line: str) -> None:
+    def _move_bar(self, done: float | None = None) -> None:
         if self._bar is None or self._task is None:
-            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+            width = 24 if self._console.width >= _NARROW else 8
+            text = TextColumn("{task.description}", markup=False)
+            columns = (SpinnerColumn(finished_text=" "), BarColumn(bar_width=width), text)
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=1.0)
+            self._task = self._bar.add_task("", total=None)
             self._bar.start()
-        self._bar.update(self._task, completed=done, description=line)
+        phase = f"{self._phase}: {self._detail}" if self._detail else self._phase
+        shown = " | ".join(filter(None, (phase, self._line)))
+        if done is None:
+            self._bar.update(self._task, description=shown)
+        else:
+            self._bar.update(self._task, description=shown, completed=done, total=1.0)
+
+
+def open_console(config: RunConfig, attempt: int = 1, quiet: bool = False) -> ConsoleSink:
+    """The console of a run, on standard output; quiet: of a rank that shows nothing."""
+    train, console = config.train, Console(soft_wrap=True, quiet=quiet)
+    return ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
+
+
+def _how_far(done: int, total: int | None, seconds: float) -> str:
+    """`3.1 of 12.0 MB, 4.2 MB/s, 0:02 left`."""
+    amount = f"{done / 1e6:.1f} MB" if total is None else f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
+    if seconds <= 0 or done == 0:
+        return amount
+    speed = done / seconds
+    left = "" if total is None else f", {clock(max(0, total - done) / speed)} left"
+    return f"{amount}, {speed / 1e6:.1f} MB/s{left}"
 
 
 def printable(text: str) -> str:

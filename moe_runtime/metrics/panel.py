@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from moe_runtime.metrics.line import paths
+
 LEARNING, ROUTING, PERFORMANCE, NUMERICS, RELIABILITY = SECTIONS = (
     "Learning",
     "Routing",
@@ -54,7 +56,7 @@ class Panel:
         return [key for pattern in self.keys for key in sorted(emitted) if _matches(key, pattern)]
 
 
-def flat_values(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl as flat keys, as W&B and TensorBoard get it.
 
     Args:
@@ -63,15 +65,8 @@ def flat_values(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Returns:
         `{"loss": 1.5, "routing/violation/max": 0.3}`; nothing of `layers`.
     """
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if not prefix and key == PER_LAYER:
-            continue
-        if isinstance(value, Mapping):
-            flat |= flat_values(value, f"{prefix}{key}/")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
+    summed_up = {key: value for key, value in record.items() if key != PER_LAYER}
+    return {path: value for path, value in paths(summed_up) if value is not None}
 
 
 def _matches(key: str, pattern: str) -> bool:

@@ -242,6 +242,13 @@ _PERFORMANCE = (
     ),
     Panel(
         PERFORMANCE,
+        "Which rank is the slowest",
+        ("straggler_rank",),
+        "rank",
+        "Chance picks another one each time; a rank that stays has a slow core, GPU or link.",
+    ),
+    Panel(
+        PERFORMANCE,
         "Peak memory of the worst rank",
         ("memory_peak_gb",),
         "GB",
@@ -265,13 +272,6 @@ _PERFORMANCE = (
     ),
 )
 
-_FP8_CLASSES = ("input", "weight", "gradient")
-
-
-def _of_fp8(*names: str) -> tuple[str, ...]:
-    return tuple(f"fp8/{operand}/{name}" for name in names for operand in _FP8_CLASSES)
-
-
 _NUMERICS = (
     Panel(
         NUMERICS,
@@ -293,12 +293,14 @@ _NUMERICS = (
     Panel(
         NUMERICS,
         "FP8 underflow and saturation",
-        _of_fp8("underflow", "saturation"),
+        ("fp8/*/underflow", "fp8/*/saturation"),
         "share of elements",
         "Saturation is 0 with tile scales; underflow of gradients up to a few percent is normal.",
     ),
-    Panel(NUMERICS, "FP8 largest magnitude", _of_fp8("amax"), "", "A jump comes before a spike.", log=True),
-    Panel(NUMERICS, "FP8 scales", _of_fp8("scale_min", "scale_max"), "", "How wide tiles differ.", log=True),
+    Panel(NUMERICS, "FP8 largest magnitude", ("fp8/*/amax",), "", "A jump comes before a spike.", log=True),
+    Panel(
+        NUMERICS, "FP8 scales", ("fp8/*/scale_min", "fp8/*/scale_max"), "", "How wide tiles range.", log=True
+    ),
     Panel(NUMERICS, "FP8 product against BF16", ("fp8_error",), "relative error", "A few percent, and flat."),
     Panel(
         NUMERICS,

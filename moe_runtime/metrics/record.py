@@ -81,9 +81,22 @@ _OF_A_LAYER = {
     ),
     "load_entropy": Metric("H(p) / ln E of the shares p of the E experts; 1 is even", "1", _BALANCE),
     "dead_experts": Metric("experts with less than 1% of a fair share", "count", _BALANCE),
+    "lost_experts": Metric(
+        "experts with less than 1% of a fair share of the last metrics.window steps together, whose routing "
+        "bias is not above the layer's mean: nothing brings them back; from the first full window on",
+        "count",
+        _BALANCE,
+    ),
+    "unchecked_violation": Metric(
+        "violation_global where the bias of the busiest expert is not below the layer's mean, else 0; from "
+        "the first full window on",
+        "1",
+        _BALANCE,
+    ),
     "bias_min": Metric("smallest routing bias after the step", "1", _ROUTER),
     "bias_max": Metric("largest routing bias after the step", "1", _ROUTER),
     "bias_std": Metric("standard deviation of the routing biases after the step", "1", _ROUTER),
+    "bias_range": Metric("bias_max - bias_min; affinities are never further apart than 1", "1", _ROUTER),
     "bias_reach": Metric("largest |bias| after the step; affinities lie between 0 and 1", "1", _ROUTER),
     "logit_rms": Metric("root mean square of the router's logits", "1", "model/router_meter.py"),
     "z_loss": Metric(
@@ -106,7 +119,10 @@ SPREAD = (
     "violation_global",
     "load_entropy",
     "dead_experts",
+    "lost_experts",
+    "unchecked_violation",
     "bias_std",
+    "bias_range",
     "bias_reach",
     "logit_rms",
     "z_loss",

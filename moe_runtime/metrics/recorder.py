@@ -1,17 +1,16 @@
 """Ties the sinks together: one call per step, event or sample; silent on every rank but the first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
-from moe_runtime.metrics.console import ConsoleSink, printable
+from moe_runtime.metrics.console import ConsoleSink, open_console, printable
 from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
@@ -39,7 +38,7 @@ class Recorder:
         peers: all ranks of the run.
         resume_step: steps done when the run starts; later lines of an earlier attempt are removed from
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
-        console: where the console sink writes; standard output if None.
+        console: shows the run on rank 0; None: a new one on standard output.
         attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
 
     Raises:
@@ -52,7 +51,7 @@ class Recorder:
         config: RunConfig,
         peers: Peers,
         resume_step: int = 0,
-        console: Console | None = None,
+        console: ConsoleSink | None = None,
         attempt: int = 1,
     ) -> None:
         self._attempt = attempt
@@ -62,8 +61,8 @@ class Recorder:
         if not self._is_active:
             return
         run_dir = Path(run_dir)
-        train, metrics = config.train, config.metrics
-        self._console = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console, attempt)
+        metrics = config.metrics
+        self._console = console or open_console(config, attempt)
         path, last = run_dir / METRICS_FILE, last_of(run_dir / METRICS_FILE)
         self._metrics = JsonLines(path, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
@@ -154,6 +153,22 @@ class Recorder:
         self.event(kind, step=step, message=message, **fields)
         self.say(f"step {step}: {message}")
 
+    def alert(self, step: int, message: str, actions: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Tell an alert, to W&B too if an action says so.
+
+        Args:
+            fields: of the event beside step and message; JSON values.
+        """
+        if not self._is_active:
+            return
+        self.tell("alert", step, message, **fields)
+        if self._wandb is not None:
+            shown = {"message": message, **fields}
+            said = {key: _safe(value) for key, value in shown.items()}
+            self._wandb.alert({"kind": "alert", "step": step} | said)
+        elif "wandb" in actions:
+            self._note("an alert's action is wandb, and metrics.wandb is off: it is in events.jsonl alone")
+
     def sample(self, step: int, text: str) -> None:
         """Report a generated text."""
         if not self._is_active:
@@ -162,19 +177,6 @@ class Recorder:
         self.say(f"--- sample at step {step}\n{printable(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
-
-    def alert(self, step: int, message: str, **fields: Any) -> None:
-        """Report that a limit of the section `alerts` was passed.
-
-        Args:
-            **fields: of the event: alert, metric, value, threshold, action, last.
-        """
-        self.tell("alert", step, message, **fields)
-        if self._wandb is not None:
-            shown = {"message": message, **fields}
-            self._wandb.alert(
-                {"kind": "alert", "step": step} | {key: _safe(value) for key, value in shown.items()}
-            )
 
     def timeline(self, trace: Trace) -> None:
         """Give W&B a drawing of the trace of a step."""

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 _PACKAGES = ("moe_runtime", "torch", "deepspeed", "triton", "numpy")
 
 
 def system_facts() -> dict[str, Any]:
     """Versions of what computes, and the devices of this machine."""
+    import torch  # takes seconds; those that only ask W&B something do without
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -24,13 +26,9 @@ def system_facts() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(_gpus())],
+        "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
         "cuda": torch.version.cuda,
     }
-
-
-def _gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _version(package: str) -> str | None:

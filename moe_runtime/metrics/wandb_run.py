@@ -96,7 +96,7 @@ class WandbRun:
         step = event["step"]
         self._add(event)
         self._run.log({ALERTS: self._alerts}, step=step)
-        if event.get("action") == "wandb":
+        if "wandb" in event.get("action", ()):
             title, text = f"{event['alert']} at step {step}", str(event.get("message", ""))
             self._run.alert(title=title, text=text, level="WARN")
 

@@ -46,6 +46,7 @@ class LoadWindow:
     def __init__(self, size: int, layers: int, experts: int) -> None:
         self._steps = torch.zeros(size, layers, experts, dtype=torch.int64)
         self.total = torch.zeros(layers, experts, dtype=torch.int64)
+        self.is_full = False
         self._next = 0
 
     def add(self, counts: Tensor) -> None:
@@ -58,3 +59,4 @@ class LoadWindow:
         self.total += counts - oldest
         oldest.copy_(counts)
         self._next = (self._next + 1) % len(self._steps)
+        self.is_full |= self._next == 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_runtime.model.product import wide, write_product
+from moe_runtime.model.targets import token_ids
 from moe_runtime.model.weight_grad import deliver
 
 CHUNK_TOKENS = 1024
@@ -44,7 +45,7 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spread(
     scaled: Tensor,
-    scale: Tensor,
+    scales: Tensor,
     hidden: Tensor,
     targets: Tensor,
     head: Tensor,
@@ -54,12 +55,12 @@ def _spread(
     """Gradients of one chunk's hidden, and of head added up, from its probabilities.
 
     Args:
-        scaled: probabilities times `scale` [chunk, vocab]; used up.
-        scale: gradient of the loss by a token's loss, a scalar.
+        scaled: probabilities times `scales` [chunk, vocab]; used up.
+        scales: gradient of the loss by each token's loss [chunk].
+        targets: ids, of tokens that are no targets too.
         head: as products want it (`wide`).
     """
-    share = scale.neg().expand(scaled.shape[0], 1)
-    d_logits = scaled.scatter_add_(1, targets.unsqueeze(1), share).to(head.dtype)
+    d_logits = scaled.scatter_add_(1, targets.unsqueeze(1), scales.neg().unsqueeze(1)).to(head.dtype)
     write_product(d_hidden, d_logits, head)
     if d_head is not None:
         write_product(d_head, d_logits.t(), hidden, accumulate=True)
@@ -74,18 +75,19 @@ class _HeadLoss(torch.autograd.Function):
         picked = torch.empty_like(lse)
         d_hidden = torch.empty_like(hidden) if keep else None
         d_head = torch.zeros_like(head, dtype=high) if keep and ctx.needs_input_grad[1] else None
-        wide_head, scale = wide(head), lse.new_full((), 1.0 / tokens)
+        wide_head, counts = wide(head), (targets >= 0).to(high)
+        ids, scales = token_ids(targets), counts * (1.0 / max(1, tokens))
         for start in range(0, tokens, chunk):
             span = slice(start, start + chunk)
             logits = _logits(hidden[span], wide_head)
-            picked[span] = logits.gather(1, targets[span].unsqueeze(1)).squeeze(1)
+            picked[span] = logits.gather(1, ids[span].unsqueeze(1)).squeeze(1)
             sums, lse[span] = _exponentials(logits)
             if d_hidden is not None:
-                scaled = logits.mul_((scale / sums).unsqueeze(1))
-                _spread(scaled, scale, hidden[span], targets[span], wide_head, d_hidden[span], d_head)
+                scaled = logits.mul_((scales[span] / sums).unsqueeze(1))
+                _spread(scaled, scales[span], hidden[span], ids[span], wide_head, d_hidden[span], d_head)
         ctx.head, ctx.chunk, ctx.keep = head, chunk, keep
         ctx.save_for_backward(*((d_hidden, d_head) if keep else (hidden, targets, lse)))
-        return (lse - picked).mean()
+        return ((lse - picked) * counts).mean()
 
     @staticmethod
     @once_differentiable
@@ -127,11 +129,13 @@ def _again(
     d_head: Tensor | None,
 ) -> None:
     """Gradients from logits made again, in one pass: d_hidden written, d_head added up."""
-    wide_head, scale = wide(head), (d_loss / hidden.shape[0]).to(lse.dtype)
+    wide_head, ids = wide(head), token_ids(targets)
+    scales = (d_loss / hidden.shape[0]).to(lse.dtype) * (targets >= 0)
     for start in range(0, hidden.shape[0], chunk):
         span = slice(start, start + chunk)
-        scaled = _logits(hidden[span], wide_head).sub_(lse[span].unsqueeze(1)).exp_().mul_(scale)
-        _spread(scaled, scale, hidden[span], targets[span], wide_head, d_hidden[span], d_head)
+        scaled = _logits(hidden[span], wide_head).sub_(lse[span].unsqueeze(1)).exp_()
+        scaled.mul_(scales[span].unsqueeze(1))
+        _spread(scaled, scales[span], hidden[span], ids[span], wide_head, d_hidden[span], d_head)
 
 
 @torch.no_grad()
@@ -162,12 +166,12 @@ def head_loss(
     Args:
         hidden: normed stream [..., hidden].
         head: [vocab, hidden].
-        targets: int64, shaped as hidden without its last axis.
+        targets: int64, shaped as hidden without its last axis; the complement of an id counts 0.
         chunk: tokens whose logits exist at one time.
         keep: make the gradients in forward; None: if something wants them and the head is small.
 
     Returns:
-        Scalar in at least FP32: the sum over tokens divided by their number.
+        Scalar in at least FP32: the sum over targets divided by the number of all tokens.
     """
     if keep is None:
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)

@@ -8,7 +8,8 @@ which of them it is in.
 
 Slots of a chunk:
 
-    tokens        int64 [sequences, seq_len + 1 + mtp_depth]   input of the first and the last stage
+    tokens        int64 [sequences, seq_len + 1 + mtp_depth]   input of the first and the last stage; a
+                  token that is no target as its complement (`targets`)
     resid         [sequences, seq_len, hidden]                 residual stream
     routed        [sequences, seq_len, hidden]                 routed experts' output, not yet added
     ffn_in        [sequences, seq_len, hidden]                 what shared and routed experts read

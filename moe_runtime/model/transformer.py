@@ -27,6 +27,7 @@ from moe_runtime.model.mtp import MTP
 from moe_runtime.model.norm import RMSNorm
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP, SCALARS, Combine, Compute, Dispatch, Phase
 from moe_runtime.model.rope import Rotary
+from moe_runtime.model.targets import token_ids
 
 KEEP_ALL = RecomputeConfig()
 
@@ -36,8 +37,8 @@ class Losses:
     """What one forward of the whole model gives.
 
     Args:
-        loss: main cross-entropy, mean over tokens.
-        loss_mtp: sum over depths of their mean cross-entropies; 0 without MTP.
+        loss: main cross-entropy, mean over tokens; one that is no target counts 0.
+        loss_mtp: sum over depths of their mean cross-entropies, likewise; 0 without MTP.
         balance: sum over MoE layers, MTP's included, of the sequence-wise balance loss.
         counts: int64 [MoE layers, experts] tokens routed, in the order of `moe_layers()`.
     """
@@ -154,7 +155,7 @@ class Transformer(nn.Module):
         if self.has_embedding:
 
             def embed(tokens: Tensor) -> tuple[Tensor]:
-                return (self.embed(tokens[:, : tokens.shape[1] - extra]),)
+                return (self.embed(token_ids(tokens[:, : tokens.shape[1] - extra])),)
 
             phases.append(Compute("embed", "embed", embed, ("tokens",), ("resid",)))
         routed = False
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
         assert separator is not None
 
         def mask(tokens: Tensor) -> tuple[Tensor]:
-            return (document_mask(tokens[:, : tokens.shape[1] - extra], separator),)
+            return (document_mask(token_ids(tokens[:, : tokens.shape[1] - extra]), separator),)
 
         return Compute("mask", "embed", mask, ("tokens",), ("mask",))
 
@@ -198,7 +199,7 @@ class Transformer(nn.Module):
         first = 1 + mtp.depth
 
         def mtp_in(hidden: Tensor, tokens: Tensor) -> tuple[Tensor]:
-            return (mtp.join(hidden, self.embed(tokens[:, first : first + hidden.shape[1]])),)
+            return (mtp.join(hidden, self.embed(token_ids(tokens[:, first : first + hidden.shape[1]]))),)
 
         return Compute("mtp_in", mtp.name, mtp_in, ("hidden", "tokens"), ("resid",))
 

@@ -7,6 +7,7 @@ over. A failure names rank, position, action and phase: with data from other ran
 only way to find it again.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from moe_runtime.schedule.action import Action, Entry, Kind, Overlap, Program
 from moe_runtime.schedule.interleave import interleave
 
 Key = tuple[int, int, int]  # direction, stage, microbatch
+# (direction, microbatch), slot, value, and what makes it a mean over targets
+Recorded = tuple[tuple[int, int], str, Tensor, float]
 
 
 class ActionFailed(RuntimeError):
@@ -127,7 +130,7 @@ class Executor:
         self._outputs: dict[Key, Tensor] = {}
         self._input_grads: dict[Key, Tensor] = {}
         self._arriving: dict[tuple[Kind, Key], tuple[Transfer, Tensor]] = {}
-        self._recorded: list[tuple[tuple[int, int], str, Tensor]] = []
+        self._recorded: list[Recorded] = []
         for position, entry in enumerate(program.rows[self._pp_rank]):
             try:
                 self._enter(entry)
@@ -213,7 +216,10 @@ class Executor:
         if action.stage < self._program.num_stages - 1:
             self._outputs[key] = flight.state[BOUNDARY].contiguous()
         lane = (action.direction, action.microbatch)
-        self._recorded += [(lane, slot, value) for slot, _, value in flight.scalars]
+        factors = self._weights.factors if self._weights is not None else {}
+        self._recorded += [
+            (lane, slot, value, factors.get(layer, 1.0)) for slot, layer, value in flight.scalars
+        ]
         if self._keep is not None and self._keep in flight.state:
             self._kept[lane] = flight.state[self._keep]
         flight.state.clear()
@@ -277,13 +283,11 @@ class Executor:
         return buffer
 
 
-def _sum_up(
-    recorded: Sequence[tuple[tuple[int, int], str, Tensor]], kept: dict[tuple[int, int], Tensor]
-) -> StepScalars:
+def _sum_up(recorded: Sequence[Recorded], kept: dict[tuple[int, int], Tensor]) -> StepScalars:
     """Read the scalars off the device, once, after the step."""
     scalars = StepScalars(kept=kept)
-    for lane, slot, value in recorded:
-        number = float(value)
+    for lane, slot, value, factor in recorded:
+        number = float(value) * factor if factor else math.nan  # a mean over no targets
         own = scalars.per_microbatch.setdefault(lane, {})
         own[slot] = own.get(slot, 0.0) + number
         scalars.totals[slot] = scalars.totals.get(slot, 0.0) + number

@@ -22,6 +22,7 @@ from moe_runtime.parallel.beat import BeatFile
 from moe_runtime.parallel.progress import Progress
 
 STATUS_DIR = "MOE_RUNTIME_STATUS_DIR"  # environment: the folder of a rank's supervisor, if it has one
+ATTEMPT = "MOE_RUNTIME_ATTEMPT"  # environment: its number of this start of the ranks, from 1
 DUMP_FILE = "dump"
 _FLIGHT_ENTRIES = "2000"
 

@@ -66,6 +66,14 @@ class Peers:
         """True on every rank if it is true on one."""
         return not self.all_true(not verdict)
 
+    def any_of(self, verdicts: Sequence[bool]) -> list[bool]:
+        """For each verdict, True on every rank if it is true on one; as many on every rank."""
+        if self.world_size == 1:
+            return list(verdicts)
+        flags = torch.tensor(verdicts, dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
+
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, ScheduleError
+from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.parallel.clock import Clock
@@ -30,6 +31,7 @@ class Runtime:
         chunks: stage -> module, in ascending stage order.
         named_params: canonical name -> parameter, each object once, in ascending stage order.
         weight_casts: FP8 forms of the weights; dropped whenever weights change.
+        fp8_watch: counts what casts to FP8 do, in sampled steps.
         tied_embedding: the embedding that first and last stage hold a copy of each, or None.
         executor: runs training and validation programs.
         meters: of the routers, filled by every training forward.
@@ -46,6 +48,7 @@ class Runtime:
     named_params: list[tuple[str, Parameter]]
     tied_embedding: Parameter | None
     weight_casts: WeightCasts
+    fp8_watch: Fp8Watch
     load: ExpertLoad
     meters: RouterMeters
     clock: Clock

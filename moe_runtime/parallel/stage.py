@@ -15,8 +15,8 @@ A forward or backward is handed out as a list of `Step`s, which the caller runs 
 merged with another list (`schedule.interleave`). Values live in a `Flight`, one per microbatch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,14 +51,25 @@ class Step:
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Derivative of the objective with respect to each scalar that a phase puts out."""
+    """Derivative of the objective with respect to each scalar that a phase puts out.
+
+    Args:
+        factors: by the name of a head, positions over targets of the global batch (`model.targets`); 1 for
+            a head that is not there.
+    """
 
     loss: float
     loss_mtp: float
     balance: float
+    factors: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, slot: str) -> float:
-        return {LOSS: self.loss, LOSS_MTP: self.loss_mtp, BALANCE: self.balance}[slot]
+    def of(self, slot: str, layer: str) -> float:
+        weight = {LOSS: self.loss, LOSS_MTP: self.loss_mtp, BALANCE: self.balance}[slot]
+        return weight * self.factor(layer)
+
+    def factor(self, layer: str) -> float:
+        """What makes the loss of a layer's phase a mean over targets."""
+        return self.factors.get(layer, 1.0)
 
 
 class StageRunner:
@@ -256,7 +267,7 @@ class StageRunner:
         taped = flight.tape.pop(phase)
         edges, grads = [], []
         for slot, exit in taped.exits.items():
-            grad = self._grad_of(flight, slot, exit, weights)
+            grad = self._grad_of(flight, (slot, phase.layer), exit, weights)
             if grad is not None:
                 edges.append(exit.edge)
                 grads.append(grad)
@@ -268,10 +279,13 @@ class StageRunner:
         # What is kept for W has a history that ends at this dictionary, and would keep the gradients too.
         taped.grads.clear()
 
-    def _grad_of(self, flight: Flight, slot: str, exit: Exit, weights: ObjectiveWeights) -> Tensor | None:
+    def _grad_of(
+        self, flight: Flight, place: tuple[str, str], exit: Exit, weights: ObjectiveWeights
+    ) -> Tensor | None:
+        slot, layer = place
         if slot in SCALARS:
             # Filled there: a number copied to a GPU would have the host wait for it.
-            return torch.full((), weights.of(slot), dtype=exit.dtype, device=exit.device)
+            return torch.full((), weights.of(slot, layer), dtype=exit.dtype, device=exit.device)
         grad = self._take_grad(flight, slot)
         return None if grad is None else carry_over(grad, grad.reshape(exit.shape))
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.errors import ConfigError, PeerLost
+from moe_runtime.parallel.heartbeat import ATTEMPT
 from moe_runtime.parallel.meeting import TOKEN, check_token, host_store, join_store
 
-ATTEMPT = "MOE_RUNTIME_ATTEMPT"
 # Of a full machine: the last one of a shrunk run may have fewer.
 RANKS_PER_NODE = "MOE_RUNTIME_RANKS_PER_NODE"
 

@@ -156,10 +156,7 @@ class ZeroOptimizer:
         self._partitions = [self._describe(i, lay_out(ps, names)) for i, ps in enumerate(self._members)]
         for own, partition in zip(self.client.param_groups, self._partitions, strict=True):
             own["offset"] = partition.start  # stochastic rounding counts elements of the whole flat group
-        # Another pipeline rank counts its copy of these.
-        self._copies = frozenset(n for n, p in self._named if getattr(p, "ds_pipe_replicated", False))
-        self._runs = [runs_of(partition, self._copies) for partition in self._partitions]
-        self._classes = self._classes_of_all()
+        self._tell_classes_apart()
         self._released: set[int] = set()
         self._grad_norm: float | None = None
         self._grad_norms: dict[str, float] = {}
@@ -327,16 +324,19 @@ class ZeroOptimizer:
         pairs = zip(moved, weights, strict=True)
         return self._by_class(math.sqrt(square / whole) if whole else 0.0 for square, whole in pairs)
 
-    def _classes_of_all(self) -> frozenset[str]:
-        """Classes of which some rank holds a parameter."""
+    def _tell_classes_apart(self) -> None:
+        """Where in the partitions parameters of each class lie, and of which ones some rank holds any."""
+        # Another pipeline rank counts its copy of these.
+        self._copies = frozenset(n for n, p in self._named if getattr(p, "ds_pipe_replicated", False))
+        self._runs = [runs_of(partition, self._copies) for partition in self._partitions]
         held = torch.zeros(len(CLASSES), dtype=torch.float64, device=self._named[0][1].device)
         held[[run.row for runs in self._runs for run in runs]] = 1.0
-        return frozenset(name for name, ranks in zip(CLASSES, self._summed(held).tolist(), strict=True) if ranks)
+        self._classes = frozenset(
+            name for name, ranks in zip(CLASSES, self._summed(held).tolist(), strict=True) if ranks
+        )
 
     def _by_class(self, values: Iterable[float]) -> dict[str, float]:
-        return {
-            name: value for name, value in zip(CLASSES, values, strict=True) if name in self._classes
-        }
+        return {name: value for name, value in zip(CLASSES, values, strict=True) if name in self._classes}
 
     def _summed(self, sums: Tensor) -> Tensor:
         """Over all ranks that hold something else."""

@@ -18,6 +18,7 @@ from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.parallel.watchdog import Watchdog
 from moe_runtime.parallel.world import shared_store
 from moe_runtime.planner.trace import write_trace
+from moe_runtime.train.alerting import Alarm
 from moe_runtime.train.checkpoints import RunCheckpoints
 from moe_runtime.train.guard.guard import Guard
 from moe_runtime.train.guard.integrity import StateDamaged
@@ -51,6 +52,7 @@ class Run:
     checkpoints: RunCheckpoints
     recorder: Recorder
     guard: Guard
+    alarm: Alarm
     roll_back: RollBack
     start: int
     end: int
@@ -130,7 +132,6 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
         _tell_fp8(run)
     if step == run.config.metrics.trace_step:
         _trace(run, step)
-    stopping = run.state.peers.any_true(stop.wanted)
     is_last = step == run.end
     if is_last or (every.eval_every and step % every.eval_every == 0):
         run.latest = _validate(run)
@@ -139,7 +140,10 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
     with run.runtime.clock.metering():
         run.recorder.expert_load(step, run.step.recorder.expert_load)
     run.checkpoints.tell()
-    if run.guard.finds_spike(record, run.step.blames):
+    verdict = run.alarm.judge(record, stop.wanted)
+    stopping = verdict.stops
+    is_spike = run.guard.finds_spike(record, run.step.blames)
+    if is_spike or (verdict.calls_for("roll_back") and _may_roll_back(run, step)):
         back = run.roll_back.past_data(step)
         if back is not None:
             return back, stopping
@@ -147,12 +151,24 @@ def _advance(run: Run, step: int, stop: StopRequest) -> tuple[int, bool]:
     if every.sample_every and step % every.sample_every == 0 and not is_last:
         _sample(run, step)
     is_due = every.checkpoint_every > 0 and step % every.checkpoint_every == 0
-    saving = is_last or stopping or is_due
+    saving = is_last or stopping or is_due or verdict.calls_for("checkpoint")
     if run.step.integrity.is_compared(step, saving):
         run.step.integrity.compare(step)
     if saving:
         run.checkpoints.begin(step)
+    verdict.end(step)
     return step, stopping
+
+
+def _may_roll_back(run: Run, step: int) -> bool:
+    """An alert calls for a roll-back: False if there were as many as the config allows."""
+    allowed = run.config.guard.spike_max
+    if run.state.guard.roll_backs < allowed:
+        return True
+    run.recorder.tell(
+        "no_roll_back", step, f"guard.spike_max: {allowed} roll-backs were done; training goes on"
+    )
+    return False
 
 
 def _check_numerics(run: Run, step: int, report: Report | None) -> None:

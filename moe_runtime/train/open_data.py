@@ -7,8 +7,9 @@ from moe_runtime.config.data import DataConfig
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader, Loader
 from moe_runtime.data.mixture_loader import MixtureLoader, set_seed
-from moe_runtime.data.prepare import ensure_prepared
+from moe_runtime.data.prepare import ensure_prepared, silent
 from moe_runtime.data.shards import TokenDataset
+from moe_runtime.data.task import Progress
 from moe_runtime.data.vocabulary import Tokenizer
 from moe_runtime.errors import DataError
 from moe_runtime.parallel.peers import Peers
@@ -41,8 +42,11 @@ class RunData:
     datasets: dict[str, TokenDataset]
 
 
-def open_data(config: RunConfig, peers: Peers) -> RunData:
+def open_data(config: RunConfig, peers: Peers, progress: Progress = silent) -> RunData:
     """The tokenizer, and loaders of training and validation; a collective call.
+
+    Args:
+        progress: told of the preparation, on the rank that does it.
 
     Raises:
         DataError: it cannot be prepared, or is damaged; on every rank alike.
@@ -51,7 +55,7 @@ def open_data(config: RunConfig, peers: Peers) -> RunData:
 
     def prepare_all() -> None:
         for one in sets.values():
-            ensure_prepared(one, config.seed)
+            ensure_prepared(one, config.seed, progress)
 
     peers.first_does(prepare_all, (DataError,))
     return peers.alike(lambda: _open_all(config, sets), (DataError,))

@@ -21,12 +21,21 @@ def enter_run(run_dir: Path, private: bool = True) -> TextIO | None:
         ConfigError: it cannot be written, or another process holds it.
     """
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        run_dir.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+        make_run_dir(run_dir, private)
         return lock_run(run_dir)
     except OSError as error:
         text = f"out_dir: {run_dir} cannot be written ({error.strerror}); choose another"
         raise ConfigError(text) from error
+
+
+def make_run_dir(run_dir: Path, private: bool) -> None:
+    """Make the run folder unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
 
 
 def lock_run(run_dir: Path) -> TextIO | None:

@@ -9,6 +9,7 @@ number alone.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from moe_runtime.config.derive import batch_size_at, tokens_before
 from moe_runtime.data.loader import Loader
 from moe_runtime.data.vocabulary import Ids
 from moe_runtime.errors import DataError
+from moe_runtime.model.targets import count_targets, head_names
 from moe_runtime.optim.ema import HostEma
 from moe_runtime.optim.schedule import bias_gamma_at, lr_at, mtp_lambda_at
 from moe_runtime.parallel.executor import StepScalars
@@ -32,6 +34,7 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.replay import is_replayed, replay
 from moe_runtime.train.guard.skips import Blame, gather_blame
 from moe_runtime.train.guard.state import GuardState
+from moe_runtime.train.meters.numerics import is_sampled, of_casts, of_gradients
 from moe_runtime.train.optim_numerics import is_due, reduce_statistics
 from moe_runtime.train.step_record import Record, StepFacts, StepRecorder
 from moe_runtime.train.straggler import Straggler, StragglerWatch, peers_of
@@ -128,7 +131,8 @@ class TrainStep:
         plan, runtime = self.plan(step), self.runtime
         self._data_s = 0.0
         runtime.clock.progress.begins_step(step + 1)
-        scalars = self._sound_gradients(plan)
+        samples = is_sampled(runtime.config.metrics.numerics_every, step)
+        scalars = self._sound_gradients(plan, samples)
         self._sum_tied_embedding()
         total = runtime.load.take_total(runtime.groups.data)
         optim, client = runtime.config.optim, self.optimizer.client
@@ -136,7 +140,7 @@ class TrainStep:
         client.collect_statistics = counts  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.join()
-        result = self.optimizer.step(plan.lr, plan.applies)
+        result = self.optimizer.step(plan.lr, plan.applies, measures_updates=samples)
         self.blames = []
         if result.skipped:
             self.blames = gather_blame(result.culprits, runtime, self._bad_data)
@@ -146,14 +150,18 @@ class TrainStep:
             if self.ema is not None:
                 self.ema.start()
         record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
+        record |= of_gradients(result, self.blames)
+        if samples and runtime.config.precision == "fp8":
+            record |= of_casts(runtime.fp8_watch, runtime.groups.control, runtime.mesh.world_size)
         if counts:
             own = client.take_statistics()  # type: ignore[attr-defined]
             record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
         return record
 
-    def _sound_gradients(self, plan: StepPlan) -> StepScalars:
+    def _sound_gradients(self, plan: StepPlan, samples: bool) -> StepScalars:
         """Forward and backward, again where the first time cannot be trusted; ends in phase `optimizer`."""
-        config, step = self.runtime.config.guard, plan.step + 1
+        config, step, watch = self.runtime.config.guard, plan.step + 1, self.runtime.fp8_watch
+        watch.begin(samples)
         if is_replayed(config.replay_every, step):
             run = partial(self._forward_backward, plan)
             scalars = replay(run, self.optimizer, self.runtime.peers, step, self.integrity.tell)
@@ -161,6 +169,9 @@ class TrainStep:
             scalars = self._forward_backward(plan)
         while self.integrity.heals_weights(step):
             scalars = self._forward_backward(plan)
+        if samples:
+            watch.saw_weights(self.runtime.weight_casts)
+        watch.is_on = False
         return scalars
 
     def _start(self, plan: StepPlan) -> None:
@@ -175,10 +186,13 @@ class TrainStep:
     def _forward_backward(self, plan: StepPlan) -> StepScalars:
         runtime, program = self.runtime, self.program(plan.num_microbatches)
         self._start(plan)
-        weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda)
         reading = time.perf_counter()
-        tokens = self._tokens(plan, program)
+        rows = self._tokens(plan)
+        size = runtime.config.batch.micro_batch_size
+        tokens = split_microbatches(rows.to(runtime.device), size, program.num_directions)
         self._data_s += time.perf_counter() - reading
+        factors = self._target_factors(rows, plan.batch_size) if self.loader.is_masked else {}
+        weights = objective_weights(runtime, plan.num_microbatches, plan.mtp_lambda, factors)
         runtime.clock.progress.enters("step")
         scalars = runtime.executor.run(program, tokens, weights, self.optimizer.end_microbatch)
         if self._bad_data is not None:
@@ -197,12 +211,21 @@ class TrainStep:
             self._programs[num_microbatches] = self.runtime.program(num_microbatches)
         return self._programs[num_microbatches]
 
-    def _tokens(self, plan: StepPlan, program: Program) -> list[list[Tensor]]:
-        mesh, size = self.runtime.mesh, self.runtime.config.batch.micro_batch_size
-        count = plan.num_microbatches * size
+    def _tokens(self, plan: StepPlan) -> Tensor:
+        """This lane's rows of the global batch."""
+        mesh = self.runtime.mesh
+        count = plan.num_microbatches * self.runtime.config.batch.micro_batch_size
         first = plan.first_sequence + mesh.dp_rank * count
-        rows = self._rows(self.guard.skipped_data.numbers(first, count))
-        return split_microbatches(rows.to(self.runtime.device), size, program.num_directions)
+        return self._rows(self.guard.skipped_data.numbers(first, count))
+
+    def _target_factors(self, rows: Tensor, batch_size: int) -> dict[str, float]:
+        """What makes each head's loss a mean over the targets of the global batch; a collective call."""
+        config, mesh = self.runtime.config, self.runtime.mesh
+        counts = count_targets(rows, config.batch.seq_len, config.model.mtp_depth)
+        if mesh.world_size > 1:
+            dist.all_reduce(counts, group=self.runtime.groups.control)
+        # All pipeline ranks of a lane have counted the same rows.
+        return target_factors(counts // mesh.pp, batch_size * config.batch.seq_len)
 
     def _rows(self, numbers: Ids) -> Tensor:
         """Tokens of these sequences; zeros in place of bad ones, for the others wait for this rank."""
@@ -261,7 +284,22 @@ def _straggler_watch(runtime: Runtime) -> StragglerWatch | None:
     return StragglerWatch(peers_of(mesh.data_groups(), mesh.world_size), ratio)
 
 
-def objective_weights(runtime: Runtime, num_microbatches: int, mtp_lambda: float) -> ObjectiveWeights:
+def target_factors(counts: Tensor, positions: int) -> dict[str, float]:
+    """Positions over targets, by the name of the head; 0 for one without any target, which learns nothing.
+
+    Args:
+        counts: targets of each head in the global batch, from `count_targets`.
+        positions: tokens of the global batch.
+    """
+    names = head_names(len(counts) - 1)
+    return {
+        name: positions / count if count else 0.0 for name, count in zip(names, counts.tolist(), strict=True)
+    }
+
+
+def objective_weights(
+    runtime: Runtime, num_microbatches: int, mtp_lambda: float, factors: Mapping[str, float] | None = None
+) -> ObjectiveWeights:
     """Derivatives of the objective, so that ZeRO's mean over data-parallel ranks is the batch mean.
 
     A stage's gradients come from `dp` lanes and, when mirrored, from both rows: ZeRO divides by all of
@@ -274,6 +312,7 @@ def objective_weights(runtime: Runtime, num_microbatches: int, mtp_lambda: float
         loss=scale,
         loss_mtp=scale * mtp_lambda / depth,
         balance=scale * runtime.config.recipe.balance_alpha,
+        factors=factors or {},
     )
 
 

@@ -16,6 +16,7 @@ from moe_runtime.metrics.memory import alloc_retries, peak_bytes
 from moe_runtime.metrics.utilisation import peak_flops
 from moe_runtime.metrics.window import TimeWindow
 from moe_runtime.model.phase import BALANCE, LOSS, LOSS_MTP
+from moe_runtime.optim.schedule import bias_gamma_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.runtime import Runtime
 from moe_runtime.planner.flops import token_flops
@@ -108,6 +109,11 @@ class StepRecorder:
         with clock.metering():
             return self._read(tables, facts)
 
+    def lost_experts(self) -> dict[str, list[int]]:
+        """Experts that the bias does not bring back, by layer; of the layers that this rank tells of."""
+        rows = zip(self._runtime.load.layers, self._routing.lost, strict=True)
+        return {layer: row.nonzero().flatten().tolist() for layer, row in rows if bool(row.any())}
+
     def _shapes(self, step: int, program: Program) -> dict[str, tuple[int, ...]]:
         has_pipeline = self._is_timed and self._runtime.mesh.pp > 1
         return {
@@ -134,7 +140,8 @@ class StepRecorder:
         own = (clock.worked_s, facts.seconds, facts.data_s, 0.0, *held)
         _put(tables["head"], head)
         _put(tables["ranks"][runtime.mesh.rank], own)
-        self._routing.fill(tables, total)
+        gamma = bias_gamma_at(runtime.config.recipe, facts.tokens - facts.new_tokens)
+        self._routing.fill(tables, total, is_moving=gamma > 0.0)
         self._bubble.fill(tables, clock)
 
     def _read(self, tables: OneSum, facts: StepFacts) -> Record:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
 from typing import Any
 
 import torch
@@ -42,12 +41,11 @@ class Validation:
     def record(self) -> dict[str, Any]:
         """Its keys in the record of a step."""
         own: dict[str, Any] = {"val_loss": self.loss, "val_bpb": self.bits_per_byte}
-        return own | ({"val_sets": {name: one.record() for name, one in self.sets.items()}} if self.sets else {})
+        sets = {name: one.record() for name, one in self.sets.items()}
+        return own | ({"val_sets": sets} if sets else {})
 
 
-def validate_sets(
-    runtime: Runtime, sets: ValidationSets, counter: ByteCounter, wanted: int
-) -> Validation:
+def validate_sets(runtime: Runtime, sets: ValidationSets, counter: ByteCounter, wanted: int) -> Validation:
     """Measure on each set, and together: each set counts by its share in training.
 
     Args:

@@ -25,7 +25,7 @@ from moe_runtime.cli.bench_generate.teacher_forced import teacher_forced
 from moe_runtime.cli.bench_generate.turns import in_turn
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import ConfigError
 from moe_runtime.generate.decode_reference import generate

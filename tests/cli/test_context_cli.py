@@ -12,7 +12,7 @@ from moe_runtime.cli.long_context.draw import draw
 from moe_runtime.cli.long_context.record import Record, read_record
 from moe_runtime.cli.long_context.table import tables
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.errors import ConfigError, DataError, MoeRuntimeError
 from tests.arch.sources import ROOT
 from tests.cli.small_checkpoint import make_checkpoint

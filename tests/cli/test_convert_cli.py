@@ -15,7 +15,7 @@ from moe_runtime.checkpoint.load import load_model
 from moe_runtime.cli.app import app
 from moe_runtime.config.schema import ModelConfig
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import CheckpointError, ConfigError, DataError
 from tests.unit.hugging_face.models import BASE, difference, load_peer, make_model, random_tokens, save

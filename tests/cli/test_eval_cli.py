@@ -17,7 +17,7 @@ from moe_runtime.cli.app import app
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.errors import CheckpointError, ConfigError, DataError
 from tests.unit.evaluation.samples import BYTES, CONTEXT, item_lines, saved, stdlib_texts, write_items
 from tests.unit.hugging_face.models import load_peer

@@ -15,7 +15,7 @@ from moe_runtime.checkpoint.weights import weights_to_save
 from moe_runtime.cli.app import app
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 from moe_runtime.errors import CheckpointError, ConfigError, DataError
 from moe_runtime.model.transformer import Transformer

@@ -1,5 +1,6 @@
 """One layout against the plain model: what a rank of the layout tests runs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,13 +13,14 @@ from torch.nn import Parameter
 from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.model.targets import count_targets
 from moe_runtime.model.transformer import Losses
 from moe_runtime.optim.schedule import lr_at
 from moe_runtime.parallel.executor import StepScalars
 from moe_runtime.parallel.expert_load import move_biases
 from moe_runtime.parallel.mesh import open_groups
 from moe_runtime.parallel.runtime import Runtime
-from moe_runtime.train.step import objective_weights, split_microbatches
+from moe_runtime.train.step import objective_weights, split_microbatches, target_factors
 from tests.dist.plain_model import PlainModel, PlainStep, preset_biases
 
 MTP_LAMBDA = 0.3
@@ -56,6 +58,7 @@ class Case:
         microbatches: per lane.
         biases: routing bias of single experts, set before the step.
         device: of all ranks.
+        mask: which tokens are no targets: "ragged", "all", or none.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Case:
     moments: str = "fp32"
     document_separator: int | None = None
     device: str = "cpu"
+    mask: str = ""
 
     def config(self) -> RunConfig:
         dp = self.layout.get("dp", 1)
@@ -107,11 +111,19 @@ def build(case: Case, rank: int) -> Runtime:
     return runtime
 
 
-def batch(config: RunConfig, step: int = 0) -> Tensor:
-    """The same random global batch on every rank, [sequences, seq_len + 1 + mtp_depth]."""
+def batch(config: RunConfig, step: int = 0, mask: str = "") -> Tensor:
+    """The same random global batch on every rank, [sequences, seq_len + 1 + mtp_depth].
+
+    Under a ragged mask the first sequence has no target, the last one all, and each between fewer than those
+    after it.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.batch.global_batch_size, SEQ_LEN + 1 + config.model.mtp_depth)
-    return torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    if not mask:
+        return tokens
+    shares = torch.linspace(1.0, 1.0 if mask == "all" else 0.0, shape[0]).unsqueeze(1)
+    return torch.where(torch.rand(shape, generator=generator) < shares, ~tokens, tokens)
 
 
 def held_gradients(case: Case, rank: int) -> tuple[float, dict[str, np.ndarray]]:
@@ -132,7 +144,9 @@ def run_lane(
     count = tokens.shape[0] // mesh.dp
     own = tokens[mesh.dp_rank * count : (mesh.dp_rank + 1) * count]
     microbatches = split_microbatches(own.to(runtime.device), 1, 2 if mesh.is_mirrored else 1)
-    weights = objective_weights(runtime, count, MTP_LAMBDA)
+    counts = count_targets(tokens, SEQ_LEN, runtime.config.model.mtp_depth)
+    factors = target_factors(counts, tokens.shape[0] * SEQ_LEN) if bool((tokens < 0).any()) else {}
+    weights = objective_weights(runtime, count, MTP_LAMBDA, factors)
     return runtime.executor.run(runtime.program(count), microbatches, weights, after_backward)
 
 
@@ -140,7 +154,7 @@ def compare_gradients(case: Case, rank: int) -> dict[str, float]:
     """Largest relative difference per quantity between this layout and the plain model."""
     runtime = build(case, rank)
     optimizer = build_optimizer(runtime)
-    tokens = batch(runtime.config)
+    tokens = batch(runtime.config, mask=case.mask)
     scalars = run_lane(runtime, tokens)
     oracle = PlainModel(runtime.config, case.biases, case.document_separator, case.device)
     plain = oracle.forward_backward(tokens.to(case.device), MTP_LAMBDA)
@@ -158,7 +172,12 @@ def _compare_losses(scalars: StepScalars, found: Losses, sequences: int) -> dict
     sums = torch.tensor([scalars.totals.get(name, 0.0) for name in names], dtype=torch.float64)
     dist.all_reduce(sums)
     pairs = zip(names, names.values(), sums / sequences, strict=True)
-    return {name: abs(float(got) - want) / abs(want) for name, want, got in pairs if want}
+    return {name: _distance(float(got), want) for name, want, got in pairs if want}
+
+
+def _distance(got: float, want: float) -> float:
+    """Relative; where there is no loss, for nothing is a target, there must be none."""
+    return float(not math.isnan(got)) if math.isnan(want) else abs(got - want) / abs(want)
 
 
 def _compare_parameters(runtime: Runtime, plain: PlainStep) -> dict[str, float]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from moe_comm.local import LocalDispatcher
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from moe_runtime.build import DTYPES
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.weight_casts import WeightCasts
 from moe_runtime.model.fp8_model import use_fp8
+from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.router import update_bias
 from moe_runtime.model.transformer import Losses, Transformer
 
@@ -64,17 +66,32 @@ class PlainModel:
     def forward_backward(self, tokens: Tensor, mtp_lambda: float) -> PlainStep:
         """Gradients of the objective over all sequences [sequences, seq + 1 + mtp_depth]."""
         self.model.zero_grad()
-        losses = self.model.losses(tokens)
+        phases = tuple(map(self._by_torch, self.model.phases()))
+        losses = self.model.run_phases(phases, {"tokens": tokens})
         depth = max(1, self.config.model.mtp_depth)
         alpha = self.config.recipe.balance_alpha
-        objective = losses.loss + mtp_lambda / depth * losses.loss_mtp + alpha * losses.balance
-        objective.backward()
+        terms = (losses.loss, mtp_lambda / depth * losses.loss_mtp, alpha * losses.balance)
+        sum(term for term in terms if not term.isnan()).backward()
         grads = {
             name: torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in self.model.named_parameters()
         }
         norm = torch.stack([grad.double().square().sum() for grad in grads.values()]).sum().sqrt()
         return PlainStep(losses, grads, float(norm))
+
+    def _by_torch(self, phase: Phase) -> Phase:
+        """A loss as torch's cross-entropy has it: a mean over the targets alone, NaN without any."""
+        if phase.name != "loss":
+            return phase
+        shift = 1 if phase.layer == "head" else 2 + int(phase.layer.removeprefix("mtp."))
+
+        def loss(hidden: Tensor, tokens: Tensor) -> tuple[Tensor]:
+            targets = tokens[:, shift : shift + hidden.shape[1]].flatten()
+            logits = (hidden @ self.model.head.weight.t()).flatten(0, 1)
+            high = torch.promote_types(logits.dtype, torch.float32)
+            return (cross_entropy(logits.to(high), targets.where(targets >= 0, -100)),)
+
+        return Compute("loss", phase.layer, loss, phase.inputs, phase.outputs)
 
     def update(self, done: PlainStep, lr: float, gamma: float) -> None:
         """Clip, AdamW, biases."""

@@ -109,6 +109,17 @@ def test_a_model_without_latents_or_shared_expert_is_no_exception() -> None:
     _check(run_ranks(_gradients, 4, cases), 1e-10)
 
 
+# Targets of microbatches and lanes differ, down to none: means over them must be those of the global batch.
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_masked_tokens_count_for_nothing_in_any_layout(world_size: int) -> None:
+    cases = [
+        Case(f"{name}, mask {mask}", layout, m, mtp_depth=depth, mask=mask)
+        for name, (layout, m) in WORLDS[world_size].items()
+        for mask, depth in (("ragged", 2), ("all", 1))
+    ]
+    _check(run_ranks(_gradients, world_size, cases), 1e-10)
+
+
 def test_a_document_mask_reaches_every_stage() -> None:
     layouts = {"dualpipe": ({"pp": 4, "schedule": "dualpipe"}, 8), "1f1b": ({"pp": 4, "schedule": "1f1b"}, 2)}
     cases = [Case(n, layout, m, mtp_depth=1, document_separator=5) for n, (layout, m) in layouts.items()]

@@ -29,11 +29,13 @@ from moe_runtime.config.counts import cache_elements, count_parameters
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.loader import VALIDATION_SEED, BatchLoader
 from moe_runtime.data.shards import TokenDataset
+from moe_runtime.errors import ConfigError
 from moe_runtime.evaluation.loss import evaluate
 from moe_runtime.metrics.files import METRICS_FILE
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.model.inference import InferenceModel
 from moe_runtime.model.router import Router
+from moe_runtime.model.targets import token_ids
 from moe_runtime.model.transformer import Transformer
 from moe_runtime.planner.flops import token_flops
 
@@ -56,6 +58,8 @@ def measure_run(run_dir: Path) -> dict[str, Any]:
     config = config_of(checkpoint)
     records = list(read_jsonl(run_dir / METRICS_FILE))
     model = model_from(checkpoint)
+    if config.data.path is None:
+        raise ConfigError(f"{run_dir}: expected a run on one set (data.path), got one on data.mixture")
     dataset = TokenDataset.open(config.data.path, "validation")
     tokens = records[-1]["tokens"]
     measures = _size(config, tokens) | _violation(records) | _on_text(model, dataset, config)
@@ -150,7 +154,7 @@ def routing_figures(seen: list[RouterWatch], num_experts: int) -> dict[str, floa
 def _drafts(model: Transformer, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
     """How often drafts of the MTP modules stand on the validation text, in percent."""
     loader = BatchLoader(dataset, config.batch.seq_len, config.model.mtp_depth, VALIDATION_SEED)
-    found = teacher_forced(InferenceModel(model), loader.sequences(0, DRAFTED_ROWS))
+    found = teacher_forced(InferenceModel(model), token_ids(loader.sequences(0, DRAFTED_ROWS)))
     named = {"accepted_sampled": found["sampled"][0], "accepted_greedy": found["greedy"][0]}
     if config.model.mtp_depth > 1:
         named["second_sampled"] = found["sampled"][1]

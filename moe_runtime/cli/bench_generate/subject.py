@@ -15,6 +15,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.generate.request import Request
 from moe_runtime.generate.sampling import SamplingParams
 from moe_runtime.model.inference import InferenceModel
+from moe_runtime.model.targets import token_ids
 from moe_runtime.model.transformer import Transformer
 
 
@@ -81,7 +82,7 @@ class Subject:
         vocab = self.transformer.config.vocab_size
         loader = BatchLoader(self.dataset, tokens - 1, 0, seed=0, vocab_size=vocab)
         available = max(1, self.dataset.num_tokens // tokens)
-        return loader.rows(list(range(min(count, available))))
+        return token_ids(loader.rows(list(range(min(count, available)))))
 
     def requests(self, tokens: int, temperature: float, count: int | None = None) -> list[Request]:
         """Requests for `tokens` more after each prompt; the same prompts and seeds at every call."""

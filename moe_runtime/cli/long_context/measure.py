@@ -16,6 +16,7 @@ from moe_runtime.errors import ConfigError, DataError
 from moe_runtime.evaluation.by_position import loss_by_position
 from moe_runtime.evaluation.needle import Haystack, ask
 from moe_runtime.model.inference import InferenceModel
+from moe_runtime.model.targets import token_ids
 
 BATCH_WINDOWS = 8
 SEED = 0  # of windows and questions: the same ones in every call
@@ -118,7 +119,7 @@ def _measure_one(
             f"{text.folder}: expected {terms.windows} windows of {terms.lengths[-1]} tokens in the "
             f"validation split, got {loader.samples_per_epoch}; lower --windows"
         )
-    batches = loader.validation_batches(terms.windows, BATCH_WINDOWS)
+    batches = map(token_ids, loader.validation_batches(terms.windows, BATCH_WINDOWS))
     position = loss_by_position(model, batches, terms.lengths[0])
     cached = InferenceModel(model)
     cells = tuple(

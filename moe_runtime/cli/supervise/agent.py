@@ -40,14 +40,15 @@ from moe_runtime.cli.supervise.job import Job
 from moe_runtime.cli.supervise.meeting_place import Change, MeetingPlace
 from moe_runtime.cli.supervise.outcome import has_stopped
 from moe_runtime.cli.supervise.shrink import Shape, fit_shape
-from moe_runtime.parallel.heartbeat import STATUS_DIR
+from moe_runtime.parallel.heartbeat import ATTEMPT, STATUS_DIR
 from moe_runtime.parallel.meeting import TOKEN
-from moe_runtime.parallel.world import ATTEMPT, RANKS_PER_NODE
+from moe_runtime.parallel.world import RANKS_PER_NODE
 
 _LOOK_S = 0.1
 _LAST_WORDS_S = 2.0
 _MACHINES_S = 0.5
 _LAST_SAVE_S = 5.0
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ class Agent(LocalElasticAgent):
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         self._shutdown(signal.SIGKILL)
+        if sys.stdout.isatty():  # rank 0 drew a bar there, and may have had no time to show the cursor again
+            os.write(sys.stdout.fileno(), _SHOW_CURSOR)
 
 
 class _MachinesWatch:

@@ -16,7 +16,7 @@ from moe_runtime.parallel.heartbeat import STATUS_DIR
 
 _AGAIN = "train resumes from the last checkpoint by the same command"
 _STOPPED = "stopped"
-_CAUSES_FIRST = (4, 2, 3)  # memory ended, a mistake, a lost peer
+_CAUSES_FIRST = (4, 2, 5, 3)  # memory ended, a mistake, an alert, a lost peer
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A run that makes progress may fail as often as it likes: large runs do, several times a day. What counts
 is failures in a row that reach no new checkpoint. Two kinds of failure would only come again and end the
 run at once: a user's mistake, and a defect that shows for the second time at the same step with the same
-words. (The first time it may have been the machine.)
+words. (The first time it may have been the machine.) An alert that ends a run is the user's own word.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moe_runtime.cli.supervise.outcome import Outcome
 
 _LONGEST_WAIT_S = 60.0
-_USER_MISTAKE, _PEER_LOST = 2, 3
+_USER_MISTAKE, _PEER_LOST, _ALERT = 2, 3, 5
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RestartPolicy:
             step: steps that were done when it did.
             checkpoint_step: of the newest checkpoint now.
         """
-        if outcome.code == _USER_MISTAKE or self._restarts == 0:
+        if outcome.code in (_USER_MISTAKE, _ALERT) or self._restarts == 0:
             return Decision(restart=False)
         if checkpoint_step > self._checkpoint_step:
             self._checkpoint_step, self._in_a_row = checkpoint_step, 0

@@ -10,19 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_runtime.data.skipped import SkippedData
+from moe_runtime.metrics.alerts import Alerts, Rule
 from moe_runtime.train.guard.spike import robust_z
 
 
 class GuardState:
-    """Recent losses, steps skipped, roll-backs done and data passed over; alike on every rank.
+    """Recent losses, steps skipped, alerts, roll-backs done and data passed over; alike on every rank.
 
     Args:
         window: losses that are kept.
         skip: ranges of sequences that the config passes over.
+        rules: of the run's alerts.
     """
 
-    def __init__(self, window: int, skip: Iterable[Sequence[int]] = ()) -> None:
+    def __init__(self, window: int, skip: Iterable[Sequence[int]] = (), rules: tuple[Rule, ...] = ()) -> None:
         self._wanted = tuple(skip)
+        self.alerts = Alerts(rules)
         self.losses: deque[float] = deque(maxlen=window)
         self.skips_in_row = 0
         self.skipped_steps = 0
@@ -40,6 +43,7 @@ class GuardState:
             "skips_in_row": self.skips_in_row,
             "skipped_steps": self.skipped_steps,
             "roll_backs": self.roll_backs,
+            "alerts": self.alerts.to_json(),
         }
 
     def restore(self, fields: Mapping[str, Any], skipped: Iterable[Sequence[int]], position: int) -> None:
@@ -54,4 +58,5 @@ class GuardState:
         self.skips_in_row = fields.get("skips_in_row", 0)
         self.skipped_steps = fields.get("skipped_steps", 0)
         self.roll_backs = fields.get("roll_backs", 0)
+        self.alerts.restore(fields.get("alerts", {}))
         self.skipped_data = SkippedData(skipped).with_later(self._wanted, position)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from moe_runtime.config.counts import moe_layers
-from moe_runtime.metrics.balance import dead_experts, load_entropy, rank_load_ratio, relative_load, violation
+from moe_runtime.metrics.balance import (
+    dead_experts,
+    load_entropy,
+    lost_experts,
+    rank_load_ratio,
+    relative_load,
+    unchecked_violation,
+    violation,
+)
 from moe_runtime.metrics.record import SPREAD
 from moe_runtime.metrics.window import LoadWindow
 from moe_runtime.model.router_meter import QUANTITIES
@@ -27,6 +35,8 @@ _HELD = (
     "violation_global",
     "load_entropy",
     "dead_experts",
+    "lost_experts",
+    "unchecked_violation",
     "rank_load_ratio",
     "bias_min",
     "bias_max",
@@ -40,6 +50,10 @@ class RoutingMeter:
 
     Args:
         runtime: of this rank.
+
+    Attributes:
+        lost: bool [held layers, experts], which experts `lost_experts` counts; all False on a rank that does
+            not tell of its layers.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -57,6 +71,7 @@ class RoutingMeter:
         """What comes now does not follow on what was measured before."""
         size = self._runtime.config.metrics.window if self._is_owner else 0
         self._window = LoadWindow(size, len(self._rows), self._runtime.config.model.num_experts)
+        self.lost = torch.zeros(len(self._rows), self._runtime.config.model.num_experts, dtype=torch.bool)
 
     def shapes(self, with_load: bool) -> dict[str, tuple[int, ...]]:
         """Tables that this needs; `with_load`: every expert's load too."""
@@ -64,11 +79,12 @@ class RoutingMeter:
         load = {"load": (rows, self._runtime.config.model.num_experts)} if with_load else {}
         return {"held": (rows, len(_HELD)), "routers": (rows, len(QUANTITIES)), **load}
 
-    def fill(self, tables: OneSum, total: Tensor) -> None:
+    def fill(self, tables: OneSum, total: Tensor, is_moving: bool) -> None:
         """Put in what this rank has to tell.
 
         Args:
             total: int64 [held layers, experts], counts over the global batch.
+            is_moving: biases followed the load in this step.
         """
         if not self._rows:
             return
@@ -77,26 +93,34 @@ class RoutingMeter:
             return
         counts = total.cpu()
         self._window.add(counts)
-        load = relative_load(counts)
+        load, of_window = relative_load(counts), relative_load(self._window.total)
+        biases = torch.stack([router.bias for router in self._routers]).cpu().double()
         columns = (
             load.amax(dim=1),
             load.amin(dim=1),
             violation(load),
-            violation(relative_load(self._window.total)),
+            violation(of_window),
             load_entropy(load),
             dead_experts(load),
+            *self._unmended(of_window, biases, is_moving),
             rank_load_ratio(load, self._runtime.mesh.ep),
-            *self._biases(),
+            biases.amin(dim=1),
+            biases.amax(dim=1),
+            biases.std(dim=1, correction=0),
         )
         tables["held"][self._rows] = torch.stack([column.double() for column in columns], dim=1)
         wanted = tables.get("load")
         if wanted is not None:
             wanted[self._rows] = load
 
-    def _biases(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Smallest, largest and standard deviation of each layer's biases: [held layers]."""
-        biases = torch.stack([router.bias for router in self._routers]).cpu().double()
-        return biases.amin(dim=1), biases.amax(dim=1), biases.std(dim=1, correction=0)
+    def _unmended(self, of_window: Tensor, biases: Tensor, is_moving: bool) -> tuple[Tensor, Tensor]:
+        """What balancing leaves as it is; NaN while the window is not full, for a few steps prove nothing."""
+        self.lost = lost_experts(of_window, biases, is_moving) & self._window.is_full
+        unchecked = unchecked_violation(of_window, biases, is_moving)
+        unknown = torch.full_like(unchecked, math.nan)
+        if not self._window.is_full:
+            return unknown, unknown
+        return self.lost.sum(dim=1), unchecked
 
     def read(self, tables: OneSum, new_tokens: int) -> Layers:
         """Every layer's numbers, by its canonical prefix, once the tables are summed.
@@ -109,9 +133,13 @@ class RoutingMeter:
 
     def _of_a_layer(self, held: list[float], sums: list[float], new_tokens: int) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(_HELD, held, strict=True))
+        unchecked = values["unchecked_violation"]
         square, z_loss, margin, nodes = (total / new_tokens for total in sums)
         return values | {
             "dead_experts": int(values["dead_experts"]),
+            "lost_experts": None if math.isnan(values["lost_experts"]) else int(values["lost_experts"]),
+            "unchecked_violation": None if math.isnan(unchecked) else unchecked,
+            "bias_range": values["bias_max"] - values["bias_min"],
             "bias_reach": max(abs(values["bias_min"]), abs(values["bias_max"])),
             "logit_rms": math.sqrt(square) if square >= 0 else math.nan,
             "z_loss": z_loss,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 
 SHARD_TOKENS = 30_000  # several shards, borders in mid-document
 

@@ -10,7 +10,7 @@ from moe_runtime.data.baseline import order1_bits_per_byte
 from moe_runtime.data.bits import ByteCounter, bits_per_byte
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import ByteTokenizer
 
 

@@ -11,7 +11,7 @@ from moe_runtime.data.manifest import MANIFEST
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
 from moe_runtime.data.sources import open_source
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.writer import MAX_PARTS, OTHER_PARTS, SplitWriter
 from moe_runtime.errors import DataError
 
@@ -80,7 +80,8 @@ def test_a_changed_record_is_noticed(prepared: Path) -> None:
 def test_too_many_parts_are_one_from_some_number_on(tmp_path: Path) -> None:
     with SplitWriter(tmp_path, "train", "uint16") as writer:
         for number in range(MAX_PARTS + 5):
-            writer.add(np.array([1, 2]), 2, part=f"https://{number}")
-        record = writer.close()
+            writer.add_documents(np.array([2]), np.array([0]), [f"https://{number}"])
+            writer.add_tokens(np.array([1, 2]))
+        record = writer.close({"bytes": 2, "max_id": 2})
     assert len(record.part_names) == MAX_PARTS + 1 and record.part_names[-1] == OTHER_PARTS
     assert record.parts is not None and record.parts.bytes == 2 * (MAX_PARTS + 5)

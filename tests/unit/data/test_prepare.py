@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from moe_runtime.config.schema import DataConfig
+from moe_runtime.data.job import TOKENISE
 from moe_runtime.data.manifest import read_manifest
 from moe_runtime.data.prepare import ensure_prepared, prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.sources import open_source
-from moe_runtime.data.survey import take_survey
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import decode_bytes
 from moe_runtime.data.writer import SplitWriter
 from moe_runtime.errors import DataError
@@ -94,8 +93,9 @@ def test_deepseek_ids_are_stored_in_32_bits(tmp_path: Path) -> None:
 def test_ids_beyond_16_bits_survive_the_shards(tmp_path: Path) -> None:
     ids = np.array([3, 70_000, 129_279, 1])
     with SplitWriter(tmp_path, "train", "uint32", shard_tokens=3) as writer:
-        writer.add(ids, num_bytes=9)
-        record = writer.close()
+        writer.add_documents(np.array([4]), np.array([0]), ["."])
+        writer.add_tokens(ids)
+        record = writer.close({"bytes": 9, "max_id": 129_279})
     assert (record.tokens, record.max_id, [shard.bytes for shard in record.shards]) == (4, 129_279, [12, 4])
     stored = [np.fromfile(tmp_path / shard.file, "<u4") for shard in record.shards]
     assert np.concatenate(stored).tolist() == ids.tolist()
@@ -110,11 +110,15 @@ def test_too_few_documents_to_split_is_an_error(texts: list[str], tmp_path: Path
 
 
 def test_source_that_changes_between_passes_is_noticed(tmp_path: Path) -> None:
-    source = open_source(write_lines(tmp_path / "a.jsonl", ["one", "two"]))
-    survey = take_survey(source, 0.5, lambda what, done, total: None)
-    write_lines(tmp_path / "a.jsonl", ["one", "three"])
+    source = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+
+    def meddle(what: str, done: int, total: int | None) -> None:
+        if what == TOKENISE:
+            write_lines(tmp_path / "a.jsonl", ["one", "three"])
+
     with pytest.raises(DataError, match="changed while being read"):
-        list(survey.kept(source))
+        prepare(Request(source), tmp_path / "out", progress=meddle)
+    assert not (tmp_path / ".out.preparing").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
@@ -159,7 +163,7 @@ def test_leftovers_of_a_killed_preparation_are_removed(tmp_path: Path) -> None:
 def test_two_processes_may_prepare_the_same_folder_at_once(corpus: Path, tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from moe_runtime.data.prepare import prepare;"
-        "from moe_runtime.data.tokenise import Request;"
+        "from moe_runtime.data.task import Request;"
         f"print(prepare(Request({str(corpus)!r}, 'bpe:300'), Path({str(tmp_path / 'out')!r})).fingerprint)"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.data.sources import TXT_PIECE_BYTES, open_source
+from moe_runtime.data.readers import TXT_PIECE_BYTES
+from moe_runtime.data.sources import open_source
 from moe_runtime.errors import DataError
 
 
@@ -54,7 +55,7 @@ def test_folder_is_read_in_path_order_without_hidden_binary_and_foreign_files(tm
         "latin.rst": "caf\ufffd",
         "b/two.md": "# two\r\n",
     }
-    assert dict(counts) == {"not_utf8": 1, "binary_files": 1}
+    assert dict(counts) == {"not_utf8": 1, "binary_files": 1, "read_bytes": 27}
 
 
 @pytest.mark.parametrize("line", ["ü" * 40 + "\n", "é€𝄞" * 9000, "x" * 50_000 + "\n" + "y\n" * 9])

@@ -9,7 +9,7 @@ import torch
 from moe_runtime.data.loader import BatchLoader
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.evaluation.loss import evaluate
 from moe_runtime.evaluation.tally import Tally, by_part
 from tests.unit.evaluation.samples import BYTES, small_model

@@ -5,7 +5,7 @@ import torch
 
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.errors import ConfigError
 from moe_runtime.evaluation.needle import FORMS, Haystack, NeedleForm, Trial, ask, value_scores
 from moe_runtime.generate.decode_reference import generate

@@ -9,7 +9,7 @@ import pytest
 
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.evaluation.needle import FORMS
 from moe_runtime.evaluation.planting import KEPT, plant, planted
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from moe_runtime.data.bpe import JsonTokenizer
 from moe_runtime.data.prepare import prepare
 from moe_runtime.data.shards import TokenDataset
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 from moe_runtime.data.vocabulary import EOS
 from moe_runtime.errors import DataError
 from moe_runtime.evaluation.documents import Text, read_texts

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.metrics.console import ConsoleSink
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.line import to_line
 from moe_runtime.metrics.record import KEYS, METRICS
@@ -26,7 +27,10 @@ def open_recorder(run_dir: Path, tty: bool = False, **options: Any) -> tuple[Rec
     out = io.StringIO()
     console = Console(file=out, force_terminal=tty, width=200, color_system=None)
     resume_step = options.pop("resume_step", 0)
-    return Recorder(run_dir, config(**options), Peers(), resume_step, console), out
+    run = config(**options)
+    train = run.train
+    shown = ConsoleSink(train.total_steps, train.total_tokens, train.log_every, console)
+    return Recorder(run_dir, run, Peers(), resume_step, shown), out
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from moe_runtime.metrics.console import ConsoleSink
 from moe_runtime.metrics.jsonl import read_jsonl
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.metrics.wandb_sink import WandbSink
@@ -32,7 +33,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def train(run_dir: Path, mode: str = "offline", steps: int = 5) -> tuple[list[str], str]:
     """Report a few steps; the warnings and what the console showed."""
     out = io.StringIO()
-    recorder = Recorder(run_dir, config(mode), Peers(), 0, Console(file=out, width=400))
+    recorder = Recorder(run_dir, config(mode), Peers(), 0, ConsoleSink(30, None, 10, Console(file=out, width=400)))
     for step in range(1, steps + 1):
         recorder.step(record(step))
     recorder.close()
@@ -89,7 +90,7 @@ def test_a_dead_or_hanging_service_costs_neither_steps_nor_a_hang(
     tmp_path: Path, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_runtime.metrics.recorder.WandbSink", partial(WandbSink, finish_timeout_s=1.0))
-    recorder = Recorder(tmp_path, config("offline"), Peers(), 0, Console(file=io.StringIO()))
+    recorder = Recorder(tmp_path, config("offline"), Peers(), 0, ConsoleSink(30, None, 10, Console(file=io.StringIO())))
     recorder.step(record(1))
     deadline = time.monotonic() + 30
     while not list((tmp_path / "wandb").glob("offline-run-*/*.wandb")) and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.fp8_loss import Run, Setting, perturb
 from moe_runtime.data.prepare import prepare
-from moe_runtime.data.tokenise import Request
+from moe_runtime.data.task import Request
 
 
 def data_of(folder: Path) -> Path:

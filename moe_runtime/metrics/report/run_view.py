@@ -1,0 +1,156 @@
+"""Everything that the report shows of a run folder: the data of its pictures, and its texts.
+
+One object serves a file that is written once and a page that follows the run: `look` reads what is new, the
+rest tells what there is now. What is costly to make is made again only when its file has changed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
+from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
+from moe_runtime.metrics.report import image_figures
+from moe_runtime.metrics.report.curves_of_panels import labels_of, line_panels, panel_id
+from moe_runtime.metrics.report.history import History
+from moe_runtime.metrics.report.journal import Journal, marks
+from moe_runtime.metrics.report.line_figure import line_figure, look_of
+from moe_runtime.metrics.report.load_frames import DeadExpert, dead_experts, frames_of
+from moe_runtime.metrics.report.packing import numbers, pack_curves
+from moe_runtime.metrics.report.pipeline import Pipeline, boxes, read_pipeline
+from moe_runtime.metrics.report.summary import RunConfig, config_of
+
+_STEP_KEY = "step"
+_Stamp = tuple[int, int, int] | None
+
+
+class RunView:
+    """A run folder, read as far as it is written.
+
+    Attributes:
+        history, journal: metrics.jsonl and events.jsonl.
+        heatmap: loads of experts; no times if there are none.
+        pipeline: of the traced step; a sentence if the trace cannot be shown, None if there is none.
+        config: None if there is none that this version knows.
+        dead: experts that are dead at the last time, and how many more there are.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.history = History(run_dir / METRICS_FILE)
+        self.journal = Journal(run_dir / EVENTS_FILE)
+        self.heatmap: Heatmap = read_heatmap(run_dir / HEATMAP_FILE)
+        self.pipeline: Pipeline | str | None = None
+        self.config: RunConfig | None = None
+        self.dead: tuple[list[DeadExpert], int] = ([], 0)
+        self._stamps: dict[str, _Stamp] = {}
+        self._images: dict[str, Any] = {}
+
+    def look(self) -> None:
+        """Read what is new."""
+        self.history.look()
+        self.journal.look()
+        if self._is_new(HEATMAP_FILE):
+            self.heatmap = read_heatmap(self.run_dir / HEATMAP_FILE)
+            self.dead = dead_experts(self.heatmap)
+            self._images["load"] = _pack_load(self.heatmap)
+        if self._is_new(TRACE_FILE):
+            self.pipeline = read_pipeline(self.run_dir / TRACE_FILE)
+            self._images["pipeline"] = _pack_pipeline(self.pipeline)
+        if self._is_new(CONFIG_FILE):
+            self.config = config_of(self.run_dir / CONFIG_FILE)
+
+    def signature(self) -> str:
+        """Differs whenever a file of the run has changed."""
+        names = (METRICS_FILE, EVENTS_FILE, HEATMAP_FILE, TRACE_FILE, CONFIG_FILE)
+        return "-".join(str(hash(_stamp(self.run_dir / name))) for name in names)
+
+    def keys_by_panel(self) -> dict[str, list[str]]:
+        """Keys of the curves of each picture that has any."""
+        emitted = [key for key in self.history.curves if key != _STEP_KEY]
+        found = {panel_id(panel): panel.lines(emitted) for panel in line_panels()}
+        return {name: keys for name, keys in found.items() if keys}
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws: numbers packed, pictures as Bokeh's JSON."""
+        layers = _pack_layers(self.history)
+        images = {name: packed for name, packed in self._images.items() if packed}
+        if layers:
+            images["layers"] = layers
+        return {
+            **pack_curves(self.history.curves),
+            "lastStep": self.history.last_step,
+            "marks": marks(self.journal.lines),
+            "plots": self._plots(images),
+            **images,
+        }
+
+    def _plots(self, images: dict[str, Any]) -> dict[str, Any]:
+        """By id: what kind of picture, its curves, and Bokeh's JSON of it."""
+        keys_of = self.keys_by_panel()
+        found: dict[str, Any] = {}
+        for panel in line_panels():
+            keys = keys_of.get(panel_id(panel))
+            if keys:
+                item = line_figure(tuple(keys), panel.unit, panel.log)
+                curves = [[*each] for each in zip(keys, labels_of(keys), look_of(keys), strict=True)]
+                found[panel_id(panel)] = {"kind": "lines", "curves": curves, "item": item}
+        if "load" in images:
+            found["load-by-expert"] = {"kind": "load", "item": image_figures.load_by_expert()}
+            found["load-over-time"] = {"kind": "loadTime", "item": image_figures.load_over_time()}
+        if "layers" in images:
+            found["layer-numbers"] = {"kind": "layers", "item": image_figures.layer_numbers()}
+        if "pipeline" in images:
+            found["pipeline-measured"] = {"kind": "measured", "item": image_figures.boxes()}
+            found["pipeline-ideal"] = {"kind": "ideal", "item": image_figures.boxes()}
+        return found
+
+    def _is_new(self, name: str) -> bool:
+        stamp = _stamp(self.run_dir / name)
+        is_new = name not in self._stamps or self._stamps[name] != stamp
+        self._stamps[name] = stamp
+        return is_new
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _pack_load(heatmap: Heatmap) -> dict[str, Any] | None:
+    frames = frames_of(heatmap)
+    if frames is None:
+        return None
+    packed = {
+        "layers": frames.layers,
+        "experts": frames.mean.shape[2],
+        "firstSteps": frames.first_steps,
+        "lastSteps": frames.last_steps,
+        "mean": numbers((frames.mean * 256).round(), "<u2"),
+    }
+    if frames.furthest is not frames.mean:
+        packed["furthest"] = numbers((frames.furthest * 256).round(), "<u2")
+    return packed
+
+
+def _pack_layers(history: History) -> dict[str, Any] | None:
+    table = history.layers
+    steps, values = table.table()
+    if not values.size:
+        return None
+    return {
+        "layers": table.layers,
+        "names": table.names,
+        "steps": [int(step) for step in steps],
+        "width": table.width,
+        "values": numbers(values, "<f4"),
+    }
+
+
+def _pack_pipeline(pipeline: Pipeline | str | None) -> dict[str, Any] | None:
+    if not isinstance(pipeline, Pipeline):
+        return None
+    both = {"measured": boxes(pipeline.measured), "ideal": boxes(pipeline.ideal)}
+    return {"colours": image_figures.KIND_COLOURS, **both}
