@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moe_runtime.cli.describe_metrics import describe
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_runtime.metrics.wandb_run import RunPlace, WandbRun
 
-app = typer.Typer(no_args_is_help=True, help="Give the records of a run to W&B or TensorBoard.")
+app = typer.Typer(
+    no_args_is_help=True, help="Give a run's records to W&B or TensorBoard; say what is in them."
+)
 
 _TOLD_EVERY = 10_000  # steps between words on how far it is
 
 
-@app.callback()
-def _() -> None:
-    """Give the records of a run to W&B or TensorBoard."""
+app.command()(describe)
 
 
 @app.command()
