@@ -63,6 +63,7 @@ from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
+from moe_runtime.train.told_data import mixture_facts
 
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
@@ -106,10 +107,10 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts, watch = _use_precision(config, chunks, device)
-    tied, named = _parameters(config, layout, chunks)
+    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
+    named = unique_parameters(chunks)  # not before embeddings are tied
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
-    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
-    load = ExpertLoad(meters.layers, config.model.num_experts, device)
+    meters, load = _open_meters(config, chunks, dispatcher, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -143,12 +144,12 @@ def build_runtime(
     )
 
 
-def _parameters(
-    config: RunConfig, layout: ResolvedLayout, chunks: dict[int, Transformer]
-) -> tuple[Parameter | None, list[tuple[str, Parameter]]]:
-    """The tied embedding, if two ranks hold a copy, and every parameter of this rank by its name."""
-    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    return tied, unique_parameters(chunks)
+def _open_meters(
+    config: RunConfig, chunks: dict[int, Transformer], dispatcher: Dispatcher, device: torch.device
+) -> tuple[RouterMeters, ExpertLoad]:
+    """What routers tell of their choices, and what counts the tokens of each expert, layer by layer."""
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    return meters, ExpertLoad(meters.layers, config.model.num_experts, device)
 
 
 def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
@@ -360,6 +361,10 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
+    if mixed is not None:
+        recorder.event("data", **mixed)
+        recorder.say(mixed["message"])
     guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()

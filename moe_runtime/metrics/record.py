@@ -254,8 +254,8 @@ PERFORMANCE = {
 NUMERICS = {
     "grad_norm": Metric("global norm of the gradient before clipping", "1", _ZERO),
     "grad_norms/*": Metric(
-        "the same norm of one class of parameters: router, experts, attention, ffn (dense FFNs, shared experts, "
-        "MTP's projection), embedding, head, norms (gains); squares add up to that of grad_norm",
+        "the same norm of one class of parameters: router, experts, attention, ffn (dense FFNs, shared "
+        "experts, MTP's projection), embedding, head, norms (gains); squares add up to that of grad_norm",
         "1",
         "parallel/by_class.py",
     ),
@@ -267,8 +267,8 @@ NUMERICS = {
     ),
     "nonfinite": Metric("parameters with a gradient that was not finite", "count", "parallel/nonfinite.py"),
     "fp8/*/amax": Metric(
-        "largest magnitude of a class of operands (input, weight, gradient) before it is cast to FP8, over the "
-        "first 128 rows of each matrix; every metrics.numerics_every steps",
+        "largest magnitude of a class of operands (input, weight, gradient) before it is cast to FP8, over "
+        "the first 128 rows of each matrix; every metrics.numerics_every steps",
         "1",
         _WATCH,
     ),

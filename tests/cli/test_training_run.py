@@ -11,7 +11,8 @@ import pytest
 
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, read_heatmap
 from moe_runtime.metrics.jsonl import read_jsonl
-from moe_runtime.metrics.record import NUMERICS_KEYS
+from moe_runtime.metrics.panel import SAMPLES, TIMELINE, flat_values
+from moe_runtime.metrics.record import NUMERICS_KEYS, metric_of
 from moe_runtime.planner.hardware.save import cluster_text
 from tests.cli.small_run import (
     digests,
@@ -24,6 +25,7 @@ from tests.cli.small_run import (
     write_config,
 )
 from tests.unit.planner.host.machine import made_up
+from tests.wandb_file import only_file, read_wandb
 
 pytestmark = pytest.mark.launcher
 
@@ -43,7 +45,7 @@ def _listens_on(processes: list[psutil.Process]) -> set[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    code, output = run("train", str(write_config(folder)))
+    code, output = run("train", str(write_config(folder)), "--wandb", "offline")
     assert code == 0, output
     return folder
 
@@ -88,6 +90,22 @@ def test_a_record_says_what_the_run_went_through(uninterrupted: Path) -> None:
     last = records[-1]
     assert 2 <= last["verified_step"] < 8 and last["checkpoint_age"] == 8 - last["verified_step"]
     assert last["checkpoint_s"] > last["checkpoint_blocked_s"] > 0
+
+
+def test_wandb_has_the_digits_of_a_run_and_no_key_that_is_not_documented(uninterrupted: Path) -> None:
+    run_dir = uninterrupted / "runs" / "small"
+    found, media = read_wandb(only_file(run_dir)), {SAMPLES, TIMELINE}
+    assert media <= found.keys and [key for key in found.keys - media if metric_of(key) is None] == []
+    rows = {
+        row["_step"]: {key: row[key] for key in row if key not in media and not key.startswith("_")}
+        for row in found.history
+    }
+    assert rows == {line["step"]: flat_values(line) for line in read_jsonl(run_dir / "metrics.jsonl")}
+
+
+def test_the_other_rank_has_a_log_of_its_own(uninterrupted: Path) -> None:
+    (log,) = (uninterrupted / "runs" / "small" / "logs").iterdir()
+    assert log.name == "rank1.log" and log.read_text().startswith("--- ")
 
 
 def test_the_trace_of_a_run_is_drawn_and_simulated(uninterrupted: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Whether a run goes on, and if not, how it ended: told by its events and by the process that holds its folder.
+"""Whether a run goes on, and if not, how it ended: told by its events and by the process that holds its
+folder.
 
 The lock itself is not tried: to hold it for an instant could turn away a run that starts in that instant.
 """

@@ -1,8 +1,8 @@
 """A page that follows a run, for browsers of this machine alone.
 
 It listens on the loopback interface, and answers only requests that name it as such, so that no page from
-elsewhere can read a run by pointing a name of its own at 127.0.0.1. It has the page, its news, and the few files
-of a run that the page links to, each by its name: no path from a request ever reaches the file system.
+elsewhere can read a run by pointing a name of its own at 127.0.0.1. It has the page, its news, and the few
+files of a run that the page links to, each by its name: no path from a request ever reaches the file system.
 """
 
 import gzip

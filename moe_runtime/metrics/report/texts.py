@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from moe_runtime.metrics.panel import SECTIONS
 from moe_runtime.metrics.record import metric_of
@@ -20,13 +21,13 @@ from moe_runtime.metrics.report.curves_of_panels import (
     unseen,
 )
 from moe_runtime.metrics.report.files import checkpoints_of, files_of, read_config_text
+from moe_runtime.metrics.report.image_figures import KIND_COLOURS
 from moe_runtime.metrics.report.journal import shown_events, shown_samples
 from moe_runtime.metrics.report.line_figure import look_of
 from moe_runtime.metrics.report.pipeline import KINDS, Pipeline
-from moe_runtime.metrics.report.image_figures import KIND_COLOURS
 from moe_runtime.metrics.report.run_state import run_state
 from moe_runtime.metrics.report.run_view import RunView
-from moe_runtime.metrics.report.shown import visible
+from moe_runtime.metrics.report.shown import unhidden, visible
 from moe_runtime.metrics.report.summary import facts_of
 
 _TEMPLATES = "page"
@@ -36,10 +37,19 @@ _PARTS = "parts.html"
 @cache
 def templates() -> Environment:
     """The page's templates; they escape, and refuse a name that they were not given."""
-    loader = PackageLoader("moe_runtime.metrics.report", _TEMPLATES)
     return Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("moe_runtime.metrics.report", _TEMPLATES),
+        autoescape=True,
+        finalize=_safe,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+
+
+def _safe(value: Any) -> Any:
+    """What a template is about to write: text of a run without hidden characters, our own HTML as it is."""
+    return unhidden(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def texts_of(view: RunView, page_dir: Path | None) -> dict[str, str]:
@@ -101,9 +111,10 @@ def _pipeline(pipeline: Pipeline | str | None) -> str:
     if not isinstance(pipeline, Pipeline):
         return _part("no_pipeline", reason=visible(pipeline or ""))
     measured, ideal = pipeline.figures
-    rows = []
-    for name in ("makespan", "bubble_fraction", "exposed_comm_fraction", "hidden_comm_fraction"):
-        rows.append((name, getattr(measured, name), getattr(ideal, name)))
+    names = ("makespan", "bubble_fraction", "exposed_comm_fraction")
+    rows = [(name, getattr(measured, name), getattr(ideal, name)) for name in names]
+    # The costs of the ideal have only the exchange that was not hidden, so it can say nothing of the rest.
+    rows.append(("hidden_comm_fraction", measured.hidden_comm_fraction, None))
     timeline = pipeline.measured
     ranks = [
         (
