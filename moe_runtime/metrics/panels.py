@@ -145,6 +145,27 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
+        "Range of the routing bias",
+        _over_layers("bias_range"),
+        "max - min",
+        "Above 1 the bias alone decides between two experts, whatever the token.",
+    ),
+    Panel(
+        ROUTING,
+        "Experts that nothing brings back",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Balancing raises the bias of a starved expert; one that starves without it is lost.",
+    ),
+    Panel(
+        ROUTING,
+        "Load violation that is not balanced",
+        _over_layers("unchecked_violation"),
+        "(max - mean) / mean",
+        "Above 0: the busiest expert is not held back by its bias.",
+    ),
+    Panel(
+        ROUTING,
         "Reach of the routing bias",
         _over_layers("bias_reach"),
         "max |bias|",
