@@ -145,13 +145,6 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Range of the routing bias",
-        _over_layers("bias_range"),
-        "max - min",
-        "Above 1 the bias alone decides between two experts, whatever the token.",
-    ),
-    Panel(
-        ROUTING,
         "Experts that nothing brings back",
         _over_layers("starved_steps"),
         "steps in a row",
@@ -167,8 +160,8 @@ _ROUTING = (
     Panel(
         ROUTING,
         "Reach of the routing bias",
-        _over_layers("bias_reach"),
-        "max |bias|",
+        (*_over_layers("bias_reach"), *_over_layers("bias_range")),
+        "max |bias|; max - min",
         "Beyond 1 the bias decides more than the scores, which lie between 0 and 1.",
     ),
     Panel(
