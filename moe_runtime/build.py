@@ -6,9 +6,9 @@ Whatever one rank finds wrong here, all ranks say alike.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
-import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
@@ -40,11 +40,11 @@ from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
-from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
+from moe_runtime.parallel.p2p import Transport, open_transport
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.parallel.runtime import Runtime
-from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
+from moe_runtime.parallel.shared_weights import tie_and_name
 from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
 from moe_runtime.parallel.world import World
@@ -107,14 +107,13 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts, watch = _use_precision(config, chunks, device)
-    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)  # not before embeddings are tied
+    tied, named = tie_and_name(config.model.mtp_depth, layout.num_stages, chunks)
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
     meters, load = _open_meters(config, chunks, dispatcher, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
-        transport=transport or _torch_transport(mesh, groups, device),
+        transport=transport or open_transport(mesh, groups, device),
         boundary_dtype=DTYPES[config.precision],
         hidden_size=config.model.hidden_size,
         device=device,
@@ -302,16 +301,6 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
-    if mesh.pp == 1:
-        return None
-    assert groups.pipe_up is not None and groups.pipe_down is not None
-    lane = [mesh.rank_at(row) for row in range(mesh.pp)]
-    transport = TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
-    over_host = device.type == "cuda" and dist.get_backend(groups.pipe_up) == "gloo"
-    return ThroughHost(transport) if over_host else transport
-
-
 def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
     """Build everything and take up where the last checkpoint stands.
 
@@ -340,32 +329,24 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     run_dir = Path(config.out_dir) / config.name
     said = _begin(config, runtime, run_dir, peers, fresh)
     optimizer = build_optimizer(runtime)
-    private = config.reliability.private
-    lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
+    lock = peers.alike(partial(_enter, run_dir, config, peers), (ConfigError,))
     guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
     parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
     state = with_ema(parts, config.train.ema_decay)
-    writers = peers.over_group_of_their_own(config.reliability.limits.save)
-    store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
+    store = _open_store(run_dir, config, peers)
     shown.starting("looking for a checkpoint")
     start, resumed = resume(store, state, fresh)
-    preempted = take_marker(run_dir) if peers.is_first else None
-    said += [preempted, *resumed] if preempted else resumed
-    recorder = peers.alike(
-        lambda: _open_recorder(run_dir, config, peers, start, world.attempt, shown), (ConfigError,)
-    )
+    said += [*_preempted(run_dir, peers), *resumed]
+    opened = partial(_open_recorder, run_dir, config, peers, start, world.attempt, shown)
+    recorder = peers.alike(opened, (ConfigError,))
     shown.starting("")
     if peers.is_first:
         runtime.clock.progress.listeners.append(shown.follow)
-    recorder.begins(start)
-    for line in said:
-        recorder.event("resume", message=line)
-        recorder.say(line)
+    recorder.begins(start, said)
     mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
     if mixed is not None:
         recorder.event("data", **mixed)
         recorder.say(mixed["message"])
-    guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
     checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
@@ -377,13 +358,29 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         data,
         checkpoints,
         recorder,
-        guard,
+        Guard(config, state.guard, recorder.tell),
         Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),
         lock,
     )
+
+
+def _enter(run_dir: Path, config: RunConfig, peers: Peers) -> TextIO | None:
+    """Keep other processes out of the run folder, on rank 0."""
+    return enter_run(run_dir, config.reliability.private) if peers.is_first else None
+
+
+def _open_store(run_dir: Path, config: RunConfig, peers: Peers) -> CheckpointStore:
+    writers = peers.over_group_of_their_own(config.reliability.limits.save)
+    return CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
+
+
+def _preempted(run_dir: Path, peers: Peers) -> list[str]:
+    """What rank 0 says where a scheduler had stopped this run."""
+    said = take_marker(run_dir) if peers.is_first else None
+    return [said] if said else []
 
 
 def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fresh: bool) -> list[str]:
