@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
@@ -40,7 +39,8 @@ from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
 from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
-from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
+from moe_runtime.parallel.open_transport import open_transport
+from moe_runtime.parallel.p2p import Transport
 from moe_runtime.parallel.peers import Peers
 from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.parallel.runtime import Runtime
@@ -56,14 +56,14 @@ from moe_runtime.train.guard.integrity import Integrity
 from moe_runtime.train.guard.roll_back import RollBack
 from moe_runtime.train.guard.state import GuardState
 from moe_runtime.train.loop import Run
-from moe_runtime.train.open_data import open_data
+from moe_runtime.train.open_data import RunData, open_data
 from moe_runtime.train.preempted import take_marker
 from moe_runtime.train.resume import begin_from, resume
 from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
-from moe_runtime.train.told_data import mixture_facts
+from moe_runtime.train.told_data import mixture_facts, tell_start
 
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
@@ -114,7 +114,7 @@ def build_runtime(
     open_executor = partial(
         Executor,
         mesh.pp_rank,
-        transport=transport or _torch_transport(mesh, groups, device),
+        transport=transport or open_transport(mesh, groups, device),
         boundary_dtype=DTYPES[config.precision],
         hidden_size=config.model.hidden_size,
         device=device,
@@ -302,16 +302,6 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     return phases[: ends[0] + 1] if ends else phases
 
 
-def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
-    if mesh.pp == 1:
-        return None
-    assert groups.pipe_up is not None and groups.pipe_down is not None
-    lane = [mesh.rank_at(row) for row in range(mesh.pp)]
-    transport = TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
-    over_host = device.type == "cuda" and dist.get_backend(groups.pipe_up) == "gloo"
-    return ThroughHost(transport) if over_host else transport
-
-
 def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
     """Build everything and take up where the last checkpoint stands.
 
@@ -319,31 +309,15 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         console: shows what is being done, on rank 0; None: nothing is shown before the first step.
     """
     shown = console or open_console(config, world.attempt, quiet=world.rank > 0)
-    layout = check_layout(config, world.world_size)
-    mesh = build_mesh(layout, world.rank)
-    groups = open_groups(mesh, config.train.peer_timeout_s)
-    peers = Peers(world.rank, world.world_size, groups.control)
-    check_same_config(config, peers)
-    shown.starting("opening data")
-    data = open_data(config, peers, shown.preparing)
-    tokenizer = data.tokenizer
-    shown.starting("building the model")
-    runtime = build_runtime(
-        config,
-        layout,
-        mesh,
-        groups,
-        world.device,
-        ranks_per_node=world.ranks_per_node,
-        document_separator=tokenizer.eos_id if config.data.document_mask else None,
-    )
+    runtime, data = _open_parts(config, world, shown)
+    peers = runtime.peers
     run_dir = Path(config.out_dir) / config.name
     said = _begin(config, runtime, run_dir, peers, fresh)
     optimizer = build_optimizer(runtime)
     private = config.reliability.private
     lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
     guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
-    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
+    parts = TrainingState(runtime, optimizer, peers, data.tokenizer, guard_state, loader=data.loader)
     state = with_ema(parts, config.train.ema_decay)
     writers = peers.over_group_of_their_own(config.reliability.limits.save)
     store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
@@ -358,13 +332,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     if peers.is_first:
         runtime.clock.progress.listeners.append(shown.follow)
     recorder.begins(start)
-    for line in said:
-        recorder.event("resume", message=line)
-        recorder.say(line)
-    mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
-    if mixed is not None:
-        recorder.event("data", **mixed)
-        recorder.say(mixed["message"])
+    tell_start(recorder, said, mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data))
     guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
@@ -384,6 +352,28 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         total_steps(config, runtime.layout),
         lock,
     )
+
+
+def _open_parts(config: RunConfig, world: World, shown: ConsoleSink) -> tuple[Runtime, RunData]:
+    """This rank's part of the model, and the data."""
+    layout = check_layout(config, world.world_size)
+    mesh = build_mesh(layout, world.rank)
+    groups = open_groups(mesh, config.train.peer_timeout_s)
+    peers = Peers(world.rank, world.world_size, groups.control)
+    check_same_config(config, peers)
+    shown.starting("opening data")
+    data = open_data(config, peers, shown.preparing)
+    shown.starting("building the model")
+    runtime = build_runtime(
+        config,
+        layout,
+        mesh,
+        groups,
+        world.device,
+        ranks_per_node=world.ranks_per_node,
+        document_separator=data.tokenizer.eos_id if config.data.document_mask else None,
+    )
+    return runtime, data
 
 
 def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fresh: bool) -> list[str]:
