@@ -26,7 +26,9 @@ Port = Annotated[
 Open = Annotated[bool, typer.Option("--open", help="open it in the browser")]
 
 
-def report(run_dir: RunDir, out: Out = None, serve: Serve = False, port: Port = None, open_it: Open = False) -> None:
+def report(
+    run_dir: RunDir, out: Out = None, serve: Serve = False, port: Port = None, open_it: Open = False
+) -> None:
     """Show a run: one self-contained HTML file, or with --serve a live page."""
     if serve and out is not None:
         raise ConfigError("report: expected one of --serve and --out, got both; leave one out")
@@ -82,7 +84,9 @@ def _serve(run_dir: Path, port: int | None, open_it: bool) -> None:
 
     with _until_told(), open_server(run_dir, port) as server:
         typer.echo(f"{run_dir} at {server.address} (this machine alone); Ctrl-C ends it")
-        typer.echo(f"from elsewhere: ssh -L {server.server_address[1]}:{server.address[7:-1]} {os.uname().nodename}")
+        typer.echo(
+            f"from elsewhere: ssh -L {server.server_address[1]}:{server.address[7:-1]} {os.uname().nodename}"
+        )
         if open_it:
             _open(server.address)
         try:
