@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "moe_runtime.cli.compare:compare",
     "checkpoint": "moe_runtime.cli.checkpoint:app",
     "cache": "moe_runtime.cli.cache:app",
+    "doctor": "moe_runtime.cli.doctor.command:doctor",
     "config": "moe_runtime.cli.config:app",
     "completion": "moe_runtime.cli.completion.command:completion",
     "context": "moe_runtime.cli.context:app",

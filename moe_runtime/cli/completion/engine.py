@@ -40,8 +40,9 @@ def complete(program: typer.Typer, words: Sequence[str], current: str) -> list[C
         words: those before, without the name of the program.
         current: what has been typed of this one; may be empty.
     """
-    node = typer.main.get_command(program)
-    rest, path = list(words), []
+    node: Any = typer.main.get_command(program)
+    path: list[str] = []
+    rest = list(words)
     while hasattr(node, "list_commands"):
         if _LAUNCHER in path[-1:] or not path:
             rest = past_launcher(rest)

@@ -24,7 +24,8 @@ def prefixes(begun: str) -> list[Candidate]:
 def _keys(begun: str, end: str) -> list[Candidate]:
     """Keys and sections one level below what was typed; a word within a key finds the whole of it."""
     keys = [key for key in all_keys() if "NAME" not in key.name and ".N." not in key.name]
-    depth, found = begun.count("."), {}
+    depth = begun.count(".")
+    found: dict[str, str] = {}
     for key in keys:
         if key.name.startswith(begun):
             parts = key.name.split(".")
