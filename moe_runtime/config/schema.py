@@ -319,7 +319,7 @@ class TrainConfig(Section):
     sample_tokens: PositiveInt = Field(200, description="tokens of a sample")
     checkpoint_every: Count = Field(200, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: PositiveInt = Field(2, description="older ones are removed")
-    log_every: PositiveInt = Field(10, description="steps between console lines")
+    log_every: PositiveInt = Field(1, description="steps between console lines in a pipe or file")
     peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
     skip_updates: tuple[PositiveInt, ...] = Field(
         (), description="steps, from 1, whose update is not applied, as if their gradient were not finite"
