@@ -27,6 +27,8 @@ def parse_options(arguments: list[str], program: str = "launch.sh") -> argparse.
     parser = launch_parser(program)
     options = parser.parse_args(arguments)
     _refuse_mixtures(parser, options)
+    if not options.command:
+        parser.error("expected a command, such as train CONFIG, got none")
     return options
 
 
