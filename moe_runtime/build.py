@@ -63,6 +63,7 @@ from moe_runtime.train.run_lock import enter_run
 from moe_runtime.train.same_config import check_same_config
 from moe_runtime.train.saving import TrainingState, with_ema
 from moe_runtime.train.step import TrainStep
+from moe_runtime.train.told_data import mixture_facts
 
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
@@ -109,7 +110,7 @@ def build_runtime(
     tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
     named = unique_parameters(chunks)  # not before embeddings are tied
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
-    load = _open_load(config, chunks, device)
+    meters, load = _open_meters(config, chunks, dispatcher, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
@@ -135,7 +136,7 @@ def build_runtime(
         weight_casts=casts,
         fp8_watch=watch,
         load=load,
-        meters=RouterMeters(chunks.values(), dispatcher.placement, device),
+        meters=meters,
         clock=clock,
         dispatcher=dispatcher,
         executor=open_executor(_runners(chunks, places, make)),
@@ -143,17 +144,19 @@ def build_runtime(
     )
 
 
+def _open_meters(
+    config: RunConfig, chunks: dict[int, Transformer], dispatcher: Dispatcher, device: torch.device
+) -> tuple[RouterMeters, ExpertLoad]:
+    """What routers tell of their choices, and what counts the tokens of each expert, layer by layer."""
+    meters = RouterMeters(chunks.values(), dispatcher.placement, device)
+    return meters, ExpertLoad(meters.layers, config.model.num_experts, device)
+
+
 def _open_sink(named: Sequence[tuple[str, Parameter]]) -> WeightGradSink:
     """Where weight gradients of these parameters go."""
     sink = WeightGradSink()
     sink.install(param for _, param in named)
     return sink
-
-
-def _open_load(config: RunConfig, chunks: dict[int, Transformer], device: torch.device) -> ExpertLoad:
-    """What counts the tokens of each expert held here."""
-    layers = [name for chunk in chunks.values() for name, _ in chunk.moe_layers()]
-    return ExpertLoad(layers, config.model.num_experts, device)
 
 
 def _open_runner(
@@ -358,6 +361,10 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
     for line in said:
         recorder.event("resume", message=line)
         recorder.say(line)
+    mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
+    if mixed is not None:
+        recorder.event("data", **mixed)
+        recorder.say(mixed["message"])
     guard = Guard(config, state.guard, recorder.tell)
     integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
     integrity.take()
@@ -371,7 +378,7 @@ def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSi
         checkpoints,
         recorder,
         guard,
-        Alarm(guard_state.alerts, peers, recorder, step.recorder.lost_experts),
+        Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
         RollBack(checkpoints, state, integrity, recorder),
         start,
         total_steps(config, runtime.layout),

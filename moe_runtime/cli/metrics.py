@@ -1,25 +1,48 @@
 """`moe-runtime metrics`: makes a run of another program out of the records of a run folder."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moe_runtime.cli.describe_metrics import describe
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_runtime.metrics.wandb_run import RunPlace, WandbRun
 
-app = typer.Typer(
-    no_args_is_help=True, help="Give a run's records to W&B or TensorBoard; say what is in them."
-)
+app = typer.Typer(no_args_is_help=True, help="Explain the records of runs, give them to W&B or TensorBoard.")
 
 _TOLD_EVERY = 10_000  # steps between words on how far it is
 
 
-app.command()(describe)
+@app.callback()
+def _() -> None:
+    """Explain the records of runs, give them to W&B or TensorBoard."""
+
+
+@app.command()
+def describe(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="such as routing/violation/max, or beginnings; all if left out")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="all of docs/metrics.md")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, by key")] = False,
+) -> None:
+    """Say what the numbers of a record mean, in which unit, and where they are measured."""
+    from moe_runtime.metrics.page import described, page, text_of
+
+    if markdown and (keys or as_json):
+        raise ConfigError("--markdown: writes the whole page; leave out --json and the keys")
+    if markdown:
+        typer.echo(page(), nl=False)
+        return
+    found = described(keys or ())
+    if as_json:
+        typer.echo(json.dumps({path: metric._asdict() for path, metric in found.items()}, indent=2))
+    else:
+        typer.echo(text_of(found))
 
 
 @app.command()

@@ -96,7 +96,7 @@ def _train(
     from moe_runtime.build import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
-    from moe_runtime.train.guard.poison import poison
+    from moe_runtime.train.guard.spoil import spoil
     from moe_runtime.train.inject import Injector
 
     world = read_world(run.device)
@@ -111,8 +111,7 @@ def _train(
             ready.checkpoints.saver.store.at = partial(_writes, heartbeat, injector)
             if heartbeat is not None:
                 heartbeat.follow(ready.runtime.clock.progress)
-            spoil = partial(poison, ready.runtime, ready.state.optimizer)
-            injector.listen(ready.runtime.clock.progress, spoil)
+            injector.listen(ready.runtime.clock.progress, partial(spoil, ready.step))
             if not loop.train(ready):
                 leave_stopped(world.rank)
         except (RuntimeError, MemoryError, CommError) as error:

@@ -5,7 +5,7 @@ A rule watches one number of the record. It raises an alert when the number lay 
 defaults are meant to be silent in a sound run of any size: `docs/metrics.md` has what each number is.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -16,7 +16,6 @@ Action = Literal["log", "wandb", "checkpoint", "stop", "roll_back"]
 Actions = Annotated[
     tuple[Action, ...],
     Field(
-        min_length=1,
         description="one or several; every alert is logged. wandb: an alert there too; checkpoint: save now; "
         "stop: end the run, exit code 5; roll_back: to the newest checkpoint, and on with later data",
     ),
@@ -37,6 +36,8 @@ class _Acting(Section):
     def findings(self) -> list[Finding]:
         """What ends a step in two ways cannot be done."""
         found = []
+        if not self.action:
+            found.append(Finding.expected("action", f"at least one of {', '.join(get_args(Action))}", "none"))
         for one, other in (("roll_back", "stop"), ("roll_back", "checkpoint")):
             if one in self.action and other in self.action:
                 found.append(Finding("action", f"{one} and {other} exclude each other; leave out one"))
@@ -59,8 +60,7 @@ class AlertRule(_Acting):
 class DeadExpert(AlertRule):
     """Experts without tokens that the routing bias does not bring back."""
 
-    threshold: float | None = Field(0.0, description="of routing/lost_experts/max; null: off")
-    patience: PositiveInt = Field(50, description="steps in a row")
+    threshold: float | None = Field(100.0, description="of routing/starved_steps/max, steps; null: off")
 
 
 class Violation(AlertRule):
@@ -69,7 +69,7 @@ class Violation(AlertRule):
     threshold: float | None = Field(
         1.0, description="of routing/unchecked_violation/max, or 0.9 of E / top_k - 1 if less; null: off"
     )
-    patience: PositiveInt = Field(30, description="steps in a row")
+    patience: PositiveInt = Field(10, description="steps in a row, from the first full metrics.window on")
 
 
 class BiasRunaway(AlertRule):

@@ -28,11 +28,11 @@ class WeightCasts:
     """Blocks of weights, by weight.
 
     Args:
-        cast: makes the blocks of a weight [..., out, in], and of its transposed.
+        cast: makes the blocks of a weight [..., out, in], and of its transposed; may be replaced.
     """
 
     def __init__(self, cast: Callable[[Tensor], tuple[Blocks, Blocks]] = cast_weight_both) -> None:
-        self._cast = cast
+        self.cast = cast
         self._entries: dict[int, _Entry] = {}
 
     def blocks(self, weight: Tensor) -> Blocks:
@@ -65,5 +65,5 @@ class WeightCasts:
         place = (weight.data_ptr(), weight._version)
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight is not weight or entry.place != place:
-            entry = self._entries[id(weight)] = _Entry(weight, self._cast(weight.detach()), place)
+            entry = self._entries[id(weight)] = _Entry(weight, self.cast(weight.detach()), place)
         return entry

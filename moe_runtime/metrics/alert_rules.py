@@ -17,7 +17,7 @@ from moe_runtime.metrics.alerts import Rule
 from moe_runtime.metrics.record import METRICS, metric_of
 
 _METRICS = {
-    "dead_expert": "routing/lost_experts/max",
+    "dead_expert": "routing/starved_steps/max",
     "violation": "routing/unchecked_violation/max",
     "bias_runaway": "routing/bias_range/max",
     "spike": "spike_z",

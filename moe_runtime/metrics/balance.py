@@ -52,14 +52,14 @@ def rank_load_ratio(load: Tensor, ep: int) -> Tensor:
     return load.unflatten(1, (ep, -1)).mean(dim=2).amax(dim=1)
 
 
-def lost_experts(load: Tensor, bias: Tensor, is_moving: bool) -> Tensor:
+def is_starved(load: Tensor, bias: Tensor, is_moving: bool) -> Tensor:
     """Dead experts that the routing bias does not bring back: bool [layers, experts].
 
     A bias above its layer's mean draws tokens to its expert, and that of an expert without any rises step by
     step: such an expert is on its way. One whose bias has yet to climb so far is not.
 
     Args:
-        load: relative, of many steps together [layers, experts].
+        load: relative [layers, experts].
         bias: of the routers [layers, experts].
         is_moving: biases follow the load; else none of them helps.
     """
@@ -70,7 +70,8 @@ def unchecked_violation(load: Tensor, bias: Tensor, is_moving: bool) -> Tensor:
     """Violation where the bias of the busiest expert does not hold it back, 0 where it does: [layers].
 
     Args:
-        load, bias, is_moving: as above.
+        load: relative, of many steps together [layers, experts].
+        bias, is_moving: as above.
     """
     busiest = load.argmax(dim=1, keepdim=True)
     is_held = _is_above_mean(-bias).gather(1, busiest).squeeze(1) & is_moving

@@ -327,6 +327,13 @@ _RELIABILITY = (
     ),
     Panel(
         RELIABILITY,
+        "Time of the run, and of it in steps that count",
+        ("run_s", "train_s"),
+        "s",
+        "The lines part by starts, restarts, saves and steps that were done again.",
+    ),
+    Panel(
+        RELIABILITY,
         "Restarts and lost steps",
         ("restarts", "lost_steps"),
         "",

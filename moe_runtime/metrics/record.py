@@ -31,6 +31,7 @@ _RECORD = "train/step_record.py"
 _ROUTER = "model/router.py"
 _BALANCE = "metrics/balance.py"
 _ZERO = "parallel/zero.py"
+_WATCH = "fp8/watch.py"
 
 LEARNING = {
     "step": Metric("optimizer steps done, from 1", "count", _RECORD),
@@ -81,10 +82,10 @@ _OF_A_LAYER = {
     ),
     "load_entropy": Metric("H(p) / ln E of the shares p of the E experts; 1 is even", "1", _BALANCE),
     "dead_experts": Metric("experts with less than 1% of a fair share", "count", _BALANCE),
-    "lost_experts": Metric(
-        "experts with less than 1% of a fair share of the last metrics.window steps together, whose routing "
-        "bias is not above the layer's mean: nothing brings them back; from the first full window on",
-        "count",
+    "starved_steps": Metric(
+        "steps in a row in which one and the same expert had less than 1% of a fair share though its bias "
+        "was not above the layer's mean, which would bring it back; of the expert with most",
+        "steps",
         _BALANCE,
     ),
     "unchecked_violation": Metric(
@@ -119,7 +120,7 @@ SPREAD = (
     "violation_global",
     "load_entropy",
     "dead_experts",
-    "lost_experts",
+    "starved_steps",
     "unchecked_violation",
     "bias_std",
     "bias_range",
@@ -252,15 +253,41 @@ PERFORMANCE = {
 
 NUMERICS = {
     "grad_norm": Metric("global norm of the gradient before clipping", "1", _ZERO),
-    "grad_norms/*": Metric("norm of the gradient of one class of parameters", "1", _ZERO),
-    "updates/*": Metric("rms(update) / rms(parameter) of one class of parameters", "1", "optim/update.py"),
-    "nonfinite": Metric("parameters whose gradient was not finite", "count", "parallel/nonfinite.py"),
-    "fp8/*/amax": Metric("largest magnitude of an operand class, before it is scaled", "1", "fp8/cast.py"),
-    "fp8/*/underflow": Metric("share of elements that are not zero but cast so", "1", "fp8/cast.py"),
-    "fp8/*/saturation": Metric("share of elements cast to the largest code", "1", "fp8/cast.py"),
-    "fp8/*/scale_min": Metric("smallest scale of a tile or block", "1", "fp8/cast.py"),
-    "fp8/*/scale_max": Metric("largest scale of a tile or block", "1", "fp8/cast.py"),
-    "fp8_error": Metric("relative error of an FP8 product against BF16", "1", "fp8/cast.py"),
+    "grad_norms/*": Metric(
+        "the same norm of one class of parameters: router, experts, attention, ffn (dense FFNs, shared "
+        "experts, MTP's projection), embedding, head, norms (gains); squares add up to that of grad_norm",
+        "1",
+        "parallel/by_class.py",
+    ),
+    "updates/*": Metric(
+        "rms(update) / rms(weights before it) of one class, over at most 2^14 elements of each piece of a "
+        "parameter; every metrics.numerics_every steps that changed something",
+        "1",
+        "parallel/by_class.py",
+    ),
+    "nonfinite": Metric("parameters with a gradient that was not finite", "count", "parallel/nonfinite.py"),
+    "fp8/*/amax": Metric(
+        "largest magnitude of a class of operands (input, weight, gradient) before it is cast to FP8, over "
+        "the first 128 rows of each matrix; every metrics.numerics_every steps",
+        "1",
+        _WATCH,
+    ),
+    "fp8/*/underflow": Metric("share of these elements that are not zero but cast so", "1", _WATCH),
+    "fp8/*/saturation": Metric(
+        "share of these elements cast to the largest code, 448; about 0.001 where scales are right",
+        "1",
+        _WATCH,
+    ),
+    "fp8/*/scale_min": Metric(
+        "smallest scale of a tile or block, value over code, of those that are not all zero", "1", _WATCH
+    ),
+    "fp8/*/scale_max": Metric("largest such scale", "1", _WATCH),
+    "fp8_error": Metric(
+        "|y_fp8 - y| / |y| of the first 128 rows of what linears give, y multiplied in the weights' dtype; "
+        "about 0.03 where casts are right; every metrics.numerics_every steps",
+        "1",
+        _WATCH,
+    ),
     "optim_numerics/*/zeros": Metric(
         "share of elements whose sqrt(v) is stored as zero", "1", "optim/statistics.py"
     ),

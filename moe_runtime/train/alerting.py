@@ -13,8 +13,8 @@ from moe_runtime.metrics.alerts import Alert, Alerts, Rule
 from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.parallel.peers import Peers
 
-# Layer -> global numbers of experts, of the layers that a rank tells of.
-Lost = Mapping[str, list[int]]
+# A number of steps -> layer -> experts without tokens for longer, of the layers that a rank tells of.
+Starved = Callable[[float], Mapping[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Alarm:
         alerts: rules and what they remember.
         peers: all ranks.
         recorder: hears of alerts.
-        lost: which experts of this rank's layers are without tokens.
+        starved: which experts of this rank's layers are without tokens.
     """
 
-    def __init__(self, alerts: Alerts, peers: Peers, recorder: Recorder, lost: Callable[[], Lost]) -> None:
-        self._alerts, self._peers, self._recorder, self._lost = alerts, peers, recorder, lost
+    def __init__(self, alerts: Alerts, peers: Peers, recorder: Recorder, starved: Starved) -> None:
+        self._alerts, self._peers, self._recorder, self._starved = alerts, peers, recorder, starved
 
     def judge(self, record: Mapping[str, Any], stop_wanted: bool) -> Verdict:
         """Take a step into account, and tell what it raises or ends; a collective call.
@@ -84,17 +84,17 @@ class Alarm:
         return Verdict(flags[0], called, own)
 
     def _tell(self, own: Mapping[str, Alert], called: tuple[Rule, ...]) -> None:
-        lost: dict[str, list[int]] = {}
-        if any(rule.name == "dead_expert" for rule in called):
-            said = self._peers.gather_json(dict(self._lost()))
-            lost = {layer: experts for part in said for layer, experts in part.items()}
+        """Tell what was raised; on ranks that are silent this only takes part."""
         for rule in called:
+            more = self._experts(rule.limit) if rule.name == "dead_expert" else {}
             alert = own.get(rule.name)
             if alert is None:  # this rank's own clock says otherwise, and it is silent anyway
                 continue
-            more = {"experts": lost} if rule.name == "dead_expert" else {}
-            names = "; ".join(
-                f"{layer}: experts {experts}" for layer, experts in more.get("experts", {}).items()
-            )
+            names = "; ".join(f"{layer}: experts {experts}" for layer, experts in more.items())
             message = f"{alert.message} ({names})" if names else alert.message
-            self._recorder.alert(alert.step, message, rule.actions, alert.fields() | more)
+            fields = alert.fields() | ({"experts": more} if more else {})
+            self._recorder.alert(alert.step, message, rule.actions, fields)
+
+    def _experts(self, limit: float) -> dict[str, list[int]]:
+        said = self._peers.gather_json(dict(self._starved(limit)))
+        return {layer: experts for part in said for layer, experts in part.items()}

@@ -6,6 +6,8 @@
     slow:rank2:step10:1.5             from step 10 on, rank 2 takes 1.5 times as long for its own work
     nan:rank1:step7:grad:3            a gradient of rank 1 is NaN in three steps
     flip:rank1:step7:optimizer        one bit of rank 1's optimizer state turns over
+    dead_expert:rank1:step7           no token chooses the first expert of rank 1 any more
+    bias_runaway:rank0:step7:30       the bias of rank 0's first expert rises by 0.1 in thirty steps
 
 The phase may be left out where a kind has one of its own. `@FILE` names a file with a fault on each line,
 read again whenever a step begins, so that faults can be ordered while a run goes on.
@@ -37,7 +39,15 @@ PHASES = (
 # These come in some steps only: the fault waits for the first one from its step on.
 RARE_PHASES = ("save", "save_write", "save_rename", "evaluate", "sample", "end")
 TARGETS = ("param", "grad", "optimizer")
-_WHEN = {"param": "data", "grad": "optimizer", "optimizer": "data"}  # a target, and where it is struck
+# A target, and where it is struck.
+_WHEN = {
+    "param": "data",
+    "grad": "optimizer",
+    "optimizer": "data",
+    "bias": "data",
+    "casts": "data",
+    "tokens": "data",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,11 @@ KINDS = {
     "nan": Kind("a gradient is NaN", "steps", 1, ("grad",), least=1),
     "inf": Kind("a gradient is infinite", "steps", 1, ("grad",), least=1),
     "flip": Kind("one bit turns over", "steps", 1, TARGETS, least=1),
+    "dead_expert": Kind("no token chooses the rank's first expert", default=1, places=("bias",)),
+    "overload": Kind("every token chooses the rank's first expert", default=1, places=("bias",)),
+    "bias_runaway": Kind("the bias of the rank's first expert runs away", "steps", 20, ("bias",), least=1),
+    "saturate": Kind("weights are cast with scales that are too small", default=1, places=("casts",)),
+    "noise": Kind("random tokens are read", "steps", 1, ("tokens",), least=1),
 }
 
 
@@ -88,7 +103,7 @@ class Fault:
         rank: global rank that it strikes.
         step: from 1; 0 before the first.
         phase: one of `PHASES`.
-        target: one of `TARGETS`, or empty.
+        target: what of a run is struck, a key of `_WHEN`, or empty.
         value: what `Kind.value` says.
     """
 
@@ -105,6 +120,11 @@ class Fault:
     def times(self) -> int:
         """How often it strikes."""
         return int(self.value) if self.target else 1
+
+    @property
+    def is_of_all(self) -> bool:
+        """True if all ranks take part: what is struck is alike on several of them."""
+        return self.target == "bias"
 
 
 def read_faults(texts: Sequence[str], world_size: int | None = None) -> list[Fault]:
@@ -148,7 +168,7 @@ def _read(text: str, nth: int) -> Fault:
     step, words = (0, words) if words[:1] == ["init"] else _number("step", words, text)
     place, words = _place(kind, step, words, text)
     value = _value(kind, words, text)
-    target = place if kind.places is TARGETS or kind.places == ("grad",) else ""
+    target = place if set(kind.places) <= _WHEN.keys() else ""
     return Fault(text, nth, name, rank, step, _WHEN[target] if target else place, target, value)
 
 
@@ -157,7 +177,7 @@ def _place(kind: Kind, step: int, words: list[str], text: str) -> tuple[str, lis
     possible = [place for place in kind.places if (place == "init") == (step == 0)]
     if words and words[0] in possible:
         return words[0], words[1:]
-    if len(possible) == 1 and not (words and words[0] in (*PHASES, *TARGETS)):
+    if len(possible) == 1 and not (words and words[0] in (*PHASES, *_WHEN)):
         return possible[0], words
     got = words[0] if words else "nothing"
     wanted = ", ".join(possible) or "a step from 1"

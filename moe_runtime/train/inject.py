@@ -61,7 +61,7 @@ class Injector:
     ) -> None:
         self._file = run_dir / FAULTS_FILE
         self._progress = Progress()
-        self._poison: Callable[[str, str], object] | None = None
+        self._spoil: Callable[[Fault], object] | None = None
         self._factor = 1.0
         self._worked_s = 0.0  # thread time at the newest mark
         self._rank, self._orders = rank, orders
@@ -70,13 +70,13 @@ class Injector:
             self._append({"kind": _FRESH, "rank": rank})
         self._add(faults)
 
-    def listen(self, progress: Progress, poison: Callable[[str, str], object] | None) -> None:
+    def listen(self, progress: Progress, spoil: Callable[[Fault], object] | None) -> None:
         """Follow a rank's marks.
 
         Args:
-            poison: called on the rank's own thread with a kind (nan, inf, flip) and its target.
+            spoil: called on the rank's own thread with a fault that has a target.
         """
-        self._progress, self._poison = progress, poison
+        self._progress, self._spoil = progress, spoil
         if self._left or self._orders is not None:
             progress.listeners.append(self._on_mark)
 
@@ -86,11 +86,13 @@ class Injector:
 
     def left(self) -> list[str]:
         """Faults of this rank that have not struck, as they were written."""
-        return [fault.text for fault, times in self._left.items() if times > 0]
+        own = (fault for fault, times in self._left.items() if times > 0 and fault.rank == self._rank)
+        return [fault.text for fault in own]
 
     def _add(self, faults: Sequence[Fault]) -> None:
-        """Take up this rank's faults that are not known, as often as they have not struck yet."""
-        own = [fault for fault in faults if fault.rank == self._rank and fault not in self._left]
+        """Take up the faults of this rank that are not known, as often as they have not struck yet."""
+        mine = (fault for fault in faults if fault.rank == self._rank or fault.is_of_all)
+        own = [fault for fault in mine if fault not in self._left]
         lines = read_strikes(self._file) if own else []
         struck = Counter((line["fault"], line["nth"]) for line in lines)
         self._left |= {fault: fault.times - struck[fault.text, fault.nth] for fault in own}
@@ -111,7 +113,8 @@ class Injector:
         for fault, times in self._left.items():
             if times > 0 and fault.phase in phases and self._is_due(fault, times):
                 self._left[fault] -= 1
-                self._write_down(fault)
+                if fault.rank == self._rank:
+                    self._write_down(fault)
                 self._do(fault)
 
     def _is_due(self, fault: Fault, times: int) -> bool:
@@ -154,9 +157,9 @@ class Injector:
         elif fault.kind == "slow":
             self._factor, self._worked_s = fault.value, time.thread_time()
         elif fault.target:
-            if self._poison is None:
+            if self._spoil is None:
                 raise InjectedFault(f"{fault.text}: there is nothing to strike yet")
-            self._poison(fault.kind, fault.target)
+            self._spoil(fault)
         else:
             _DEEDS[fault.kind](fault)
 

@@ -109,9 +109,12 @@ class StepRecorder:
         with clock.metering():
             return self._read(tables, facts)
 
-    def lost_experts(self) -> dict[str, list[int]]:
-        """Experts that the bias does not bring back, by layer; of the layers that this rank tells of."""
-        rows = zip(self._runtime.load.layers, self._routing.lost, strict=True)
+    def starved_experts(self, limit: float) -> dict[str, list[int]]:
+        """Experts that are without tokens, and their bias no help, for more than `limit` steps, by layer.
+
+        Of the layers that this rank tells of.
+        """
+        rows = zip(self._runtime.load.layers, self._routing.starved > limit, strict=True)
         return {layer: row.nonzero().flatten().tolist() for layer, row in rows if bool(row.any())}
 
     def _shapes(self, step: int, program: Program) -> dict[str, tuple[int, ...]]:

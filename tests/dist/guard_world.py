@@ -7,6 +7,7 @@ are the largest tensors here, so it is one of them that is struck.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from moe_runtime.config.load import load_config
 from moe_runtime.errors import DataError, NumericsError
 from moe_runtime.parallel.progress import Progress
 from moe_runtime.parallel.world import World
+from moe_runtime.train.fault import read_faults
 from moe_runtime.train.guard.poison import poison
+from moe_runtime.train.guard.spoil import spoil
+from moe_runtime.train.inject import Injector
 from moe_runtime.train.loop import Run, train
 from tests.cli.small_run import write_config
 from tests.ranks import run_ranks
@@ -51,11 +55,12 @@ class Strike:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: its name, what it changes in the config, what strikes it."""
+    """One run: its name, what it changes in the config, what strikes it, also as `--inject` has it."""
 
     name: str
     overrides: tuple[str, ...] = ()
     strikes: tuple[Strike, ...] = ()
+    inject: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ def smallest_batch(ranks: int) -> int:
 
 def write(folder: Path, layout: dict[str, Any], **changes: Any) -> str:
     """The config of all runs of a test module."""
-    usual = {"train__eval_every": 0, "train__log_every": 100, "batch__global_batch_size": 8, "metrics__trace_step": None}
+    usual = {
+        "train__eval_every": 0,
+        "train__log_every": 100,
+        "batch__global_batch_size": 8,
+        "metrics__trace_step": None,
+    }
     path = write_config(folder, layout=layout, **(usual | changes))
     run = yaml.safe_load(path.read_text())
     run["model"]["expert_ffn_size"] = 64
@@ -104,6 +114,9 @@ def _do(rank: int, world_size: int, config: str, trial: Trial) -> Outcome:
     for strike in trial.strikes:
         if strike.rank == rank:
             _arm(run, strike, hit)
+    if trial.inject:
+        injector = Injector(read_faults(trial.inject), rank, run_dir(config, trial.name))
+        injector.listen(run.runtime.clock.progress, partial(spoil, run.step))
     try:
         train(run)
     except (NumericsError, DataError) as error:

@@ -15,8 +15,8 @@ from torch import Tensor
 from moe_runtime.config.counts import moe_layers
 from moe_runtime.metrics.balance import (
     dead_experts,
+    is_starved,
     load_entropy,
-    lost_experts,
     rank_load_ratio,
     relative_load,
     unchecked_violation,
@@ -35,7 +35,7 @@ _HELD = (
     "violation_global",
     "load_entropy",
     "dead_experts",
-    "lost_experts",
+    "starved_steps",
     "unchecked_violation",
     "rank_load_ratio",
     "bias_min",
@@ -52,8 +52,8 @@ class RoutingMeter:
         runtime: of this rank.
 
     Attributes:
-        lost: bool [held layers, experts], which experts `lost_experts` counts; all False on a rank that does
-            not tell of its layers.
+        starved: int64 [held layers, experts], for how many steps in a row each expert has been without tokens
+            and its bias no help; zeros on a rank that does not tell of its layers.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -71,7 +71,7 @@ class RoutingMeter:
         """What comes now does not follow on what was measured before."""
         size = self._runtime.config.metrics.window if self._is_owner else 0
         self._window = LoadWindow(size, len(self._rows), self._runtime.config.model.num_experts)
-        self.lost = torch.zeros(len(self._rows), self._runtime.config.model.num_experts, dtype=torch.bool)
+        self.starved = torch.zeros(len(self._rows), self._runtime.config.model.num_experts, dtype=torch.int64)
 
     def shapes(self, with_load: bool) -> dict[str, tuple[int, ...]]:
         """Tables that this needs; `with_load`: every expert's load too."""
@@ -93,16 +93,16 @@ class RoutingMeter:
             return
         counts = total.cpu()
         self._window.add(counts)
-        load, of_window = relative_load(counts), relative_load(self._window.total)
+        load = relative_load(counts)
         biases = torch.stack([router.bias for router in self._routers]).cpu().double()
         columns = (
             load.amax(dim=1),
             load.amin(dim=1),
             violation(load),
-            violation(of_window),
+            violation(relative_load(self._window.total)),
             load_entropy(load),
             dead_experts(load),
-            *self._unmended(of_window, biases, is_moving),
+            *self._unmended(load, biases, is_moving),
             rank_load_ratio(load, self._runtime.mesh.ep),
             biases.amin(dim=1),
             biases.amax(dim=1),
@@ -113,14 +113,13 @@ class RoutingMeter:
         if wanted is not None:
             wanted[self._rows] = load
 
-    def _unmended(self, of_window: Tensor, biases: Tensor, is_moving: bool) -> tuple[Tensor, Tensor]:
-        """What balancing leaves as it is; NaN while the window is not full, for a few steps prove nothing."""
-        self.lost = lost_experts(of_window, biases, is_moving) & self._window.is_full
-        unchecked = unchecked_violation(of_window, biases, is_moving)
-        unknown = torch.full_like(unchecked, math.nan)
-        if not self._window.is_full:
-            return unknown, unknown
-        return self.lost.sum(dim=1), unchecked
+    def _unmended(self, load: Tensor, biases: Tensor, is_moving: bool) -> tuple[Tensor, Tensor]:
+        """What balancing leaves as it is: [held layers] each."""
+        self.starved = (self.starved + 1).masked_fill(~is_starved(load, biases, is_moving), 0)
+        unchecked = unchecked_violation(relative_load(self._window.total), biases, is_moving)
+        if not self._window.is_full:  # a few steps prove nothing
+            unchecked.fill_(math.nan)
+        return self.starved.amax(dim=1), unchecked
 
     def read(self, tables: OneSum, new_tokens: int) -> Layers:
         """Every layer's numbers, by its canonical prefix, once the tables are summed.
@@ -137,7 +136,7 @@ class RoutingMeter:
         square, z_loss, margin, nodes = (total / new_tokens for total in sums)
         return values | {
             "dead_experts": int(values["dead_experts"]),
-            "lost_experts": None if math.isnan(values["lost_experts"]) else int(values["lost_experts"]),
+            "starved_steps": int(values["starved_steps"]),
             "unchecked_violation": None if math.isnan(unchecked) else unchecked,
             "bias_range": values["bias_max"] - values["bias_min"],
             "bias_reach": max(abs(values["bias_min"]), abs(values["bias_max"])),

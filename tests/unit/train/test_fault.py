@@ -97,7 +97,9 @@ def injector(
     folder: Path, *texts: str, rank: int = 0, fresh: bool = False
 ) -> tuple[Injector, Progress, list]:
     made, progress, struck = Injector(read_faults(texts), rank, folder, fresh), Progress(), []
-    made.listen(progress, lambda kind, target: struck.append((progress.step, progress.phase, kind, target)))
+    made.listen(
+        progress, lambda fault: struck.append((progress.step, progress.phase, fault.kind, fault.target))
+    )
     return made, progress, struck
 
 
@@ -235,6 +237,25 @@ def test_a_stopped_process_is_stopped(tmp_path: Path) -> None:
     assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == "passed\n"
+
+
+def test_all_ranks_take_part_in_a_fault_of_what_is_alike_on_them(tmp_path: Path) -> None:
+    text = "dead_expert:rank1:step2"
+    for rank in (0, 1):
+        made, progress, struck = injector(tmp_path, text, "saturate:rank1:step2", rank=rank)
+        walk(progress, 1)
+        walk(progress, 2)
+        walk(progress, 3)
+        wanted = [(2, "data", "dead_expert", "bias"), (2, "data", "saturate", "casts")]
+        assert struck == wanted[: rank + 1] and made.left() == []
+    assert [line["rank"] for line in read_strikes(tmp_path / FAULTS_FILE)] == [1, 1]
+
+
+def test_a_bias_runs_away_over_as_many_steps_as_asked_for(tmp_path: Path) -> None:
+    _, progress, struck = injector(tmp_path, "bias_runaway:rank0:step2:3")
+    for step in range(1, 8):
+        walk(progress, step)
+    assert [step for step, *_ in struck] == [2, 3, 4]
 
 
 def test_orders_are_read_while_the_run_goes_on_and_strike_once(tmp_path: Path) -> None:
