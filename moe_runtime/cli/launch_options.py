@@ -32,8 +32,8 @@ def parse_options(arguments: list[str], program: str = "launch.sh") -> argparse.
     return options
 
 
-def launch_parser(program: str) -> argparse.ArgumentParser:
-    """What reads these options."""
+def launch_parser(program: str = "launch.sh") -> argparse.ArgumentParser:
+    """Reads the options and leaves the command as it is."""
     parser = OneLineParser(prog=program, allow_abbrev=False, description="Runs moe-runtime commands.")
     parser.add_argument(
         "--nnodes", type=_counts, metavar="N|MIN:MAX", help="machines; the same command on each"
