@@ -131,6 +131,20 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
+        "Experts that the bias does not bring back",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Falls to 0 again and again. Beyond 100 the alert dead_expert says which expert it is.",
+    ),
+    Panel(
+        ROUTING,
+        "Violation that the bias does not hold back",
+        _over_layers("unchecked_violation"),
+        "max load / mean - 1",
+        "Below 0.5. Beyond 1 the alert violation is raised: balancing does not work.",
+    ),
+    Panel(
+        ROUTING,
         "Load of expert-parallel ranks",
         ("rank_load_ratio",),
         "busiest / mean",
@@ -142,6 +156,13 @@ _ROUTING = (
         _over_layers("bias_std"),
         "",
         "Grows, then settles. Never settling: bias_gamma is too large or the data changes.",
+    ),
+    Panel(
+        ROUTING,
+        "Range of the routing bias",
+        _over_layers("bias_range"),
+        "largest - smallest",
+        "Below 1, for scores are never further apart. Beyond 1.5 the alert bias_runaway is raised.",
     ),
     Panel(
         ROUTING,
