@@ -68,14 +68,17 @@ set_up() {
     echo "launch.sh: making .venv with $("$found" --version)" >&2
     "$found" -m venv --clear "$venv" || fail "cannot make .venv; on Debian: apt install python3-venv"
   fi
-  echo "launch.sh: installing, this takes some minutes" >&2
+  local began=$SECONDS
+  echo "launch.sh: installing (1 of 2): torch, some hundred MB and some minutes" >&2
   # torch first, from the index for this machine's hardware: what depends on it would fetch another.
   torch_pin=$(grep '^torch==' "$root/constraints.txt")
   "$python" -m pip install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin" >&2 ||
     fail "pip could not install $torch_pin; see above"
+  echo "launch.sh: installing (2 of 2): the other packages" >&2
   "$python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[data,test,mpi,report,dashboard]" >&2 ||
     fail "pip could not install the dependencies; see above"
   echo "$wanted" >"$stamp"
+  echo "launch.sh: installed in $((SECONDS - began)) s" >&2
 }
 
 options=()

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_runtime.checkpoint.difference import KINDS, Difference, count_by_kind
 from moe_runtime.checkpoint.folder import Checkpoint
-from moe_runtime.cli.config import leaves
+from moe_runtime.config.origins import leaves
 
 _ABSENT = "(not there)"
 

@@ -1,15 +1,20 @@
 """`moe-runtime config`: see what a config resolves to, how two differ, and what keys there are."""
 
 import json
-from collections.abc import Iterator
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moe_runtime.config.derive import count_parameters, tokens_before, tokens_per_step, total_steps
+from moe_runtime.config.json_schema import file_schema, run_schema
+from moe_runtime.config.keys import Key, find_keys
 from moe_runtime.config.layout import ResolvedLayout, check_layout
 from moe_runtime.config.load import dump_config, load_config
+from moe_runtime.config.origins import leaves, origins
 from moe_runtime.config.schema import RunConfig
+from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Show, compare and describe configs.")
@@ -20,12 +25,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of
 
 
 @app.command()
-def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    where: Annotated[
+        bool, typer.Option("--where", help="one key a line, with the file and line that its value is from")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the resolved config and what follows from it: weights, batches, steps, layout."""
-    run = load_config(config, tuple(overrides or ()))
+    given = tuple(overrides or ())
+    run = load_config(config, given)
     derived = derived_facts(run)
     if as_json:
-        typer.echo(json.dumps({"config": run.model_dump(mode="json"), "derived": derived}))
+        fields = {"config": run.model_dump(mode="json"), "derived": derived}
+        places = {key: place for key, (_, place) in origins(config, given).items()} if where else None
+        typer.echo(json.dumps(fields if places is None else fields | {"where": places}))
+        return
+    if where:
+        rows = [(key, json.dumps(value), place) for key, (value, place) in origins(config, given).items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        typer.echo("\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows))
         return
     typer.echo(dump_config(run))
     width = max(map(len, derived))
@@ -34,18 +54,87 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command()
-def diff(first: Config, second: Config) -> None:
+def diff(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            help="FIRST [a.b=c ...] [SECOND [a.b=c ...]]; without SECOND: FIRST alone, and with its a.b=c"
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
     """Print the keys whose values differ, one a line; nothing if the two are alike."""
-    old, new = (dict(leaves(load_config(name).model_dump(mode="json"))) for name in (first, second))
-    for key in dict.fromkeys([*old, *new]):
-        if key not in old or key not in new or old[key] != new[key]:
-            typer.echo(f"{key}: {_text(old, key)} -> {_text(new, key)}")
+    first, second = _sides(configs)
+    old, new = (dict(leaves(load_config(*side).model_dump(mode="json"))) for side in (first, second))
+    changed = [
+        key for key in dict.fromkeys([*old, *new]) if key not in old or key not in new or old[key] != new[key]
+    ]
+    if as_json:
+        typer.echo(json.dumps({key: [old.get(key), new.get(key)] for key in changed}))
+        return
+    for key in changed:
+        typer.echo(f"{key}: {_text(old, key)} -> {_text(new, key)}")
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a run, for editors that complete and check YAML."""
-    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+def schema(
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="of a whole run, as config.yaml of a run folder has it")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="write it to this file")] = None,
+) -> None:
+    """Print the JSON schema of a config file, for editors that complete and check YAML."""
+    text = json.dumps(run_schema() if resolved else file_schema(), indent=1, ensure_ascii=False)
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another file") from None
+    typer.echo(f"{out}: first line of a config: # yaml-language-server: $schema=PATH_TO/{out.name}", err=True)
+
+
+@app.command()
+def keys(
+    prefix: Annotated[str, typer.Argument(help="a section, the start of a key, or a word about it")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List keys: what each takes, its default, what it is."""
+    found = find_keys(prefix)
+    if as_json:
+        typer.echo(json.dumps([key.fields() for key in found]))
+        return
+    width = max(len(key.name) for key in found)
+    typer.echo("\n".join(f"{key.name:<{width}}  {_said(key)}" for key in found))
+
+
+def _said(key: Key) -> str:
+    default = "required" if key.required else f"default {json.dumps(key.default, default=str)}"
+    return f"{key.takes}; {default}" + (f". {key.description}" if key.description else "")
+
+
+def _sides(words: list[str]) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
+    """The two configs to compare, each with the overrides that follow it.
+
+    Raises:
+        ConfigError: there are not two.
+    """
+    sides: list[tuple[str, list[str]]] = []
+    for word in words:
+        is_override = re.match(r"[A-Za-z_][\w.]*=", word) is not None and not Path(word).exists()
+        if not is_override:
+            sides.append((word, []))
+        elif sides:
+            sides[-1][1].append(word)
+        else:
+            raise ConfigError(f"config diff: expected a config before its overrides, got {word}")
+    if len(sides) == 1 and sides[0][1]:
+        sides.insert(0, (sides[0][0], []))
+    if len(sides) != 2:
+        names = ", ".join(name for name, _ in sides)
+        raise ConfigError(f"config diff: expected two configs, or one with overrides, got {names}")
+    return sides[0], sides[1]
 
 
 def derived_facts(run: RunConfig) -> dict[str, Any]:
@@ -75,15 +164,6 @@ def _microbatches(layout: ResolvedLayout) -> str:
         return f"{layout.num_microbatches} a lane"
     start = f"{layout.num_microbatches_start} at first ({layout.start_batch_size:,} sequences a step)"
     return f"{start}, {layout.num_microbatches} after the ramp"
-
-
-def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a nested dict with their dotted paths."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def _text(values: dict[str, Any], key: str) -> str:

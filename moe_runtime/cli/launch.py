@@ -66,12 +66,15 @@ def _launch_train(options: argparse.Namespace, program: str) -> int:
     read_ranks(parameters["log_ranks"], per_node * most)
     fit_shape(config, least * per_node)
     machines = this_machine(options)
+    run_dir = Path(config.out_dir) / config.name
+    if sys.stderr.isatty():  # in a pipe nobody waits for the first word
+        print(f"starting {per_node} processes for {run_dir}", file=sys.stderr, flush=True)
     job = Job(
         _program(options),
         per_node,
         _environment(per_node, machines.address if machines else "127.0.0.1"),
         config.reliability,
-        Path(config.out_dir) / config.name,
+        run_dir,
         config.train.peer_timeout_s,
         machines,
         config,

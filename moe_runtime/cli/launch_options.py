@@ -24,6 +24,16 @@ def parse_options(arguments: list[str], program: str = "launch.sh") -> argparse.
     Raises:
         UsageMistake: an option is unknown, wrong, or does not go with the others or the command.
     """
+    parser = launch_parser(program)
+    options = parser.parse_args(arguments)
+    _refuse_mixtures(parser, options)
+    if not options.command:
+        parser.error("expected a command, such as train CONFIG, got none")
+    return options
+
+
+def launch_parser(program: str = "launch.sh") -> argparse.ArgumentParser:
+    """Reads the options and leaves the command as it is."""
     parser = OneLineParser(prog=program, allow_abbrev=False, description="Runs moe-runtime commands.")
     parser.add_argument(
         "--nnodes", type=_counts, metavar="N|MIN:MAX", help="machines; the same command on each"
@@ -39,9 +49,7 @@ def parse_options(arguments: list[str], program: str = "launch.sh") -> argparse.
     parser.add_argument("--slurm", action="store_true", help="print a batch file for Slurm; starts nothing")
     parser.add_argument("--nproc", type=_count, help="processes on each machine, if not what the layout says")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="train CONFIG a.b=c ..., or any other")
-    options = parser.parse_args(arguments)
-    _refuse_mixtures(parser, options)
-    return options
+    return parser
 
 
 def _refuse_mixtures(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

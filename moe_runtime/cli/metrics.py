@@ -1,5 +1,6 @@
 """`moe-runtime metrics`: makes a run of another program out of the records of a run folder."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from moe_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from moe_runtime.metrics.wandb_run import RunPlace, WandbRun
 
-app = typer.Typer(no_args_is_help=True, help="Give the records of a run to W&B or TensorBoard.")
+app = typer.Typer(no_args_is_help=True, help="Explain the records of runs, give them to W&B or TensorBoard.")
 
 app.command("alerts")(alerts)
 
@@ -21,7 +22,30 @@ _TOLD_EVERY = 10_000  # steps between words on how far it is
 
 @app.callback()
 def _() -> None:
-    """Give the records of a run to W&B or TensorBoard."""
+    """Explain the records of runs, give them to W&B or TensorBoard."""
+
+
+@app.command()
+def describe(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="such as routing/violation/max, or beginnings; all if left out")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="all of docs/metrics.md")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, by key")] = False,
+) -> None:
+    """Say what the numbers of a record mean, in which unit, and where they are measured."""
+    from moe_runtime.metrics.page import described, page, text_of
+
+    if markdown and (keys or as_json):
+        raise ConfigError("--markdown: writes the whole page; leave out --json and the keys")
+    if markdown:
+        typer.echo(page(), nl=False)
+        return
+    found = described(keys or ())
+    if as_json:
+        typer.echo(json.dumps({path: metric._asdict() for path, metric in found.items()}, indent=2))
+    else:
+        typer.echo(text_of(found))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`moe-runtime metrics alerts`: which alerts a run's records raise, under its own thresholds or under others."""
+"""`moe-runtime metrics alerts`: which alerts a run's records raise, by its own thresholds or by others."""
 
 import json
 import math

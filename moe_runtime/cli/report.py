@@ -26,7 +26,9 @@ Port = Annotated[
 Open = Annotated[bool, typer.Option("--open", help="open it in the browser")]
 
 
-def report(run_dir: RunDir, out: Out = None, serve: Serve = False, port: Port = None, open_it: Open = False) -> None:
+def report(
+    run_dir: RunDir, out: Out = None, serve: Serve = False, port: Port = None, open_it: Open = False
+) -> None:
     """Show a run: one self-contained HTML file, or with --serve a live page."""
     if serve and out is not None:
         raise ConfigError("report: expected one of --serve and --out, got both; leave one out")
@@ -78,17 +80,18 @@ def _write(run_dir: Path, out: Path, open_it: bool) -> None:
 
 
 def _serve(run_dir: Path, port: int | None, open_it: bool) -> None:
-    from moe_runtime.metrics.report.serve import open_server
+    from moe_runtime.metrics.report.serve import HOST, open_server
 
-    with _until_told(), open_server(run_dir, port) as server:
-        typer.echo(f"{run_dir} at {server.address} (this machine alone); Ctrl-C ends it")
-        typer.echo(f"from elsewhere: ssh -L {server.server_address[1]}:{server.address[7:-1]} {os.uname().nodename}")
-        if open_it:
-            _open(server.address)
-        try:
+    try:
+        with _until_told(), open_server(run_dir, port) as server:
+            typer.echo(f"{run_dir} at {server.address} (this machine alone); Ctrl-C ends it")
+            own = f"{server.server_address[1]}:{HOST}:{server.server_address[1]}"
+            typer.echo(f"from elsewhere: ssh -L {own} {os.uname().nodename}")
+            if open_it:
+                _open(server.address)
             server.serve_forever(poll_interval=0.2)
-        except (KeyboardInterrupt, _Stopped):
-            typer.echo("ended")
+    except (KeyboardInterrupt, _Stopped):
+        typer.echo("ended")
 
 
 class _Stopped(Exception):

@@ -103,6 +103,18 @@ class DataConfig(Section):
             found.append(Finding.expected("mixture", "a set with a weight above 0", "none"))
         return found
 
+    def claims(self, name: str) -> frozenset[str] | None:
+        """Keys by which the prepared set `name` is judged; None: all.
+
+        A set of a mixture that is not to be prepared here is taken as it was made, but for its tokenizer and
+        what is said of it.
+        """
+        one = self.mixture.get(name)
+        if one is None or one.source is not None:
+            return None
+        said = [key for key in ("fim_rate", "form") if getattr(one, key) is not None]
+        return frozenset(["tokenizer", *said])
+
     def sets(self) -> dict[str, "DataConfig"]:
         """Each prepared set as a config of its own, by name; the one of `path` has the name ''."""
         if not self.mixture:

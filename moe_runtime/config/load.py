@@ -37,16 +37,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line for each mistake.
     """
+    tree, file = read_tree(path, overrides)
+    _refuse_secrets(tree, file)
+    config, findings = _validate(tree.values)
+    lines = [*tree.mistakes, *(_line(finding, tree, file) for finding in findings)]
+    if lines or config is None:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Tree, str]:
+    """File, bases and overrides merged, not yet validated; and the file's name as a user would type it.
+
+    Raises:
+        ConfigError: a file is missing, or is no YAML.
+    """
     file = find_config(path)
     tree = read_file(file, _find_base)
     for override in read_overrides(tuple(overrides)):
         tree.merge(override)
-    _refuse_secrets(tree, shown(file))
-    config, findings = _validate(tree.values)
-    lines = [*tree.mistakes, *(_line(finding, tree, shown(file)) for finding in findings)]
-    if lines or config is None:
-        raise ConfigError("\n".join(lines))
-    return config
+    return tree, shown(file)
 
 
 def _refuse_secrets(tree: Tree, file: str) -> None:

@@ -10,8 +10,10 @@ from moe_runtime.config.section import Count, Section
 class MetricsConfig(Section):
     """What is measured, how often, and where records go besides metrics.jsonl."""
 
-    wandb: Literal["off", "offline", "online"] = "offline"
-    wandb_project: str = "moe_runtime"
+    wandb: Literal["off", "offline", "online"] = Field(
+        "offline", description="offline: into the run folder, for `wandb sync` later"
+    )
+    wandb_project: str = Field("moe_runtime", description="project of the run at W&B")
     trace_step: PositiveInt | None = Field(3, description="the step whose spans go to trace.json; null: none")
     window: Annotated[int, Field(ge=2, le=10_000)] = Field(
         100, description="steps that step_s_p50, step_s_p99 and violation_global look back on"

@@ -62,11 +62,11 @@ class ModelConfig(Section):
     """Widths and counts of the architecture, spelled as DeepSeek spells them. Ref: DSV3 §4.2."""
 
     vocab_size: PositiveInt = Field(description="rows of embedding and head; at least the tokenizer's size")
-    hidden_size: PositiveInt
+    hidden_size: PositiveInt = Field(description="width of the residual stream")
     num_layers: PositiveInt = Field(description="dense and MoE layers together, without MTP")
     num_dense_layers: Count = Field(description="the first k layers have a dense FFN")
     ffn_size: PositiveInt = Field(description="SwiGLU width of a dense layer")
-    num_heads: PositiveInt
+    num_heads: PositiveInt = Field(description="attention heads")
     attention: Literal["mla", "mha"] = Field(
         "mla", description="mha: queries, keys and values straight from the stream; reads neither lora rank"
     )
@@ -74,21 +74,23 @@ class ModelConfig(Section):
     kv_lora_rank: Count = Field(
         0, description="width of the latent of keys and values; mla needs it", validate_default=True
     )
-    qk_nope_head_dim: PositiveInt
-    qk_rope_head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
-    v_head_dim: PositiveInt
+    qk_nope_head_dim: PositiveInt = Field(description="of a head's query and key, the part without rotation")
+    qk_rope_head_dim: Annotated[int, Field(gt=0, multiple_of=2)] = Field(
+        description="of a head's query and key, the rotated part"
+    )
+    v_head_dim: PositiveInt = Field(description="width of a head's value")
     num_experts: PositiveInt = Field(description="routed experts a layer")
-    num_shared_experts: Count = 1
+    num_shared_experts: Count = Field(1, description="experts of a layer that every token uses")
     top_k: PositiveInt = Field(description="routed experts a token uses")
     expert_ffn_size: PositiveInt = Field(description="SwiGLU width of one expert")
     num_groups: PositiveInt = Field(1, description="routing groups; experts are split evenly over them")
     num_groups_kept: PositiveInt = Field(1, description="groups a token may use")
-    routed_scaling_factor: PositiveFloat = 2.5
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10000.0
-    yarn: YarnConfig | None = None
+    routed_scaling_factor: PositiveFloat = Field(2.5, description="factor of the routed experts' sum")
+    rms_norm_eps: PositiveFloat = Field(1e-6, description="added to the mean square of every RMSNorm")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    yarn: YarnConfig | None = Field(None, description="context extension; null: none")
     mtp_depth: Count = Field(1, description="D: extra tokens predicted by MTP modules; 0 turns MTP off")
-    init_std: PositiveFloat = 0.006
+    init_std: PositiveFloat = Field(0.006, description="standard deviation of weights drawn at random")
 
     @field_validator("kv_lora_rank")
     @classmethod
@@ -256,12 +258,12 @@ class NumericsConfig(Section):
 class OptimConfig(Section):
     """AdamW and its storage. Ref: DSV3 §4.2; FP8 moments go beyond the report."""
 
-    peak_lr: PositiveFloat = 2.2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegative = 0.1
+    peak_lr: PositiveFloat = Field(2.2e-4, description="learning rate after the warm-up")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(0.1, description="of matrices, times the learning rate, a step")
     grad_clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
-    moments: Literal["fp32", "bf16", "fp8"] = "bf16"
+    moments: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how the two moments are stored")
     numerics: NumericsConfig = NumericsConfig()
 
     def findings(self) -> list[Finding]:
@@ -281,11 +283,11 @@ class RecipeConfig(Section):
     constant for `tail_tokens`, then `final_lr_ratio` x peak to the end.
     """
 
-    warmup_steps: Count = 2000
+    warmup_steps: Count = Field(2000, description="steps in which the learning rate rises to its peak")
     constant_until_tokens: Count | None = Field(None, description="null: constant to the end")
-    cosine_tokens: Count = 0
-    min_lr_ratio: Fraction = 0.1
-    tail_tokens: Count = 0
+    cosine_tokens: Count = Field(0, description="tokens over which it falls from the peak to min_lr_ratio")
+    min_lr_ratio: Fraction = Field(0.1, description="of peak, where the cosine ends")
+    tail_tokens: Count = Field(0, description="tokens at min_lr_ratio, before final_lr_ratio")
     final_lr_ratio: Fraction = Field(7.3e-6 / 2.2e-4, description="of peak, after the tail")
     bias_gamma: NonNegative = Field(0.001, description="step of the routing bias")
     bias_until_tokens: Count | None = Field(None, description="after this the bias stands still; null: never")
@@ -314,10 +316,10 @@ class TrainConfig(Section):
     )
     sample_every: Count = Field(0, description="steps between text samples; 0: only at the end")
     sample_prompt: str = Field("def ", description="what samples continue")
-    sample_tokens: PositiveInt = 200
+    sample_tokens: PositiveInt = Field(200, description="tokens of a sample")
     checkpoint_every: Count = Field(200, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: PositiveInt = Field(2, description="older ones are removed")
-    log_every: PositiveInt = Field(10, description="steps between console lines")
+    log_every: PositiveInt = Field(1, description="steps between console lines in a pipe or file")
     peer_timeout_s: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
     skip_updates: tuple[PositiveInt, ...] = Field(
         (), description="steps, from 1, whose update is not applied, as if their gradient were not finite"
@@ -337,13 +339,17 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """Everything that a run is made of."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        "run", description="of the run and its folder"
+    )
     out_dir: str = Field("runs", description="run folders are made here, as out_dir/name")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        1234, description="of weights, order of data and samples; the same one gives the same run"
+    )
     precision: Literal["fp32", "bf16", "fp64", "fp8"] = Field(
         "bf16", description="dtype of weights and activations; fp8: BF16, and products in FP8"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     batch: BatchConfig

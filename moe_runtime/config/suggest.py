@@ -1,6 +1,7 @@
 """The key that was meant by one that is not there: a slip, another section's, or another program's name."""
 
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -16,18 +17,26 @@ _ELSEWHERE = 0.5  # slips
 _ALIKE_ELSEWHERE = 0.8
 
 
+@lru_cache(maxsize=4096)
 def section_at(path: KeyPath) -> type[BaseModel] | None:
     """The section class under a key path, or None where no section is."""
     section: type[BaseModel] | None = RunConfig
-    is_named = False  # the next part is the name of one of several sections
+    is_one_of = False  # the next part is the name, or the number, of one of several sections
     for part in path:
-        if is_named:
-            is_named = False
+        if is_one_of:
+            is_one_of = False
             continue
         info = section.model_fields.get(part) if section is not None else None
         section = section_of(info.annotation) if info is not None else None
-        is_named = info is not None and get_origin(info.annotation) is dict
-    return None if is_named else section
+        is_one_of = info is not None and several(info.annotation) is not None
+    return None if is_one_of else section
+
+
+def several(annotation: Any) -> str | None:
+    """What stands for one of the sections of a field that has several: NAME, or N in a list; else None."""
+    if section_of(annotation) is None:
+        return None
+    return {dict: "NAME", tuple: "N", list: "N"}.get(get_origin(annotation))
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -37,11 +46,20 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def key_paths(start: KeyPath = ()) -> Iterator[KeyPath]:
-    """All keys of a run, those of sections too, each section before its keys."""
+    """All keys of a run, those of sections too, each section before its keys.
+
+    Where there may be several sections under a key (`data.mixture`), NAME or N stands for any of them.
+    """
     section = section_at(start)
-    for name in section.model_fields if section is not None else ():
+    for name, info in section.model_fields.items() if section is not None else ():
         yield (*start, name)
-        yield from key_paths((*start, name))
+        one = several(info.annotation)
+        yield from key_paths((*start, name) if one is None else (*start, name, one))
+
+
+@cache
+def _all_keys() -> tuple[KeyPath, ...]:
+    return tuple(key_paths())
 
 
 def suggest_key(path: KeyPath, value: Any = None) -> str:
@@ -66,7 +84,10 @@ def suggest_key(path: KeyPath, value: Any = None) -> str:
 
 def meant_by(path: KeyPath) -> list[KeyPath]:
     """The keys that may be meant by an unknown one: the likeliest, and those that are as likely."""
-    ranked = sorted((place, key) for key in key_paths() if (place := _place(path, key)) is not None)
+    section = section_at(path[:-1])
+    own = [(*path[:-1], name) for name in section.model_fields] if section is not None else []
+    keys = [*own, *(key for key in _all_keys() if section_at(key[:-1]) is not section)]
+    ranked = sorted((place, key) for key in keys if (place := _place(path, key)) is not None)
     other = OTHER_NAMES.get(path[-1].lower())
     if other is not None and not (ranked and ranked[0][0][0] <= 1):
         return [tuple(other.split("."))]

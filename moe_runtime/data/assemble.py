@@ -5,6 +5,7 @@ show in what is written. Memory: one block.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def assemble(
             stem = pieces / f"{index:06d}_{split}"
             for lengths, parts in _documents(stem):
                 writer.add_documents(lengths, parts, own["part_names"])
-            for ids, targets in _tokens(stem, np.dtype(dtype).newbyteorder("<")):
+            for ids, targets in _tokens(stem, np.dtype(dtype).newbyteorder("<"), own["has_mask"]):
                 writer.add_tokens(ids, targets)
                 done += len(ids)
                 tick(done)
@@ -56,7 +57,9 @@ def _documents(stem: Path) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint
             yield block, np.fromfile(parts, "<u4", len(block))
 
 
-def _tokens(stem: Path, dtype: Any) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
-    with open(f"{stem}.ids", "rb") as ids, open(f"{stem}.targets", "rb") as targets:
+def _tokens(
+    stem: Path, dtype: Any, has_mask: bool
+) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
+    with open(f"{stem}.ids", "rb") as ids, open(f"{stem}.targets" if has_mask else os.devnull, "rb") as marks:
         while len(block := np.fromfile(ids, dtype, BLOCK_TOKENS)):
-            yield block, np.fromfile(targets, np.bool_, len(block))
+            yield block, np.fromfile(marks, np.bool_, len(block)) if has_mask else None

@@ -76,7 +76,8 @@ def pieces_of(document: Document) -> list[tuple[str, bool]]:
 def _string(value: Mapping[str, Any], key: str, form: TextForm, where: str) -> str:
     if not isinstance(value.get(key), str):
         got = f"{type(value[key]).__name__} under {key!r}" if key in value else f"keys {sorted(value)[:8]}"
-        raise DataError(f"{where}: expected an object with {_wanted(form)}, got {got}")
+        hint = "; set --fields messages (data.form.fields)" if "messages" in value and form == PLAIN else ""
+        raise DataError(f"{where}: expected an object with {_wanted(form)}, got {got}{hint}")
     return scalar_text(value[key])
 
 

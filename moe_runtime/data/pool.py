@@ -29,6 +29,10 @@ _TICK_S = 0.1
 Done = Callable[[int], None]
 
 
+class WorkerDied(DataError):
+    """The source is not to blame: what is done is worth keeping."""
+
+
 def run_chunks(job: Job, what: str, chunks: list[tuple[int, Chunk]], workers: int, tell: Done) -> None:
     """Do chunks of one pass, in this process or in several.
 
@@ -38,7 +42,8 @@ def run_chunks(job: Job, what: str, chunks: list[tuple[int, Chunk]], workers: in
         tell: called with bytes of the source that are done since the last call.
 
     Raises:
-        DataError: the source is not usable, or a worker died.
+        DataError: the source is not usable.
+        WorkerDied: a process did, as one does that takes too much memory.
         OSError: the disk is full.
     """
     if workers == 1 or len(chunks) < 2:
@@ -96,7 +101,7 @@ class _Worker:
         """Messages that have come.
 
         Raises:
-            DataError: the worker died.
+            WorkerDied: it did.
         """
         assert self.process.stdout is not None
         raw = os.read(self.process.stdout.fileno(), 65536)
@@ -105,11 +110,11 @@ class _Worker:
         *lines, self._rest = (self._rest + raw).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def death(self) -> DataError:
+    def death(self) -> "WorkerDied":
         """How the worker ended, for people."""
         code = self.process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return DataError(
+        return WorkerDied(
             f"preparing data: a worker {how}; the same command goes on where it stopped, and needs less "
             "memory with fewer --workers"
         )

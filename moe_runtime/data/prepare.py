@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from moe_runtime.data.assemble import assemble
 from moe_runtime.data.bpe import train_bpe
 from moe_runtime.data.job import PLAN, SURVEY, TOKENISE, Job, plan_digest
 from moe_runtime.data.manifest import MANIFEST, Manifest, TokenizerRecord, read_manifest
-from moe_runtime.data.pool import run_chunks
+from moe_runtime.data.pool import WorkerDied, run_chunks
 from moe_runtime.data.sources import CHUNK_BYTES, Chunk
 from moe_runtime.data.survey import kept_of, merge_surveys
 from moe_runtime.data.task import Progress, Request
@@ -82,12 +82,15 @@ def prepare(
         raise _disk_error(error, out) from error
 
 
-def ensure_prepared(config: DataConfig, seed: int, progress: Progress = silent) -> Manifest:
+def ensure_prepared(
+    config: DataConfig, seed: int, progress: Progress = silent, claims: Collection[str] | None = None
+) -> Manifest:
     """The manifest of `config.path`, prepared there first if missing and `config.source` is set.
 
     Args:
         config: of one set.
         seed: of the run; keys the infill cuts if the data is prepared now.
+        claims: keys of the config that must be true of what is there; None: all.
 
     Raises:
         DataError: nothing there and no source, or what is there was prepared otherwise than the config says.
@@ -97,7 +100,7 @@ def ensure_prepared(config: DataConfig, seed: int, progress: Progress = silent) 
     if config.source is not None and not (out / MANIFEST).exists():
         prepare(_wanted(config, config.source, seed), out, progress=progress)
     manifest = read_manifest(out)
-    check_manifest(manifest, config)
+    check_manifest(manifest, config, claims)
     return manifest
 
 
@@ -105,14 +108,14 @@ def _wanted(config: DataConfig, source: str, seed: int) -> Request:
     return Request(source, config.tokenizer, seed, config.fim_rate, config.validation_fraction, config.form)
 
 
-def check_manifest(manifest: Manifest, config: DataConfig) -> None:
+def check_manifest(manifest: Manifest, config: DataConfig, claims: Collection[str] | None = None) -> None:
     """Refuse data that was prepared otherwise than the config says; the seed may differ.
 
     Raises:
         DataError: names the key, both values and what to do.
     """
     source = manifest.source if config.source is None else config.source
-    found = _difference(manifest, _wanted(config, source, manifest.seed))
+    found = _difference(manifest, _wanted(config, source, manifest.seed), claims)
     if found is not None:
         key, got, expected = found
         raise DataError(
@@ -133,7 +136,9 @@ def _same(manifest: Manifest, request: Request, out: Path) -> Manifest:
     return manifest
 
 
-def _difference(manifest: Manifest, wanted: Request) -> tuple[str, object, object] | None:
+def _difference(
+    manifest: Manifest, wanted: Request, claims: Collection[str] | None = None
+) -> tuple[str, object, object] | None:
     """(key, prepared, wanted) of the first difference; the seed counts only where it was used."""
     pairs: dict[str, tuple[object, object]] = {
         "tokenizer": (manifest.tokenizer.name, wanted.tokenizer),
@@ -144,6 +149,8 @@ def _difference(manifest: Manifest, wanted: Request) -> tuple[str, object, objec
         "seed": (manifest.seed, wanted.seed if wanted.fim_rate > 0 else manifest.seed),
     }
     for key, (got, expected) in pairs.items():
+        if claims is not None and key not in claims:
+            continue
         if got != expected and not (key == "tokenizer" and _is_same_file(manifest, wanted.tokenizer)):
             return key, got, expected
     return None
@@ -185,7 +192,8 @@ def _build(
         return manifest
     except (DataError, OSError) as error:
         # What took long is kept for another try, unless the source itself is at fault.
-        keeps = len(chunks) > 1 and any(job.pieces.glob("*.json")) and not _is_of_source(error)
+        is_of_source = isinstance(error, DataError) and not isinstance(error, WorkerDied)
+        keeps = len(chunks) > 1 and any(job.pieces.glob("*.json")) and not is_of_source
         raise
     except BaseException:
         keeps = True  # asked to end: the next one goes on
@@ -193,10 +201,6 @@ def _build(
     finally:
         if not keeps:
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_of_source(error: Exception) -> bool:
-    return isinstance(error, DataError) and "worker" not in str(error)
 
 
 def _enter(job: Job, digest: str) -> None:

@@ -89,13 +89,16 @@ def ids_dtype(tokenizer: Tokenizer) -> str:
 
 
 class PieceWriter:
-    """Files of one piece under temporary names until it is closed: ids, lengths, parts, targets."""
+    """Files of one piece under temporary names until it is closed: ids, lengths, parts.
+
+    And from the first document with a mask on, targets, a byte a token of the whole piece.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self._stem, self._dtype = folder / name, np.dtype(dtype).newbyteorder("<")
         kinds = ("ids", "lengths", "parts", "targets")
         self._paths = {kind: folder / f"{name}.{kind}.{os.getpid()}" for kind in kinds}
-        self._files = {kind: path.open("wb") for kind, path in self._paths.items()}
+        self._files = {kind: path.open("wb") for kind, path in self._paths.items() if kind != "targets"}
         self._parts: dict[str, int] = {}
         self._facts: Counter[str] = Counter(
             dict.fromkeys(("tokens", "documents", "bytes", "fim_documents", "max_id", "targets"), 0)
@@ -104,13 +107,18 @@ class PieceWriter:
     def add(self, document: Tokenised, num_bytes: int, part: str) -> None:
         """Append a document of `num_bytes` of text."""
         ids, count = document.ids, len(document.ids)
-        targets = np.ones(count, dtype=np.bool_) if document.targets is None else document.targets
+        if document.targets is not None and "targets" not in self._files:
+            self._files["targets"] = self._paths["targets"].open("wb")
+            self._files["targets"].write(b"\1" * self._facts["tokens"])  # all before are
+        if "targets" in self._files:
+            targets = np.ones(count, dtype=np.bool_) if document.targets is None else document.targets
+            self._files["targets"].write(targets.tobytes())
         self._files["ids"].write(ids.astype(self._dtype).tobytes())
         self._files["lengths"].write(count.to_bytes(8, "little"))
         self._files["parts"].write(self._parts.setdefault(part, len(self._parts)).to_bytes(4, "little"))
-        self._files["targets"].write(targets.tobytes())
         own = {"documents": 1, "fim_documents": int(document.is_fim)}
-        self._facts.update(own, tokens=count, bytes=num_bytes, targets=int(targets.sum()))
+        num_targets = count if document.targets is None else int(document.targets.sum())
+        self._facts.update(own, tokens=count, bytes=num_bytes, targets=num_targets)
         self._facts["max_id"] = max(self._facts["max_id"], int(ids.max()))
 
     def close(self) -> dict[str, object]:
@@ -118,7 +126,7 @@ class PieceWriter:
         for kind, file in self._files.items():
             file.close()
             self._paths[kind].replace(f"{self._stem}.{kind}")
-        return {**self._facts, "part_names": list(self._parts)}
+        return {**self._facts, "part_names": list(self._parts), "has_mask": "targets" in self._files}
 
     def abandon(self) -> None:
         """Remove what was not put in its place."""

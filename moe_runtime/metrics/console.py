@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.metrics.phase_lines import PhaseLines
@@ -163,16 +164,18 @@ class ConsoleSink:
     def _move_bar(self, done: float | None = None) -> None:
         if self._bar is None or self._task is None:
             width = 24 if self._console.width >= _NARROW else 8
-            text = TextColumn("{task.description}", markup=False)
-            columns = (SpinnerColumn(finished_text=" "), BarColumn(bar_width=width), text)
-            self._bar = Progress(*columns, console=self._console)
+            # What is too long for the terminal is cut off the text, never the bar.
+            bar = BarColumn(bar_width=width, table_column=Column(min_width=width))
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            text = TextColumn("{task.description}", markup=False, table_column=rest)
+            self._bar = Progress(SpinnerColumn(), bar, text, console=self._console, expand=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
         phase = f"{self._phase}: {self._detail}" if self._detail else self._phase
         shown = " | ".join(filter(None, (phase, self._line)))
-        if done is None:
-            self._bar.update(self._task, description=shown)
-        else:
+        if done is None:  # a phase, which may keep this thread for long: shown at once
+            self._bar.update(self._task, description=shown, refresh=True)
+        else:  # a step, of which there may be hundreds a second: shown by rich's own clock
             self._bar.update(self._task, description=shown, completed=done, total=1.0)
 
 

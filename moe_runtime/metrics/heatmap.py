@@ -80,7 +80,7 @@ class HeatmapWriter:
         self._file = JsonLines(path, keep_to_step)
         self._interval = interval_at(keep_to_step or 1, every)
         self._said: list[str] | None = None  # the layers, as far as the file has them
-        self._thin(self._interval)
+        self._look(self._interval)
 
     def add(self, step: int, load: Sequence[Sequence[float]] | NDArray[Any]) -> str | None:
         """Write the line of a step that `is_due`; the reason if it has to wait for room, else None.
@@ -91,7 +91,7 @@ class HeatmapWriter:
         interval = interval_at(step, self._every)
         if interval != self._interval:
             self._interval = interval
-            self._thin(interval)
+            self._look(interval)
         table = np.asarray(load, dtype=np.float64)
         fields: dict[str, Any] = {"step": step}
         if self._said != self._layers:
@@ -105,25 +105,25 @@ class HeatmapWriter:
             OSError: the file cannot be cut.
         """
         self._file.keep_to(step)
-        self._said = None  # its line may be gone
+        self._look(self._interval)
 
     def close(self) -> None:
         """Force the file to disk."""
         self._file.close()
 
-    def _thin(self, interval: int) -> None:
-        """Keep the lines whose step the interval divides; written aside, so that a kill leaves old or new."""
-        lines = list(read_jsonl(self._path))
-        if all(line["step"] % interval == 0 for line in lines):
-            return
-        kept: list[dict[str, Any]] = []
-        layers: list[str] | None = None
+    def _look(self, interval: int) -> None:
+        """See which layers the file is of, and keep the lines whose step the interval divides."""
+        lines, kept = list(read_jsonl(self._path)), list[dict[str, Any]]()
+        self._said = None
         for line in lines:
-            layers = line.get("layers", layers)
+            self._said = line.get("layers", self._said)
             if line["step"] % interval == 0:
-                kept.append(line | ({} if kept else {"layers": layers}))
+                kept.append(line if kept else line | {"layers": self._said})
+        if len(kept) == len(lines):
+            return
+        self._said = self._said if kept else None
         self._file.close()
-        aside = self._path.with_suffix(".tmp")
+        aside = self._path.with_suffix(".tmp")  # so that a kill leaves the old file or the new one
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(aside, self._path)
         self._file = JsonLines(self._path)

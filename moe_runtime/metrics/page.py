@@ -1,8 +1,10 @@
 """docs/metrics.md, made of the tables in `record.py`, so that both say the same."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 
-from moe_runtime.metrics.record import GROUPS, Metric
+from moe_runtime.errors import ConfigError
+from moe_runtime.metrics.record import GROUPS, KEYS, METRICS, Metric, metric_of
 
 _HEAD = """# Metrics
 
@@ -38,6 +40,35 @@ def page() -> str:
             for path, metric in _rows(group)
         ]
     return "".join(parts)
+
+
+def described(keys: Iterable[str]) -> dict[str, Metric]:
+    """The metrics of these keys, and of keys that begin so; all of them where there are none.
+
+    Raises:
+        ConfigError: a key is of no metric; says which one was meant.
+    """
+    found: dict[str, Metric] = {}
+    for key in keys:
+        exact = metric_of(key)
+        group = {key: exact} if exact else {path: METRICS[path] for path in METRICS if _begins(path, key)}
+        if not group:
+            near = get_close_matches(key, METRICS, n=1)
+            meant = f"did you mean {near[0]}?" if near else "`moe-runtime metrics describe` shows all"
+            raise ConfigError(f"expected the key of a metric, got {key}; {meant}")
+        found |= group
+    return found or METRICS
+
+
+def text_of(metrics: Mapping[str, Metric]) -> str:
+    """One metric a line: key, unit, definition, source."""
+    return "\n".join(
+        f"{path} [{metric.unit}]: {metric.definition} ({metric.source})" for path, metric in metrics.items()
+    )
+
+
+def _begins(path: str, key: str) -> bool:
+    return path.startswith(key.rstrip("/") + "/") if "/" in key or key in KEYS else False
 
 
 def _rows(group: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:

@@ -131,20 +131,6 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Experts that the bias does not bring back",
-        _over_layers("starved_steps"),
-        "steps in a row",
-        "Falls to 0 again and again. Beyond 100 the alert dead_expert says which expert it is.",
-    ),
-    Panel(
-        ROUTING,
-        "Violation that the bias does not hold back",
-        _over_layers("unchecked_violation"),
-        "max load / mean - 1",
-        "Below 0.5. Beyond 1 the alert violation is raised: balancing does not work.",
-    ),
-    Panel(
-        ROUTING,
         "Load of expert-parallel ranks",
         ("rank_load_ratio",),
         "busiest / mean",
@@ -159,16 +145,23 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Range of the routing bias",
-        _over_layers("bias_range"),
-        "largest - smallest",
-        "Below 1, for scores are never further apart. Beyond 1.5 the alert bias_runaway is raised.",
+        "Experts that nothing brings back",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Balancing raises the bias of a starved expert; one that starves without it is lost.",
+    ),
+    Panel(
+        ROUTING,
+        "Load violation that is not balanced",
+        _over_layers("unchecked_violation"),
+        "(max - mean) / mean",
+        "Above 0: the busiest expert is not held back by its bias.",
     ),
     Panel(
         ROUTING,
         "Reach of the routing bias",
-        _over_layers("bias_reach"),
-        "max |bias|",
+        (*_over_layers("bias_reach"), *_over_layers("bias_range")),
+        "max |bias|; max - min",
         "Beyond 1 the bias decides more than the scores, which lie between 0 and 1.",
     ),
     Panel(
@@ -345,6 +338,13 @@ _NUMERICS = (
 _RELIABILITY = (
     Panel(
         RELIABILITY, "Effective training time", ("ettr",), "share", "1 less all that faults and saves cost."
+    ),
+    Panel(
+        RELIABILITY,
+        "Time of the run, and of it in steps that count",
+        ("run_s", "train_s"),
+        "s",
+        "The lines part by starts, restarts, saves and steps that were done again.",
     ),
     Panel(
         RELIABILITY,

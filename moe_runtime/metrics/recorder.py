@@ -191,6 +191,7 @@ class Recorder:
         if not self._is_active:
             return
         if self._wandb is not None:
+            self._console.phase("closing the W&B run")
             self._wandb.close()
             self._note_wandb(self._wandb)
         self._console.close()

@@ -47,7 +47,8 @@ class TensorBoardCopy:
         """A line of metrics.jsonl; words in it are left out, for here is no place for them."""
         for key, value in flat_values(record).items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(tag_of(key), float(value), step, double_precision=True)
+                # The old style of TensorBoard's scalars is single precision, whatever else is asked for.
+                self._writer.add_scalar(tag_of(key), value, step, new_style=True, double_precision=True)
 
     def sample(self, step: int, text: str) -> None:
         """A generated text."""

@@ -65,6 +65,7 @@ class WandbRun:
         self._wandb, self._run = wandb, run
         self._samples = wandb.Table(columns=list(_SAMPLE_COLUMNS), log_mode="INCREMENTAL")
         self._alerts = wandb.Table(columns=list(_ALERT_COLUMNS), log_mode="INCREMENTAL")
+        self._newest = 0
         for event in earlier:
             self._add(event)
 
@@ -79,13 +80,17 @@ class WandbRun:
         return self._run.url or None
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """A line of metrics.jsonl, under flat keys."""
+        """A line of metrics.jsonl, under flat keys.
+
+        After a roll-back W&B leaves out the steps that it has passed.
+        """
+        self._newest = max(self._newest, step)
         self._run.log(flat_values(record), step=step)
 
     def sample(self, step: int, text: str) -> None:
         """One more row of the table of samples."""
         self._add({"kind": SAMPLE, "step": step, "text": text})
-        self._run.log({SAMPLES: self._samples}, step=step)
+        self._attach({SAMPLES: self._samples}, step)
 
     def alert(self, event: Mapping[str, Any]) -> None:
         """One more row of the table of alerts, and a word to the people that W&B tells of such.
@@ -95,10 +100,15 @@ class WandbRun:
         """
         step = event["step"]
         self._add(event)
-        self._run.log({ALERTS: self._alerts}, step=step)
+        self._attach({ALERTS: self._alerts}, step)
         if "wandb" in event.get("action", ()):
             title, text = f"{event['alert']} at step {step}", str(event.get("message", ""))
             self._run.alert(title=title, text=text, level="WARN")
+
+    def _attach(self, media: dict[str, Any], step: int) -> None:
+        """Log media at their step, or at the newest one if W&B has passed theirs."""
+        self._newest = max(self._newest, step)
+        self._run.log(media, step=self._newest)
 
     def _add(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == SAMPLE:
@@ -116,11 +126,11 @@ class WandbRun:
         from moe_runtime.metrics.heatmap_picture import draw_heatmap
 
         picture = self._wandb.Image(draw_heatmap(layers, load), caption=f"step {step}")
-        self._run.log({HEATMAP: picture}, step=step)
+        self._attach({HEATMAP: picture}, step)
 
     def timeline(self, step: int, svg: str) -> None:
         """The measured pipeline timeline of a step, as a drawing."""
-        self._run.log({TIMELINE: self._wandb.Html(svg, inject=False)}, step=step)
+        self._attach({TIMELINE: self._wandb.Html(svg, inject=False)}, step)
 
     def finish(self) -> None:
         """End the run; waits until W&B has everything."""

@@ -54,15 +54,17 @@ def open_data(config: RunConfig, peers: Peers, progress: Progress = silent) -> R
     sets = config.data.sets()
 
     def prepare_all() -> None:
-        for one in sets.values():
-            ensure_prepared(one, config.seed, progress)
+        for name, one in sets.items():
+            ensure_prepared(one, config.seed, progress, config.data.claims(name))
 
     peers.first_does(prepare_all, (DataError,))
     return peers.alike(lambda: _open_all(config, sets), (DataError,))
 
 
 def _open_all(config: RunConfig, sets: dict[str, DataConfig]) -> RunData:
-    manifests = {name: ensure_prepared(one, config.seed) for name, one in sets.items()}
+    manifests = {
+        name: ensure_prepared(one, config.seed, claims=config.data.claims(name)) for name, one in sets.items()
+    }
     folders = {name: Path(str(one.path)) for name, one in sets.items()}
     first = next(iter(sets))
     for name, manifest in manifests.items():

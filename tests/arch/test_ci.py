@@ -31,7 +31,7 @@ _STEPS = (
 
 
 def _run(folder: Path, **variables: str) -> tuple[int, list[str]]:
-    for name in ("launch.sh", ".venv/bin/python", "bin/shellcheck"):
+    for name in ("launch.sh", ".venv/bin/python", "bin/shellcheck", "bin/chromium"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(_STAND_IN)
         (folder / name).chmod(0o755)

@@ -42,7 +42,7 @@ def write_config(folder: Path, **changes: object) -> Path:
             "log_every": 1,
             "peer_timeout_s": 60,
         },
-        "metrics": {"wandb": "off"},
+        "metrics": {"wandb": "off", "heatmap_every": 2},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")

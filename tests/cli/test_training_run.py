@@ -9,7 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_runtime.metrics.record import NUMERICS_KEYS
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, read_heatmap
+from moe_runtime.metrics.jsonl import read_jsonl
+from moe_runtime.metrics.panel import SAMPLES, TIMELINE, flat_values
+from moe_runtime.metrics.record import NUMERICS_KEYS, metric_of
 from moe_runtime.planner.hardware.save import cluster_text
 from tests.cli.small_run import (
     digests,
@@ -22,6 +25,7 @@ from tests.cli.small_run import (
     write_config,
 )
 from tests.unit.planner.host.machine import made_up
+from tests.wandb_file import only_file, read_wandb
 
 pytestmark = pytest.mark.launcher
 
@@ -41,7 +45,7 @@ def _listens_on(processes: list[psutil.Process]) -> set[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    code, output = run("train", str(write_config(folder)))
+    code, output = run("train", str(write_config(folder)), "--wandb", "offline")
     assert code == 0, output
     return folder
 
@@ -62,6 +66,46 @@ def test_a_run_says_what_it_does_and_records_every_step(uninterrupted: Path) -> 
     assert records[-1]["loss"] < records[0]["loss"]
     events = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert events.count("checkpoint") == 4 and events.count("sample") == 1 and "finished" in events
+
+
+def test_the_load_of_experts_over_time_is_what_the_records_say(uninterrupted: Path) -> None:
+    run_dir = uninterrupted / "runs" / "small"
+    steps, layers, load = read_heatmap(run_dir / HEATMAP_FILE)
+    assert (steps, layers, load.shape) == ([2, 4, 6, 8], ["layers.1", "mtp.0.block"], (4, 2, 8))
+    records = {record["step"]: record for record in read_jsonl(run_dir / "metrics.jsonl")}
+    for time_, step in enumerate(steps):
+        for row, layer in zip(load[time_], layers, strict=True):
+            told = records[step]["layers"][layer]
+            assert abs(row.max() - told["load_max"]) < 1 / 256 and abs(row.min() - told["load_min"]) < 1 / 256
+            assert abs(row.mean() - 1) < 1 / 256
+
+
+def test_a_record_says_what_the_run_went_through(uninterrupted: Path) -> None:
+    records = list(read_jsonl(uninterrupted / "runs" / "small" / "metrics.jsonl"))
+    for record in records:
+        assert 0 < record["ettr"] <= 1 and record["train_s"] <= record["run_s"]
+        assert (record["restarts"], record["lost_steps"], record["digest_mismatches"]) == (0, 0, 0)
+    steps_s = sum(record["step_s"] for record in records)
+    assert records[-1]["train_s"] == pytest.approx(steps_s)
+    last = records[-1]
+    assert 2 <= last["verified_step"] < 8 and last["checkpoint_age"] == 8 - last["verified_step"]
+    assert last["checkpoint_s"] > last["checkpoint_blocked_s"] > 0
+
+
+def test_wandb_has_the_digits_of_a_run_and_no_key_that_is_not_documented(uninterrupted: Path) -> None:
+    run_dir = uninterrupted / "runs" / "small"
+    found, media = read_wandb(only_file(run_dir)), {SAMPLES, TIMELINE}
+    assert media <= found.keys and [key for key in found.keys - media if metric_of(key) is None] == []
+    rows = {
+        row["_step"]: {key: row[key] for key in row if key not in media and not key.startswith("_")}
+        for row in found.history
+    }
+    assert rows == {line["step"]: flat_values(line) for line in read_jsonl(run_dir / "metrics.jsonl")}
+
+
+def test_the_other_rank_has_a_log_of_its_own(uninterrupted: Path) -> None:
+    (log,) = (uninterrupted / "runs" / "small" / "logs").iterdir()
+    assert log.name == "rank1.log" and log.read_text().startswith("--- ")
 
 
 def test_the_trace_of_a_run_is_drawn_and_simulated(uninterrupted: Path, tmp_path: Path) -> None:
@@ -107,6 +151,15 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_bits(
     fault = next(event for event in events if event["kind"] == "fault")
     assert (fault["rank"], fault["attempt"]) == (1, 1) and fault["step"] >= 2
     assert next(event for event in events if event["kind"] == "resume")["attempt"] == 2
+    assert (run_dir / HEATMAP_FILE).read_bytes() == (
+        uninterrupted / "runs" / "small" / HEATMAP_FILE
+    ).read_bytes()
+    (recovered,) = (event for event in events if event["kind"] == "recovered")
+    begun = next(event for event in events if event["kind"] == "attempt" and event["attempt"] == 2)
+    *_, last = read_jsonl(run_dir / "metrics.jsonl")
+    assert last["restarts"] == 1 and last["mttr_s"] == recovered["seconds"] > 0
+    assert last["lost_steps"] == begun["lost_steps"] == fault["step"] - begun["step"]
+    assert last["ettr"] < 1 and last["run_s"] > last["train_s"] + last["mttr_s"]
 
 
 @pytest.mark.slow

@@ -110,14 +110,22 @@ def test_a_model_without_latents_or_shared_expert_is_no_exception() -> None:
 
 
 # Targets of microbatches and lanes differ, down to none: means over them must be those of the global batch.
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_masked_tokens_count_for_nothing_in_any_layout(world_size: int) -> None:
     cases = [
         Case(f"{name}, mask {mask}", layout, m, mtp_depth=depth, mask=mask)
         for name, (layout, m) in WORLDS[world_size].items()
         for mask, depth in (("ragged", 2), ("all", 1))
     ]
-    _check(run_ranks(_gradients, world_size, cases), 1e-10)
+    _check(run_ranks(_gradients, world_size, cases, timeout_s=300), 1e-10)
+
+
+def test_masked_tokens_count_for_nothing_under_dualpipe_with_experts_spread() -> None:
+    layout, microbatches = PP2_EP2_DUALPIPE
+    _check(
+        run_ranks(_gradients, 4, [Case("ragged", layout, microbatches, mtp_depth=2, mask="ragged")]), 1e-10
+    )
 
 
 def test_a_document_mask_reaches_every_stage() -> None:

@@ -1,8 +1,8 @@
 """What all pictures of the report have in common, and Bokeh's own script.
 
-Pictures are made here without their data, as Bokeh's JSON; the page's script fills them from the data that the
-page holds once, and again whenever a live page gets more. Their colours but those of the data come from the
-page's style sheet (custom properties named --bk-...), so that light and dark are one picture.
+Pictures are made here without their data, as Bokeh's JSON; the page's script fills them from the data that
+the page holds once, and again whenever a live page gets more. Their colours but those of the data come from
+the page's style sheet (custom properties named --bk-...), so that light and dark are one picture.
 """
 
 from functools import cache
@@ -38,11 +38,10 @@ def new_figure(x_axis: str, y_axis: str, height: int, **more: Any) -> Any:
     from bokeh.models import Range1d
     from bokeh.plotting import figure
 
-    given = {"x_range": Range1d(0, 1), "tools": "pan,box_zoom,wheel_zoom,reset,save", "toolbar_location": "above"}
+    given = {"x_range": Range1d(0, 1), "tools": "box_zoom,pan,reset,save", "toolbar_location": "above"}
     plot = figure(height=height, sizing_mode="stretch_width", output_backend="canvas", **(given | more))
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    plot.toolbar.active_scroll = None
     plot.min_border_right = 12
     plot.hold_render = True  # until the page's script has filled it
     plot.xaxis.axis_label, plot.yaxis.axis_label = x_axis, y_axis

@@ -37,16 +37,17 @@ def line_panels() -> list[Panel]:
 
 
 def labels_of(keys: Sequence[str]) -> list[str]:
-    """Short names: what the keys of one picture have in common at their ends is left out.
+    """Short names: what the paths of one picture have in common at their ends is left out.
 
     `routing/violation/min` and `routing/violation/max` are `min` and `max`.
     """
-    if len(keys) < 2 or any("/" not in key for key in keys):
+    paths = [key.split("/") for key in keys if "/" in key]
+    if len(paths) < 2:
         return list(keys)
-    parts = [key.split("/") for key in keys]
-    head = _common(parts)
-    tail = _common([part[head:][::-1] for part in parts])
-    return [" ".join(part[head : len(part) - tail]) or key for part, key in zip(parts, keys, strict=True)]
+    head = _common(paths)
+    tail = _common([path[head:][::-1] for path in paths])
+    names = {"/".join(path): " ".join(path[head : len(path) - tail]) for path in paths}
+    return [names.get(key) or key for key in keys]
 
 
 def numbers_of(keys: Sequence[str], curves: Mapping[str, Folded]) -> list[Numbers]:

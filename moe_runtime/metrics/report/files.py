@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from moe_runtime.metrics.heatmap import HEATMAP_FILE
 from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
+from moe_runtime.metrics.heatmap import HEATMAP_FILE
 from moe_runtime.metrics.report.shown import visible
 
 CHECKPOINTS = "checkpoints"

@@ -1,9 +1,9 @@
 """A curve of any length in few points: those that a picture of it cannot do without.
 
-Steps are put into buckets whose width is a power of two. Of each bucket the least and the greatest value stay,
-each at its own step, and the first value that is not finite: a spike of one step among a hundred thousand is
-still there, at its step and to the digit. Means were rejected: they draw a number that nobody measured, and
-hide the spike.
+Steps are put into buckets whose width is a power of two. Of each bucket the least and the greatest value
+stay, each at its own step, and the first value that is not finite: a spike of one step among a hundred
+thousand is still there, at its step and to the digit. Means were rejected: they draw a number that nobody
+measured, and hide the spike.
 
 A folded curve is again a curve, and folding it with what came later gives the same as folding all at once, so
 a live page reads each line of a run once. Up to `EXACT` points nothing is left out.
@@ -90,7 +90,7 @@ class Folded:
 
 
 def wide_enough(steps: Floats, width: int, exact: int, few: int) -> int:
-    """The width of buckets: 1 up to `exact` steps, else the first doubling of `width` that gives `few` at most.
+    """The width of buckets: 1 up to `exact` steps, else `width` doubled until there are at most `few`.
 
     Args:
         steps: ascending.

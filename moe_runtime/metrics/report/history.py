@@ -1,8 +1,8 @@
 """metrics.jsonl as curves: read once, then only what is new, and small however long the run.
 
 Steps ascend in a sound file. Where a line goes back (a roll-back that could not cut the file, files put
-together by hand), the later line is the true one, as on resume: the file is then looked through once, and lines
-that a later one replaces are left out.
+together by hand), the later line is the true one, as on resume: the file is then looked through once, and
+lines that a later one replaces are left out.
 """
 
 import math

@@ -21,7 +21,17 @@ from moe_runtime.metrics.report.run_view import RunView
 from moe_runtime.metrics.report.shown import visible
 from moe_runtime.metrics.report.texts import templates, texts_of
 
-_SCRIPTS = ("unpack.js", "state.js", "lines.js", "images.js", "pipeline.js", "controls.js", "live.js", "start.js")
+_SCRIPTS = (
+    "unpack.js",
+    "state.js",
+    "lines.js",
+    "images.js",
+    "pipeline.js",
+    "controls.js",
+    "print.js",
+    "live.js",
+    "start.js",
+)
 _OTHERS = (("samples", "Samples"), ("events", "Events"), ("config", "Config"), ("files", "Files"))
 
 
@@ -36,18 +46,22 @@ def page(view: RunView, page_dir: Path | None) -> str:
     panels = [(panel, panel_id(panel)) for panel in line_panels()]
     sections = [(name, [each for each in panels if each[0].section == name]) for name in SECTIONS]
     contents = [("summary", "Summary"), *((name.lower(), name) for name in SECTIONS), *_OTHERS]
-    return templates().get_template("page.html").render(
-        name=visible(view.run_dir.resolve().name, 120),
-        live=page_dir is None,
-        signature=view.signature(),
-        written=datetime.now(UTC).isoformat(timespec="seconds"),
-        contents=contents,
-        sections=sections,
-        texts=texts,
-        style=Markup(_asset("page.css")),
-        script=Markup("\n".join(map(_asset, _SCRIPTS))),
-        library=Markup(_packed_library()),
-        data=Markup(packed(as_json(view.data()))),
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            name=visible(view.run_dir.resolve().name, 120),
+            live=page_dir is None,
+            signature=view.signature(),
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            contents=contents,
+            sections=sections,
+            texts=texts,
+            style=Markup(_asset("page.css")),
+            script=Markup("\n".join(map(_asset, _SCRIPTS))),
+            library=Markup(_packed_library()),
+            data=Markup(packed(as_json(view.data()))),
+        )
     )
 
 

@@ -16,26 +16,36 @@ _NUM_COLOURS = 120
 
 
 def load_palette() -> list[str]:
-    """Colours of loads from `DEAD` to `_GREATEST`, evenly by ratio: blue is idle, grey is fair, brown is busy."""
+    """Colours of loads from `DEAD` to `_GREATEST`, evenly by ratio: blue is idle, grey fair, brown busy."""
     low, high = np.log(DEAD), np.log(_GREATEST)
     places = np.linspace(low, high, _NUM_COLOURS)
     return [_mixed(_IDLE, 1 - p / low) if p < 0 else _mixed(_BUSY, 1 - p / high) for p in places]
 
 
 @cache
-def load_by_expert() -> dict[str, Any]:
+def forms() -> dict[str, Any]:
+    """Bokeh's JSON of each kind of picture, by kind; without data."""
+    timeline = _boxes()
+    return {
+        "load": _load_by_expert(),
+        "loadTime": _load_over_time(),
+        "layers": _layer_numbers(),
+        "measured": timeline,
+        "ideal": timeline,
+    }
+
+
+def _load_by_expert() -> dict[str, Any]:
     """Layer by expert, of one frame."""
     return _load_figure("expert", "layer", [("expert", "@expert{0}"), ("layer", "@layer{0}")])
 
 
-@cache
-def load_over_time() -> dict[str, Any]:
+def _load_over_time() -> dict[str, Any]:
     """Expert by frame, of one layer."""
     return _load_figure("step", "expert", [("expert", "@expert{0}"), ("step", "@step{0}")])
 
 
-@cache
-def layer_numbers() -> dict[str, Any]:
+def _layer_numbers() -> dict[str, Any]:
     """Layer by time, of one number."""
     from bokeh.models import LinearColorMapper
     from bokeh.palettes import cividis
@@ -45,8 +55,7 @@ def layer_numbers() -> dict[str, Any]:
     return _image_figure("step", "layer", mapper, shown)
 
 
-@cache
-def boxes() -> dict[str, Any]:
+def _boxes() -> dict[str, Any]:
     """A timeline: a row of boxes for each rank."""
     from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Range1d
 
@@ -56,7 +65,9 @@ def boxes() -> dict[str, Any]:
     texts: dict[str, list[str]] = {"fill": [], "entry": [], "from": [], "to": [], "comm": [], "exposed": []}
     source, waits = ColumnDataSource({**empty, **texts}), ColumnDataSource(dict(empty))
     place = {"left": "left", "right": "right", "bottom": "bottom", "top": "top"}
-    drawn = plot.quad(**place, source=source, fill_color="fill", line_color="#00000055", line_width=0.5, name="boxes")
+    drawn = plot.quad(
+        **place, source=source, fill_color="fill", line_color="#00000055", line_width=0.5, name="boxes"
+    )
     plot.quad(
         **place,
         source=waits,
@@ -92,13 +103,16 @@ def _image_figure(x_axis: str, y_axis: str, mapper: Any, shown: list[tuple[str, 
 
     plot = new_figure(x_axis, y_axis, 320, y_range=Range1d(0, 1))
     cell = np.zeros((1, 1), dtype=np.float32)
-    names = [name for name in ("expert", "layer", "step") if f"@{name}" in " ".join(text for _, text in shown)]
+    names = [
+        name for name in ("expert", "layer", "step") if f"@{name}" in " ".join(text for _, text in shown)
+    ]
     columns: dict[str, list[Any]] = {"image": [cell], "x": [0], "y": [0], "dw": [1], "dh": [1]}
     columns |= {name: [cell] for name in names}
     source = ColumnDataSource(columns)
     drawn = plot.image("image", "x", "y", "dw", "dh", source=source, color_mapper=mapper, name="image")
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=shown, formatters={"@image": "printf"}))
     bar = ColorBar(color_mapper=mapper, width=10, padding=4, major_label_text_font_size="11px")
+    bar.background_fill_color = None
     if type(mapper).__name__ == "LogColorMapper":
         ticks = [DEAD, 0.1, 0.3, 1, 2, 4, _GREATEST]
         bar.ticker = FixedTicker(ticks=ticks)

@@ -1,4 +1,4 @@
-"""events.jsonl as the report shows it: what happened, what the model wrote, and what to mark in the curves."""
+"""events.jsonl as the report shows it: what happened, what the model wrote, what to mark in curves."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ _BAD = {
     "optim_numerics",
 }
 _ROUTINE = {"checkpoint", "checkpoint_waited", "trace", SAMPLE}
-_MOST_EVENTS = {"bad": 300, "change": 200, "routine": 60}
+_MOST_EVENTS: dict[Level, int] = {"bad": 300, "change": 200, "routine": 60}
 _MOST_SAMPLES = 40
 _MOST_MARKS = 200
 _OWN = {"time", "kind", "step", "message", "attempt", "last"}
@@ -78,7 +78,7 @@ class Journal:
 
 def shown_events(lines: Sequence[dict[str, Any]]) -> tuple[list[Event], int]:
     """The events of the table, newest first, and how many are left out: the oldest of each level."""
-    room: dict[Level, int] = dict(_MOST_EVENTS)  # type: ignore[arg-type]
+    room = dict(_MOST_EVENTS)
     shown, left_out = [], 0
     for line in reversed(lines):
         level = level_of(line["kind"])
@@ -127,7 +127,8 @@ def _event(line: dict[str, Any], level: Level) -> Event:
         level=level,
         step=_whole(line.get("step")),
         attempt=_whole(line.get("attempt")),
-        message=as_text(line["message"]) if "message" in line else _told(rest),
+        message=next((as_text(line[key]) for key in ("message", "cause") if key in line), None)
+        or _told(rest),
         details=visible(json.dumps(rest, indent=1, ensure_ascii=False)) if rest else "",
         last=_points(line.get("last")),
     )
@@ -135,7 +136,9 @@ def _event(line: dict[str, Any], level: Level) -> Event:
 
 def _told(rest: dict[str, Any]) -> str:
     """The fields in one line, for an event that has no message of its own."""
-    parts = [f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items()]
+    parts = [
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items()
+    ]
     return visible(", ".join(parts), 300)
 
 

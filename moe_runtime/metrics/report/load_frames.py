@@ -1,9 +1,9 @@
 """Loads of all experts over time, cut to what a page can hold, and the experts that are dead.
 
 A file has up to a thousand times; of 61 layers with 256 experts that is 16 million numbers. So neighbouring
-times become one frame, which has two pictures: the mean of its times, which shows what lasts, and of each expert
-the load furthest from a fair share (by ratio), which shows what happened once. Where every time has a frame of
-its own, the two are one.
+times become one frame, which has two pictures: the mean of its times, which shows what lasts, and of each
+expert the load furthest from a fair share (by ratio), which shows what happened once. Where every time has a
+frame of its own, the two are one.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def frames_of(heatmap: Heatmap, most_cells: int = _MOST_CELLS) -> Frames | None:
 
 
 def dead_experts(heatmap: Heatmap) -> tuple[list[DeadExpert], int]:
-    """Experts that are dead at the last time, those of the first layers first, and how many are not listed."""
+    """Experts that are dead at the last time, first layers first, and how many are not listed."""
     if not heatmap.steps:
         return [], 0
     found = []

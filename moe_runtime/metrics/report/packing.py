@@ -1,7 +1,7 @@
 """Numbers and text as a page carries them: exact, small, and nothing that HTML could take for a tag.
 
-Curves are the bits of their float64, so what the page has is what metrics.jsonl has, to the last digit. Text in
-JSON would be as exact and twice as long. Steps that several curves share are held once.
+Curves are the bits of their float64, so what the page has is what metrics.jsonl has, to the last digit. Text
+in JSON would be as exact and twice as long. Steps that several curves share are held once.
 """
 
 import base64

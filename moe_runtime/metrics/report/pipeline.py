@@ -1,8 +1,8 @@
 """The pipeline of one step: as it was measured, and as the same program should have gone.
 
-The ideal is the program of the trace, simulated with the costs that the trace itself shows: every action takes
-the median time of its kind and stage, and nothing is ever late. What the two differ by is jitter, waits for
-a slow rank, and transfers that came late; the schedule's own bubble is in both.
+The ideal is the program of the trace, simulated with the costs that the trace itself shows: every action
+takes the median time of its kind and stage, and nothing is ever late. What the two differ by is jitter, waits
+for a slow rank, and transfers that came late; the schedule's own bubble is in both.
 """
 
 from dataclasses import dataclass, replace
@@ -67,10 +67,11 @@ def read_pipeline(path: Path) -> Pipeline | str | None:
 def boxes(timeline: Timeline) -> dict[str, Any]:
     """A timeline as columns of boxes, times in milliseconds; `left_out` rows had no room.
 
-    A pair that runs interleaved is two boxes, the forward's first: both are in it, where it changes colour says
-    nothing. `pale` is 0 for the first chunk of a rank and 1 for the last one.
+    A pair that runs interleaved is two boxes, the forward's first; where it changes colour says nothing.
+    `pale` is 0 for the first chunk of a rank and 1 for the last one.
     """
-    shown, room = [], _MOST_SPANS
+    shown: list[tuple[Span, ...]] = []
+    room = _MOST_SPANS
     for row in timeline.rows:
         room -= len(row)
         if room < 0 and shown:
@@ -88,7 +89,9 @@ def boxes(timeline: Timeline) -> dict[str, Any]:
     return {"labels": list(labels), "left_out": len(timeline.rows) - len(shown), **columns}
 
 
-def _add_boxes(columns: dict[str, list[Any]], row: int, span: Span, pale: dict[tuple[int, int], float]) -> None:
+def _add_boxes(
+    columns: dict[str, list[Any]], row: int, span: Span, pale: dict[tuple[int, int], float]
+) -> None:
     actions = actions_of(span.entry)
     split = span.start + _PAIR_SPLIT * (span.end - span.start)
     edges = [(span.start, split), (split, span.end)] if len(actions) == 2 else [(span.start, span.end)]

@@ -1,4 +1,5 @@
-"""Whether a run goes on, and if not, how it ended: told by its events and by the process that holds its folder.
+"""Whether a run goes on, and if not, how it ended: told by its events and by the process that holds its
+folder.
 
 The lock itself is not tried: to hold it for an instant could turn away a run that starts in that instant.
 """
@@ -41,7 +42,9 @@ def run_state(run_dir: Path, events: Sequence[dict[str, Any]], last_step: int) -
         return RunState(_ENDS[last["kind"]], f"{last['kind']}{at}{message}")  # type: ignore[arg-type]
     if not last_step and last is None:
         return RunState("not begun", "no step has been recorded yet")
-    return RunState("not running", f"no process of this machine trains in it; last record: step {last_step:,}")
+    return RunState(
+        "not running", f"no process of this machine trains in it; last record: step {last_step:,}"
+    )
 
 
 def age_of(time: str) -> float | None:

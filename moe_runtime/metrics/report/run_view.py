@@ -7,19 +7,25 @@ rest tells what there is now. What is costly to make is made again only when its
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
 from moe_runtime.metrics.files import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRACE_FILE
+from moe_runtime.metrics.heatmap import HEATMAP_FILE, Heatmap, read_heatmap
+from moe_runtime.metrics.panel import Panel
 from moe_runtime.metrics.report import image_figures
 from moe_runtime.metrics.report.curves_of_panels import labels_of, line_panels, panel_id
 from moe_runtime.metrics.report.history import History
 from moe_runtime.metrics.report.journal import Journal, marks
-from moe_runtime.metrics.report.line_figure import line_figure, look_of
+from moe_runtime.metrics.report.line_figure import FEW_POINTS, Form, line_figure, look_of
 from moe_runtime.metrics.report.load_frames import DeadExpert, dead_experts, frames_of
 from moe_runtime.metrics.report.packing import numbers, pack_curves
 from moe_runtime.metrics.report.pipeline import Pipeline, boxes, read_pipeline
 from moe_runtime.metrics.report.summary import RunConfig, config_of
 
 _STEP_KEY = "step"
+_IMAGES = {  # what the data is called: the pictures made of it, by id, and the kind of each
+    "load": {"load-by-expert": "load", "load-over-time": "loadTime"},
+    "layers": {"layer-numbers": "layers"},
+    "pipeline": {"pipeline-measured": "measured", "pipeline-ideal": "ideal"},
+}
 _Stamp = tuple[int, int, int] | None
 
 
@@ -80,35 +86,49 @@ class RunView:
             **pack_curves(self.history.curves),
             "lastStep": self.history.last_step,
             "marks": marks(self.journal.lines),
+            "fewPoints": FEW_POINTS,
             "plots": self._plots(images),
+            "forms": self._forms(),
             **images,
         }
 
     def _plots(self, images: dict[str, Any]) -> dict[str, Any]:
-        """By id: what kind of picture, its curves, and Bokeh's JSON of it."""
+        """By id: the kind of picture and its form; of curves, what they are called and look like."""
         keys_of = self.keys_by_panel()
         found: dict[str, Any] = {}
         for panel in line_panels():
             keys = keys_of.get(panel_id(panel))
             if keys:
-                item = line_figure(tuple(keys), panel.unit, panel.log)
-                curves = [[*each] for each in zip(keys, labels_of(keys), look_of(keys), strict=True)]
-                found[panel_id(panel)] = {"kind": "lines", "curves": curves, "item": item}
-        if "load" in images:
-            found["load-by-expert"] = {"kind": "load", "item": image_figures.load_by_expert()}
-            found["load-over-time"] = {"kind": "loadTime", "item": image_figures.load_over_time()}
-        if "layers" in images:
-            found["layer-numbers"] = {"kind": "layers", "item": image_figures.layer_numbers()}
-        if "pipeline" in images:
-            found["pipeline-measured"] = {"kind": "measured", "item": image_figures.boxes()}
-            found["pipeline-ideal"] = {"kind": "ideal", "item": image_figures.boxes()}
+                curves = [*zip(keys, labels_of(keys), look_of(keys), strict=True)]
+                form = _name(self._form(panel, keys))
+                found[panel_id(panel)] = {"kind": "lines", "form": form, "unit": panel.unit, "curves": curves}
+        for image in images:
+            found |= {name: {"kind": kind, "form": kind} for name, kind in _IMAGES[image].items()}
         return found
+
+    def _forms(self) -> dict[str, Any]:
+        """Bokeh's JSON of every form, by its name."""
+        keys_of = self.keys_by_panel()
+        forms = {
+            self._form(panel, keys_of[panel_id(panel)])
+            for panel in line_panels()
+            if panel_id(panel) in keys_of
+        }
+        return {_name(form): line_figure(form) for form in sorted(forms)} | image_figures.forms()
+
+    def _form(self, panel: Panel, keys: list[str]) -> Form:
+        few = any(self.history.curves[key].stats.count <= FEW_POINTS for key in keys)
+        return Form(len(keys), panel.log, few)
 
     def _is_new(self, name: str) -> bool:
         stamp = _stamp(self.run_dir / name)
         is_new = name not in self._stamps or self._stamps[name] != stamp
         self._stamps[name] = stamp
         return is_new
+
+
+def _name(form: Form) -> str:
+    return f"{form.num_curves} curves{' log' * form.is_log}{' points' * form.has_points}"
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -1,8 +1,8 @@
 """A page that follows a run, for browsers of this machine alone.
 
 It listens on the loopback interface, and answers only requests that name it as such, so that no page from
-elsewhere can read a run by pointing a name of its own at 127.0.0.1. It has the page, its news, and the few files
-of a run that the page links to, each by its name: no path from a request ever reaches the file system.
+elsewhere can read a run by pointing a name of its own at 127.0.0.1. It has the page, its news, and the few
+files of a run that the page links to, each by its name: no path from a request ever reaches the file system.
 """
 
 import gzip
@@ -23,7 +23,11 @@ from moe_runtime.metrics.report.run_view import RunView
 HOST, PORT = "127.0.0.1", 8712
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 _BLOCK = 1 << 16
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -67,7 +71,10 @@ class ReportServer(ThreadingHTTPServer):
             if self._made is None or self._made[0] != signature:
                 self._view.look()
                 told = update(self._view) | {"signature": signature}
-                self._made = (signature, gzip.compress(json.dumps(told, allow_nan=False).encode(), compresslevel=5))
+                self._made = (
+                    signature,
+                    gzip.compress(json.dumps(told, allow_nan=False).encode(), compresslevel=5),
+                )
             return self._made[1]
 
     def _signature(self) -> str:

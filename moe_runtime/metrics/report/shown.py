@@ -14,12 +14,17 @@ _TURNS = {"\u200e", "\u200f", "\u061c", *map(chr, range(0x202A, 0x202F)), *map(c
 def visible(text: str, longest: int = _LONGEST) -> str:
     """The text with secrets taken out and everything that is no visible character written as an escape.
 
-    Escaping for HTML is left to the template. Half a surrogate pair, which JSON may hold and UTF-8 may not, is
-    among the escapes.
+    Escaping for HTML is left to the template. Half a surrogate pair, which JSON may hold and UTF-8 may not,
+    is among the escapes.
     """
     cut = text[:longest]
     more = f" … ({len(text) - longest:,} characters more)" if len(text) > longest else ""
-    return "".join(_escaped(char) if _is_hidden(char) else char for char in redact(cut)) + more
+    return unhidden(redact(cut)) + more
+
+
+def unhidden(text: str) -> str:
+    """The text with everything that is no visible character written as an escape."""
+    return "".join(_escaped(char) if _is_hidden(char) else char for char in text)
 
 
 def as_text(value: Any) -> str:

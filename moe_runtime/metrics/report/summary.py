@@ -125,7 +125,9 @@ def _model(config: RunConfig | None) -> Iterator[Fact]:
     yield Fact("parameters", _size(counts.total), str(counts.total))
     yield Fact("active for a token", _size(counts.active), str(counts.active))
     yield Fact("layers", f"{model.num_layers}, {model.num_dense_layers} of them dense")
-    yield Fact("experts", f"{model.num_experts}, {model.top_k} for a token, {model.num_shared_experts} shared")
+    yield Fact(
+        "experts", f"{model.num_experts}, {model.top_k} for a token, {model.num_shared_experts} shared"
+    )
     yield Fact("precision", f"{config.precision}, moments {config.optim.moments}", link="section-config")
 
 

@@ -1,8 +1,8 @@
 """Reads what has been added to a file of JSON lines since the last look, however the file has changed.
 
-A run appends lines, but a resume cuts some off, a fresh start empties the file, and a line may be half written
-at any moment. So a reader knows the bytes that it has read last; where they are no longer at their place, the
-file is another one, and everything is read anew.
+A run appends lines, but a resume cuts some off, a fresh start empties the file, and a line may be half
+written at any moment. So a reader knows the bytes that it has read last; where they are no longer at their
+place, the file is another one, and everything is read anew.
 """
 
 import json

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from moe_runtime.metrics.panel import SECTIONS
 from moe_runtime.metrics.record import metric_of
@@ -20,13 +21,13 @@ from moe_runtime.metrics.report.curves_of_panels import (
     unseen,
 )
 from moe_runtime.metrics.report.files import checkpoints_of, files_of, read_config_text
+from moe_runtime.metrics.report.image_figures import KIND_COLOURS
 from moe_runtime.metrics.report.journal import shown_events, shown_samples
 from moe_runtime.metrics.report.line_figure import look_of
 from moe_runtime.metrics.report.pipeline import KINDS, Pipeline
-from moe_runtime.metrics.report.image_figures import KIND_COLOURS
 from moe_runtime.metrics.report.run_state import run_state
 from moe_runtime.metrics.report.run_view import RunView
-from moe_runtime.metrics.report.shown import visible
+from moe_runtime.metrics.report.shown import unhidden, visible
 from moe_runtime.metrics.report.summary import facts_of
 
 _TEMPLATES = "page"
@@ -36,8 +37,19 @@ _PARTS = "parts.html"
 @cache
 def templates() -> Environment:
     """The page's templates; they escape, and refuse a name that they were not given."""
-    loader = PackageLoader("moe_runtime.metrics.report", _TEMPLATES)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(
+        loader=PackageLoader("moe_runtime.metrics.report", _TEMPLATES),
+        autoescape=True,
+        finalize=_safe,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _safe(value: Any) -> Any:
+    """What a template is about to write: text of a run without hidden characters, our own HTML as it is."""
+    return unhidden(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def texts_of(view: RunView, page_dir: Path | None) -> dict[str, str]:
@@ -59,7 +71,9 @@ def texts_of(view: RunView, page_dir: Path | None) -> dict[str, str]:
         "samples": _part("samples", samples=samples, more=more_samples),
         "events": _part("events", events=events, more=more_events),
         "config": _part("config", text=read_config_text(view.run_dir)),
-        "files": _part("files", files=files_of(view.run_dir, page_dir), checkpoints=checkpoints_of(view.run_dir)),
+        "files": _part(
+            "files", files=files_of(view.run_dir, page_dir), checkpoints=checkpoints_of(view.run_dir)
+        ),
     }
     return parts | _panels(view) | _not_measured(view)
 
@@ -83,7 +97,11 @@ def _not_measured(view: RunView) -> dict[str, str]:
     """What a section could show and this run did not measure; what was measured and no picture shows."""
     shown, parts = view.keys_by_panel(), {}
     for section in SECTIONS:
-        absent = [panel.title for panel in line_panels() if panel.section == section and panel_id(panel) not in shown]
+        absent = [
+            panel.title
+            for panel in line_panels()
+            if panel.section == section and panel_id(panel) not in shown
+        ]
         parts[f"absent-{section.lower()}"] = _part("absent", titles=absent)
     parts["unseen"] = _part("unseen", rows=numbers_of(unseen(view.history.curves), view.history.curves))
     return parts
@@ -93,12 +111,19 @@ def _pipeline(pipeline: Pipeline | str | None) -> str:
     if not isinstance(pipeline, Pipeline):
         return _part("no_pipeline", reason=visible(pipeline or ""))
     measured, ideal = pipeline.figures
-    rows = []
-    for name in ("makespan", "bubble_fraction", "exposed_comm_fraction", "hidden_comm_fraction"):
-        rows.append((name, getattr(measured, name), getattr(ideal, name)))
+    names = ("makespan", "bubble_fraction", "exposed_comm_fraction")
+    rows = [(name, getattr(measured, name), getattr(ideal, name)) for name in names]
+    # The costs of the ideal have only the exchange that was not hidden, so it can say nothing of the rest.
+    rows.append(("hidden_comm_fraction", measured.hidden_comm_fraction, None))
     timeline = pipeline.measured
     ranks = [
-        (label, timeline.busy(rank), timeline.bubble(rank), timeline.exposed(rank), timeline.peak_memory(rank))
+        (
+            label,
+            timeline.busy(rank),
+            timeline.bubble(rank),
+            timeline.exposed(rank),
+            timeline.peak_memory(rank),
+        )
         for rank, label in enumerate(timeline.labels)
     ]
     kinds = [*zip(KINDS.values(), KIND_COLOURS, strict=True)]
@@ -111,7 +136,9 @@ def _problems(view: RunView) -> list[str]:
     if history.torn:
         found.append(f"{history.torn:,} lines of metrics.jsonl are no records and were left out")
     if history.replaced:
-        found.append(f"{history.replaced:,} lines of metrics.jsonl are replaced by later lines of the same steps")
+        found.append(
+            f"{history.replaced:,} lines of metrics.jsonl are replaced by later lines of the same steps"
+        )
     if view.journal.torn:
         found.append(f"{view.journal.torn:,} lines of events.jsonl are no events and were left out")
     if view.config is None and read_config_text(view.run_dir):

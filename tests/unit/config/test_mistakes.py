@@ -18,9 +18,8 @@ def test_a_file_with_a_slip_in_any_key_is_refused_at_its_line(tmp_path: Path) ->
     run = load_config(write(tmp_path / "a.yaml", model={"yarn": {}}))
     sound = run.model_dump(mode="json")
     path = tmp_path / "b.yaml"
-    for number, field in enumerate(key_paths()):
-        if field[:2] == ("alerts", "custom") and len(field) > 2:
-            continue  # a key of a list's entries
+    fields = [path for path in key_paths() if not {"NAME", "N"} & set(path)]
+    for number, field in enumerate(fields):
         typos = typos_of(field)
         # A slip may look like a secret (sample_token), which is refused before and with other words.
         harmless = [typo for typo in typos if not list(find_secrets({typo: "here"}))]

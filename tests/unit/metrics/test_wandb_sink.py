@@ -20,20 +20,15 @@ from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
 from tests.unit.metrics.test_recorder import config, record
 
-
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key, no home: as on a fresh machine."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 
 
 def train(run_dir: Path, mode: str = "offline", steps: int = 5) -> tuple[list[str], str]:
     """Report a few steps; the warnings and what the console showed."""
     out = io.StringIO()
-    recorder = Recorder(run_dir, config(mode), Peers(), 0, ConsoleSink(30, None, 10, Console(file=out, width=400)))
+    recorder = Recorder(
+        run_dir, config(mode), Peers(), 0, ConsoleSink(30, None, 10, Console(file=out, width=400))
+    )
     for step in range(1, steps + 1):
         recorder.step(record(step))
     recorder.close()
@@ -90,7 +85,9 @@ def test_a_dead_or_hanging_service_costs_neither_steps_nor_a_hang(
     tmp_path: Path, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_runtime.metrics.recorder.WandbSink", partial(WandbSink, finish_timeout_s=1.0))
-    recorder = Recorder(tmp_path, config("offline"), Peers(), 0, ConsoleSink(30, None, 10, Console(file=io.StringIO())))
+    recorder = Recorder(
+        tmp_path, config("offline"), Peers(), 0, ConsoleSink(30, None, 10, Console(file=io.StringIO()))
+    )
     recorder.step(record(1))
     deadline = time.monotonic() + 30
     while not list((tmp_path / "wandb").glob("offline-run-*/*.wandb")) and time.monotonic() < deadline:

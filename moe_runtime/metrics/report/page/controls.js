@@ -32,6 +32,7 @@ function wireControls() {
     if (from < to) setRange([from, to]);
   });
   byId("all").addEventListener("click", () => setRange(null));
+  byId("marks").addEventListener("change", markAll);
   byId("load-frame").addEventListener("input", () => refill("load"));
   byId("load-which").addEventListener("change", () => refill("load", "loadTime"));
   byId("load-layer").addEventListener("change", () => refill("loadTime"));
@@ -59,7 +60,7 @@ function toggleCurve(button) {
   const isShown = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", String(isShown));
   const entry = report.drawn.get(button.closest("figure").dataset.plot);
-  if (entry) showCurve(entry, button.dataset.key, isShown);
+  if (entry) showCurve(entry, Number(button.dataset.place), isShown);
 }
 
 function pointsTable(id) {

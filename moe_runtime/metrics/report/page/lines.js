@@ -1,19 +1,42 @@
 // Curves over steps: their data, the marks of events, and one range of steps for all of them.
 
-const FEW_POINTS = 60; // below it each point is drawn too
+// The renderers of a curve, in the order in which its form has them: marks, lines, points.
+function renderersOfCurve({figure, plot}, place) {
+  return [figure.renderers[1 + place], figure.renderers[1 + plot.curves.length + place]];
+}
+
+function nameLines({figure, plot}) {
+  figure.left[0].axis_label = plot.unit;
+  plot.curves.forEach(([, label, [colour, dash, width]], place) => {
+    const [line, points] = renderersOfCurve({figure, plot}, place);
+    line.name = label;
+    line.glyph.setv({line_color: {value: colour}, line_width: {value: width}, line_dash: {value: dash}});
+    points?.glyph.setv({fill_color: {value: colour}, size: {value: width > 1 ? 4 : 2}});
+  });
+}
 
 function fillLines(entry) {
-  const {figure, plot} = entry;
-  for (const [key] of plot.curves) {
-    const curve = report.curves.get(key) ?? {x: [], y: []};
-    const renderers = renderersOf(figure, key);
-    renderers[0].data_source.data = {x: curve.x, y: curve.y};
-    renderers[1].visible = curve.x.length <= FEW_POINTS && renderers[0].visible;
-  }
-  const marks = report.data.marks.map(([step]) => step);
-  if (report.chosen !== null) marks.push(report.chosen);
-  renderersOf(figure, "marks")[0].data_source.data = {x: marks, what: marks.map(String)};
+  entry.plot.curves.forEach(([key], place) => {
+    const [line, points] = renderersOfCurve(entry, place);
+    const {x, y} = report.curves.get(key);
+    line.data_source.data = {x, y};
+    if (points) points.visible = line.visible && x.length <= report.data.fewPoints;
+  });
+  fillMarks(entry);
   showRange(entry);
+}
+
+const MARK_COLOURS = {bad: "#cf4152", change: "#8a94a0", chosen: "#2f7fd0"};
+
+function fillMarks({figure}) {
+  const marks = byId("marks").checked ? report.data.marks.map(([step, , level]) => [step, level]) : [];
+  if (report.chosen !== null) marks.push([report.chosen, "chosen"]);
+  const data = {x: marks.map(([step]) => step), colour: marks.map(([, level]) => MARK_COLOURS[level])};
+  figure.renderers[0].data_source.data = data;
+}
+
+function markAll() {
+  for (const entry of report.drawn.values()) if (entry.kind === "lines") fillMarks(entry);
 }
 
 function showRange({figure}) {
@@ -49,10 +72,10 @@ function followRange(entry) {
   x_range.properties.end.change.connect(moved);
 }
 
-function showCurve(entry, key, isShown) {
-  const [line, points] = renderersOf(entry.figure, key);
+function showCurve(entry, place, isShown) {
+  const [line, points] = renderersOfCurve(entry, place);
   line.visible = isShown;
-  points.visible = isShown && (report.curves.get(key)?.x.length ?? 0) <= FEW_POINTS;
+  if (points) points.visible = isShown && line.data_source.data.x.length <= report.data.fewPoints;
 }
 
 function goToStep(step) {
@@ -60,6 +83,6 @@ function goToStep(step) {
   const around = Math.max(10, (last - first) * 0.02);
   report.chosen = step;
   setRange([Math.max(first, step - around), Math.min(last, step + around)]);
-  for (const entry of report.drawn.values()) if (entry.kind === "lines") fillLines(entry);
+  markAll();
   byId("section-learning").scrollIntoView();
 }

@@ -7,11 +7,11 @@ function setText(id, html) {
   const place = byId(id);
   if (!place || place.dataset.is === html) return;
   const open = new Set(Array.from(place.querySelectorAll("details[open]"), (each) => each.dataset.keep));
-  const hidden = new Set(Array.from(place.querySelectorAll('[aria-pressed="false"]'), (each) => each.dataset.key));
+  const hidden = new Set(Array.from(place.querySelectorAll('[aria-pressed="false"]'), (each) => each.dataset.place));
   place.innerHTML = html;
   place.dataset.is = html;
   for (const each of place.querySelectorAll("details")) each.open = open.has(each.dataset.keep);
-  for (const each of place.querySelectorAll("[aria-pressed]")) each.setAttribute("aria-pressed", String(!hidden.has(each.dataset.key)));
+  for (const each of place.querySelectorAll("[aria-pressed]")) each.setAttribute("aria-pressed", String(!hidden.has(each.dataset.place)));
 }
 
 async function takeNews(news) {
@@ -20,7 +20,7 @@ async function takeNews(news) {
   takeData(news.data);
   for (const [id, entry] of [...report.drawn]) {
     const plot = report.data.plots[id];
-    const same = plot && JSON.stringify(plot.curves) === JSON.stringify(entry.plot.curves);
+    const same = plot && JSON.stringify(plot) === JSON.stringify(entry.plot);
     if (same) fill(entry);
     else await forget(id);
   }

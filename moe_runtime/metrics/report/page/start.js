@@ -11,18 +11,26 @@ function fill(entry) {
   FILL[entry.kind](entry);
 }
 
+// A picture of a form; the models of each copy have names of their own.
+function copyOf(form, id) {
+  const text = JSON.stringify(report.data.forms[form]);
+  return JSON.parse(text.replaceAll(/"p(\d+)"/g, `"${id}-$1"`));
+}
+
 async function draw(id) {
   const plot = report.data.plots[id];
   if (!plot || report.drawn.has(id)) return;
   const place = panelOf(id).querySelector(".plot");
   report.drawn.set(id, {plot, kind: "drawing"});
   place.id = `plot-${id}`;
-  const views = await Bokeh.embed.embed_item({...plot.item, target_id: place.id}, place.id);
+  const views = await Bokeh.embed.embed_item(copyOf(plot.form, id), place.id);
   const view = [...views][0];
   const entry = {plot, kind: plot.kind, figure: view.model, view};
   report.drawn.set(id, entry);
   if (matchMedia("(pointer: coarse)").matches) entry.figure.toolbar.active_drag = null;
+  if (entry.kind === "lines") nameLines(entry);
   fill(entry);
+  repaint(entry);
   entry.figure.hold_render = false;
   if (entry.kind === "lines") followRange(entry);
   if (entry.kind === "measured" || entry.kind === "ideal") followOtherTimeline(entry);
@@ -58,13 +66,14 @@ async function drawWaiting() {
   }
 }
 
-function hurry(entries) {
+async function hurry(entries) {
   for (const {target, isIntersecting} of entries) {
     if (!isIntersecting) continue;
     seen.unobserve(target);
     const id = target.dataset.plot;
-    if (waiting.delete(id)) draw(id);
+    if (waiting.delete(id)) await draw(id);
   }
+  document.body.dataset.opened ??= performance.now().toFixed(0); // what is in sight is drawn
 }
 
 async function start() {
@@ -80,6 +89,7 @@ async function start() {
   Bokeh.set_log_level("error"); // it warns of pictures that are drawn before they are filled
   takeData(JSON.parse(data));
   wireControls();
+  wirePrint();
   seen = new IntersectionObserver(hurry, {rootMargin: "200px"});
   watchPanels();
   setRange(null);

@@ -35,8 +35,15 @@ function renderersOf(figure, name) {
   return figure.renderers.filter((renderer) => renderer.name === name);
 }
 
+// Bokeh reads colours from the style sheet, but for those of a colour bar, which is no part of the page's tree.
+function repaint({figure, view}) {
+  const ink = getComputedStyle(document.documentElement).getPropertyValue("--soft").trim();
+  for (const bar of figure?.right ?? []) bar.major_label_text_color = ink;
+  view?.request_repaint?.();
+}
+
 function repaintAll() {
-  for (const {view} of report.drawn.values()) view?.request_repaint?.();
+  for (const entry of report.drawn.values()) repaint(entry);
 }
 
 function tellTrouble(text) {
