@@ -1,6 +1,6 @@
 """What a run says about its mixture at the start: the share of each set, and how often it will be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moe_runtime.config.derive import sequences_before, total_steps
@@ -32,16 +32,12 @@ def mixture_facts(
     return {"message": message, "shares": loader.shares, "epochs": epochs}
 
 
-def tell_start(recorder: Recorder, resumed: Sequence[str], mixed: Mapping[str, Any] | None) -> None:
-    """What a run took up, and what it reads.
+def tell_data(recorder: Recorder, mixed: Mapping[str, Any] | None) -> None:
+    """What a run reads, if that is a mixture or masked.
 
     Args:
-        resumed: lines about its checkpoint, or the weights it begins with.
         mixed: from `mixture_facts`.
     """
-    for line in resumed:
-        recorder.event("resume", message=line)
-        recorder.say(line)
     if mixed is not None:
         recorder.event("data", **mixed)
         recorder.say(mixed["message"])

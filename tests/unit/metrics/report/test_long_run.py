@@ -22,7 +22,9 @@ STEPS, LAYERS, EXPERTS = 100_000, 58, 256
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "long"
-    return make_run(folder, STEPS, LAYERS, EXPERTS, layers_every=100, heatmap_every=10, dead=(31, 200, 60_000))
+    return make_run(
+        folder, STEPS, LAYERS, EXPERTS, layers_every=100, heatmap_every=10, dead=(31, 200, 60_000)
+    )
 
 
 @pytest.fixture(scope="module")
