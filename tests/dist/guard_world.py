@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import DataError, NumericsError

@@ -102,7 +102,7 @@ def _launch_options() -> dict[str, tuple[bool, str]]:
     """The options of the launcher, which come before `train`: whether each has a value, and what it is."""
     from moe_runtime.cli.launch_options import launch_parser
 
-    actions = launch_parser()._actions
+    actions = launch_parser("launch.sh")._actions
     return {flag: (one.nargs != 0, one.help or "") for one in actions for flag in one.option_strings}
 
 

@@ -28,6 +28,7 @@ _SCRIPTS = (
     "images.js",
     "pipeline.js",
     "controls.js",
+    "print.js",
     "live.js",
     "start.js",
 )

@@ -163,7 +163,7 @@ def summary(layers: Layers) -> dict[str, Any]:
 def detail(layers: Layers) -> Layers:
     """What a record says of each layer."""
     return {
-        layer: {name: value for name, value in values.items() if name != "rank_load_ratio"}
+        layer: {name: _short(value) for name, value in values.items() if name != "rank_load_ratio"}
         for layer, values in layers.items()
     }
 
@@ -171,4 +171,9 @@ def detail(layers: Layers) -> Layers:
 def _spread(values: list[Any]) -> dict[str, Any]:
     if values[0] is None:  # of one layer, then of all
         return {}
-    return {"min": min(values), "p50": median(values), "max": max(values)}
+    return {"min": _short(min(values)), "p50": _short(median(values)), "max": _short(max(values))}
+
+
+def _short(value: Any) -> Any:
+    """Seven digits: as many as the sums behind it have, and half as many as a record of 58 layers needs."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
