@@ -48,7 +48,7 @@ class RouterMeter:
             expert_ids: int64 [tokens, top_k].
         """
         begun = time.perf_counter()
-        # Not logsumexp, which takes twice as many operations: a logit of 88, where this ends, is past mending.
+        # Not logsumexp, of twice as many operations: a logit of 88, where this ends, is past mending.
         flat, log_sums = logits.reshape(-1), logits.exp().sum(dim=-1).log()
         last_chosen = biased.gather(1, expert_ids).amin(dim=-1)
         first_left = biased.scatter(1, expert_ids, float("-inf")).amax(dim=-1)
