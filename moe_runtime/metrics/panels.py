@@ -111,9 +111,9 @@ _ROUTING = (
     Panel(
         ROUTING,
         "Load violation over a window",
-        _over_layers("violation_global"),
+        (*_over_layers("violation_global"), *_over_layers("unchecked_violation")),
         "(max - mean) / mean",
-        "Of the counts of the last steps together: chance is averaged out, so this is the bias at work.",
+        "Of the last steps together, without chance: the bias at work. Unchecked is what it does not lower.",
     ),
     Panel(
         ROUTING,
@@ -131,6 +131,13 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
+        "Steps that an expert has starved",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Falls back to 0 soon. A straight rise is an expert that its bias does not bring back.",
+    ),
+    Panel(
+        ROUTING,
         "Load of expert-parallel ranks",
         ("rank_load_ratio",),
         "busiest / mean",
@@ -145,9 +152,9 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Reach of the routing bias",
-        _over_layers("bias_reach"),
-        "max |bias|",
+        "Reach and range of the routing bias",
+        (*_over_layers("bias_reach"), *_over_layers("bias_range")),
+        "",
         "Beyond 1 the bias decides more than the scores, which lie between 0 and 1.",
     ),
     Panel(
