@@ -30,7 +30,9 @@ COMMANDS = {
     "compare": "moe_runtime.cli.compare:compare",
     "checkpoint": "moe_runtime.cli.checkpoint:app",
     "cache": "moe_runtime.cli.cache:app",
+    "doctor": "moe_runtime.cli.doctor.command:doctor",
     "config": "moe_runtime.cli.config:app",
+    "completion": "moe_runtime.cli.completion.command:completion",
     "context": "moe_runtime.cli.context:app",
     "convert": "moe_runtime.cli.convert:app",
     "bench": "moe_runtime.cli.bench:app",
@@ -38,6 +40,8 @@ COMMANDS = {
     "report": "moe_runtime.cli.report:report",
     "dashboard": "moe_runtime.cli.dashboard:dashboard",
 }
+# What the scripts of shells call.
+_UNLISTED = {"complete": "moe_runtime.cli.completion.command:complete"}
 
 
 def moe_runtime(
@@ -48,7 +52,7 @@ def moe_runtime(
     """Train Mixture-of-Experts language models of the DeepSeek-V3 kind."""
 
 
-app = lazy_app(moe_runtime, COMMANDS)
+app = lazy_app(moe_runtime, COMMANDS, _UNLISTED)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ class LazyGroup(NearGroup):
     """A group whose commands are named by `module:attribute`: a function, or a `typer.Typer` of several."""
 
     places: Mapping[str, str] = {}
+    unlisted: Mapping[str, str] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands, without importing them."""
@@ -43,19 +44,23 @@ class LazyGroup(NearGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name, imported now; None if there is none."""
-        if cmd_name not in self.commands and cmd_name in self.places:
-            self.commands[cmd_name] = load(cmd_name, self.places[cmd_name])
+        place = self.places.get(cmd_name) or self.unlisted.get(cmd_name)
+        if cmd_name not in self.commands and place is not None:
+            self.commands[cmd_name] = load(cmd_name, place)
         return self.commands.get(cmd_name)
 
 
-def lazy_app(callback: Callable[..., None], places: Mapping[str, str]) -> typer.Typer:
+def lazy_app(
+    callback: Callable[..., None], places: Mapping[str, str], unlisted: Mapping[str, str]
+) -> typer.Typer:
     """A program of commands that are imported when they are needed.
 
     Args:
         callback: has the program's own options as parameters, and its help as docstring.
         places: `module:attribute` of each command.
+        unlisted: the same of commands that no help lists.
     """
-    group = type("Commands", (LazyGroup,), {"places": places})
+    group = type("Commands", (LazyGroup,), {"places": places, "unlisted": unlisted})
     program = typer.Typer(
         cls=group,
         no_args_is_help=True,

@@ -111,9 +111,9 @@ _ROUTING = (
     Panel(
         ROUTING,
         "Load violation over a window",
-        (*_over_layers("violation_global"), *_over_layers("unchecked_violation")),
+        _over_layers("violation_global"),
         "(max - mean) / mean",
-        "Of the last steps together, without chance: the bias at work. Unchecked is what it does not lower.",
+        "Of the counts of the last steps together: chance is averaged out, so this is the bias at work.",
     ),
     Panel(
         ROUTING,
@@ -131,13 +131,6 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Steps that an expert has starved",
-        _over_layers("starved_steps"),
-        "steps in a row",
-        "Falls back to 0 soon. A straight rise is an expert that its bias does not bring back.",
-    ),
-    Panel(
-        ROUTING,
         "Load of expert-parallel ranks",
         ("rank_load_ratio",),
         "busiest / mean",
@@ -152,9 +145,23 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
-        "Reach and range of the routing bias",
+        "Experts that nothing brings back",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Balancing raises the bias of a starved expert; one that starves without it is lost.",
+    ),
+    Panel(
+        ROUTING,
+        "Load violation that is not balanced",
+        _over_layers("unchecked_violation"),
+        "(max - mean) / mean",
+        "Above 0: the busiest expert is not held back by its bias.",
+    ),
+    Panel(
+        ROUTING,
+        "Reach of the routing bias",
         (*_over_layers("bias_reach"), *_over_layers("bias_range")),
-        "",
+        "max |bias|; max - min",
         "Beyond 1 the bias decides more than the scores, which lie between 0 and 1.",
     ),
     Panel(

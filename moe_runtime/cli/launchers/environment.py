@@ -104,8 +104,7 @@ def claim_rank(environ: MutableMapping[str, str] | None = None) -> None:
     if STATUS_DIR in environ:  # our own launcher has set everything
         return
     if "RANK" in environ:
-        if "LOCAL_SIZE" in environ:  # the deepspeed launcher's word
-            environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])
+        _take_deepspeeds_size(environ)
         _name_interface(environ, int(environ.get("LOCAL_WORLD_SIZE", "1")))
         return
     place = find_place(environ)
@@ -120,6 +119,15 @@ def claim_rank(environ: MutableMapping[str, str] | None = None) -> None:
         slurm_nodes.adopt_limits(environ)
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_size)
     environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _take_deepspeeds_size(environ: MutableMapping[str, str]) -> None:
+    """LOCAL_SIZE is the deepspeed launcher's word; of no use where machines differ, for ranks must agree."""
+    words = ("LOCAL_SIZE", "CROSS_SIZE", "WORLD_SIZE")
+    if all(name in environ for name in words):
+        local, machines, world = (_number(environ, name) for name in words)
+        if local * machines == world:
+            environ.setdefault("LOCAL_WORLD_SIZE", str(local))
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -161,7 +169,7 @@ def _name_interface(environ: MutableMapping[str, str], local_size: int) -> None:
     """Tell gloo its interface: by itself it takes that of the machine's name, which may be loopback."""
     if "GLOO_SOCKET_IFNAME" in environ or "MASTER_ADDR" not in environ:
         return
-    is_alone = local_size >= int(environ["WORLD_SIZE"])
+    is_alone = local_size >= int(environ.get("WORLD_SIZE", "1"))
     address = network.address_towards(environ["MASTER_ADDR"])
     if address is not None and address.startswith("127.") and not is_alone:
         address = network.own_address(environ)

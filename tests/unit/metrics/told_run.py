@@ -77,7 +77,7 @@ def told_run(run_dir: Path, wandb: str = "offline") -> Path:
 def alert(step: int) -> dict[str, Any]:
     """What an alert has besides its step and message."""
     fields = {"metric": "routing/dead_experts/max", "value": 1.0, "threshold": 0.0, "last": [[step, 1.0]]}
-    return {"alert": "dead_expert", "action": ["log", "wandb"] if step == 8 else ["log"], **fields}
+    return {"alert": "dead_expert", "action": ["wandb" if step == 8 else "log"], **fields}
 
 
 def load(run: RunConfig) -> torch.Tensor:

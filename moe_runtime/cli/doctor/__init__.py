@@ -1,0 +1,1 @@
+"""What of this machine and this installation would keep a run from starting, or make it slow."""
