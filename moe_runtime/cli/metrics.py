@@ -104,12 +104,11 @@ def _to_wandb(run_dir: Path, config: dict[str, Any], project: str | None, online
     if not is_in_use(run_dir):
         keep_id(run_dir, place.run_id)
     steps = rebuild(run_dir, run, _told)
-    folder, url = run.folder, run.url
+    folder = run.folder
+    said = f"at {run.url}" if online else f"in {folder}; send them with: wandb sync {folder}"
     run.finish()
     end_session()
-    if online:
-        return f"{steps} steps at {url}"
-    return f"{steps} steps in {folder}; send them with: wandb sync {folder}"
+    return f"{steps} steps {said}"
 
 
 def _open(place: "RunPlace", online: bool) -> "WandbRun":

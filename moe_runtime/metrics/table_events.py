@@ -15,9 +15,9 @@ def read_table_events(path: Path, last_step: int | None = None) -> list[dict[str
         path: of events.jsonl.
         last_step: those of later steps are left out, for they will be made again; None: all.
     """
-    newest: dict[tuple[int, str, str], dict[str, Any]] = {}
+    newest: dict[tuple[int, str, str, str], dict[str, Any]] = {}
     for event in read_jsonl(path):
         kind, step = event.get("kind"), event.get("step")
         if kind in (SAMPLE, ALERT) and isinstance(step, int) and (last_step is None or step <= last_step):
-            newest[step, kind, str(event.get("alert"))] = event
+            newest[step, kind, str(event.get("alert")), str(event.get("metric"))] = event
     return [newest[key] for key in sorted(newest)]

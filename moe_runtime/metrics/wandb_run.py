@@ -75,9 +75,9 @@ class WandbRun:
         return Path(self._run.dir).parent
 
     @property
-    def url(self) -> str | None:
-        """Where it is to be seen; None offline."""
-        return self._run.url or None
+    def url(self) -> str:
+        """Where it is to be seen; of an online run."""
+        return str(self._run.url)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """A line of metrics.jsonl, under flat keys.
@@ -96,7 +96,7 @@ class WandbRun:
         """One more row of the table of alerts, and a word to the people that W&B tells of such.
 
         Args:
-            event: of kind `alert` in events.jsonl.
+            event: of kind `alert` in events.jsonl; its `action` lists what was done.
         """
         step = event["step"]
         self._add(event)
