@@ -4,6 +4,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
+from pydantic_core import PydanticCustomError
 
 from moe_runtime.config.finding import Finding
 from moe_runtime.config.section import Count, Fraction, NonNegative, Section
@@ -86,8 +87,11 @@ class DataConfig(Section):
             (str(item.get("name") or PurePath(str(item.get("path", place))).name), item)
             for place, item in enumerate(value)
         ]
-        if len({name for name, _ in named}) < len(named):
-            return value  # refused as a list: two sets of one name
+        names = [name for name, _ in named]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            text = f"two sets are called {twice}; give each a name of its own"
+            raise PydanticCustomError("set_names", "{text}", {"text": text})
         return {name: {key: item[key] for key in item if key != "name"} for name, item in named}
 
     def findings(self) -> list[Finding]:
