@@ -156,14 +156,14 @@ def test_no_alert_in_five_hundred_sound_steps(ranks: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_no_alert_in_two_hundred_sound_steps_in_fp8(tmp_path: Path) -> None:
-    config = write(tmp_path, {}, precision="fp8", train__total_steps=200, batch__global_batch_size=2)
+def test_no_alert_in_sixty_sampled_sound_steps_in_fp8(tmp_path: Path) -> None:
+    config = write(tmp_path, {}, precision="fp8", train__total_steps=60, batch__global_batch_size=2)
     try_all(
         1,
         config,
-        (Trial("sound", ("train.checkpoint_every=0", "metrics.numerics_every=2")),),
+        (Trial("sound", ("train.checkpoint_every=0", "metrics.numerics_every=1")),),
         timeout_s=1200.0,
     )
     lines = records(config, "sound")
-    assert len(lines) == 200 and events(config, "sound", "alert") == []
-    assert sum("fp8_error" in line for line in lines) == 100
+    assert len(lines) == 60 and events(config, "sound", "alert") == []
+    assert all("fp8_error" in line for line in lines)
