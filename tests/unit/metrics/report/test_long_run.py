@@ -1,4 +1,4 @@
-"""A run of 100,000 steps with 58 MoE layers of 256 experts: its report is small, and nothing extreme is lost."""
+"""A run of 100,000 steps and 58 MoE layers of 256 experts: a small report, and nothing extreme is lost."""
 
 import json
 from pathlib import Path
