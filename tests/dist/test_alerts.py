@@ -142,7 +142,7 @@ def test_weights_cast_with_scales_that_are_too_small(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_no_alert_in_five_hundred_sound_steps(ranks: int, tmp_path: Path) -> None:
-    """With the thresholds as they are by default: a young router's unevenness is none of an alert's business."""
+    """With the default thresholds: a young router's unevenness is no matter for an alert."""
     batch = {"batch__global_batch_size": 8, "batch__micro_batch_size": 8 // smallest_batch(ranks)}
     config = write(tmp_path, LAYOUTS[ranks], train__total_steps=500, **batch)
     outcomes = try_all(ranks, config, (Trial("sound", ("train.checkpoint_every=0",)),), timeout_s=1200.0)
