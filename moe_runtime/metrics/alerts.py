@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEPT = 20  # values of the metric that an alert shows
+_SLOWEST, _SLOWEST_RANK = "straggler_ratio", "straggler_rank"  # whose place is another number
 _SHOWN = 3  # places in its message; the event has all
 
 
@@ -199,6 +200,8 @@ def _turn(rule: Rule, memory: Memory, value: float) -> bool:
 
 def _alert(rule: Rule, record: Mapping[str, Any], found: tuple[str, float], memory: Memory) -> Alert:
     places = [name for name, value in _sorted(rule, record, _spread_of(rule.metric)) if rule.is_beyond(value)]
+    if rule.metric == _SLOWEST and record.get(_SLOWEST_RANK) is not None:
+        places = [f"rank {record[_SLOWEST_RANK]}"]
     return Alert(rule, record["step"], found[1], tuple(filter(None, places)), tuple(memory.last))
 
 

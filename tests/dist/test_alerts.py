@@ -142,7 +142,7 @@ def test_weights_cast_with_scales_that_are_too_small(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_no_alert_in_five_hundred_sound_steps(ranks: int, tmp_path: Path) -> None:
-    """With the thresholds as they are by default: a young router's unevenness is none of an alert's business."""
+    """With the default thresholds: a young router's unevenness is no matter for an alert."""
     batch = {"batch__global_batch_size": 8, "batch__micro_batch_size": 8 // smallest_batch(ranks)}
     config = write(tmp_path, LAYOUTS[ranks], train__total_steps=500, **batch)
     outcomes = try_all(ranks, config, (Trial("sound", ("train.checkpoint_every=0",)),), timeout_s=1200.0)
@@ -156,14 +156,14 @@ def test_no_alert_in_five_hundred_sound_steps(ranks: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_no_alert_in_two_hundred_sound_steps_in_fp8(tmp_path: Path) -> None:
-    config = write(tmp_path, {}, precision="fp8", train__total_steps=200, batch__global_batch_size=2)
+def test_no_alert_in_sixty_sampled_sound_steps_in_fp8(tmp_path: Path) -> None:
+    config = write(tmp_path, {}, precision="fp8", train__total_steps=60, batch__global_batch_size=2)
     try_all(
         1,
         config,
-        (Trial("sound", ("train.checkpoint_every=0", "metrics.numerics_every=2")),),
+        (Trial("sound", ("train.checkpoint_every=0", "metrics.numerics_every=1")),),
         timeout_s=1200.0,
     )
     lines = records(config, "sound")
-    assert len(lines) == 200 and events(config, "sound", "alert") == []
-    assert sum("fp8_error" in line for line in lines) == 100
+    assert len(lines) == 60 and events(config, "sound", "alert") == []
+    assert all("fp8_error" in line for line in lines)

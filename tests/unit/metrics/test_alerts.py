@@ -100,6 +100,12 @@ def test_a_number_over_layers_names_the_layers_where_a_record_has_them() -> None
     assert Alerts((rule,)).update(record | {"layers": layers})[0][0].where == ("layers.2", "layers.1")
 
 
+def test_a_straggler_is_named() -> None:
+    record = {"step": 9, "straggler_ratio": 3.0, "straggler_rank": 2}
+    (alert,) = Alerts((Rule("straggler", "straggler_ratio", 1.5),)).update(record)[0]
+    assert alert.where == ("rank 2",) and "straggler_ratio (rank 2): expected at most 1.5" in alert.message
+
+
 def rules(*overrides: str) -> dict[str, Rule]:
     return {rule.name: rule for rule in rules_of(load_config("configs/run/quickstart.yaml", overrides))}
 
