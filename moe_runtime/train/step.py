@@ -141,6 +141,7 @@ class TrainStep:
         if self.ema is not None:
             self.ema.join()
         result = self.optimizer.step(plan.lr, plan.applies, measures_updates=samples)
+        runtime.clock.meters_s += result.sampling_s
         self.blames = []
         if result.skipped:
             self.blames = gather_blame(result.culprits, runtime, self._bad_data)

@@ -46,6 +46,6 @@ def test_model_config_is_a_base_for_a_run(file: Path, tmp_path: Path) -> None:
     assert load_config(run).model.num_layers > 0
 
 
-def test_all_four_published_sizes_are_there() -> None:
-    assert {file.stem for file in _MODELS} >= {"tiny", "small", "v3_16b", "v3_671b"}
-    assert {file.stem for file in _RUNS} >= {"quickstart", "small", "v3_16b", "v3_671b"}
+def test_all_sizes_of_the_ladder_are_there() -> None:
+    assert {file.stem for file in _MODELS} >= {"tiny", "small", "medium", "v3_16b", "v3_671b"}
+    assert {file.stem for file in _RUNS} >= {"quickstart", "small", "medium", "v3_16b", "v3_671b"}

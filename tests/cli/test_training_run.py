@@ -11,7 +11,7 @@ import pytest
 
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, read_heatmap
 from moe_runtime.metrics.jsonl import read_jsonl
-from moe_runtime.metrics.panel import SAMPLES, TIMELINE, flat_values
+from moe_runtime.metrics.panel import HEATMAP, SAMPLES, TIMELINE, flat_values
 from moe_runtime.metrics.record import NUMERICS_KEYS, metric_of
 from moe_runtime.planner.hardware.save import cluster_text
 from tests.cli.small_run import (
@@ -94,7 +94,7 @@ def test_a_record_says_what_the_run_went_through(uninterrupted: Path) -> None:
 
 def test_wandb_has_the_digits_of_a_run_and_no_key_that_is_not_documented(uninterrupted: Path) -> None:
     run_dir = uninterrupted / "runs" / "small"
-    found, media = read_wandb(only_file(run_dir)), {SAMPLES, TIMELINE}
+    found, media = read_wandb(only_file(run_dir)), {HEATMAP, SAMPLES, TIMELINE}
     assert media <= found.keys and [key for key in found.keys - media if metric_of(key) is None] == []
     rows = {
         row["_step"]: {key: row[key] for key in row if key not in media and not key.startswith("_")}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.plan.host import describe_host, host_fields
+from moe_runtime.cli.plan.note import note
 from moe_runtime.cli.plan.page import page as draw_page
 from moe_runtime.cli.plan.searching import describe_search, search_fields, write_winner
 from moe_runtime.cli.plan.text import describe
@@ -52,6 +53,7 @@ def plan(
         typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
     ] = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to draw the plan into")] = None,
+    brief: Annotated[bool, typer.Option("--note", help="a few lines, as a comment for the config")] = False,
     validate: Annotated[
         Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
     ] = None,
@@ -69,7 +71,15 @@ def plan(
     --validate reads the config, records and trace of a run that was made; the cluster is the one it was on.
     --calibrate makes four short runs here, a rank for each core, and writes what they took.
     """
-    _check_together({"--search": search, "--validate": validate, "--calibrate": calibrate, "--page": page})
+    _check_together(
+        {
+            "--search": search,
+            "--validate": validate,
+            "--calibrate": calibrate,
+            "--page": page,
+            "--note": brief,
+        }
+    )
     _check_of_search(search, {"--gpus": gpus, "--write": write})
     if validate is not None:
         return validate_run(validate, cluster or "local", as_json)
@@ -80,6 +90,10 @@ def plan(
     run, machine = open_run(config, overrides or []), load_cluster(cluster or "h800")
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
+        return 0
+    if brief:
+        found = reckon(run, machine, imbalance=imbalance, with_sensitivity=False)
+        typer.echo("\n".join(note(found)))
         return 0
     return _plan(run, machine, imbalance, page, as_json)
 

@@ -134,6 +134,7 @@ class RoutingMeter:
         values: dict[str, Any] = dict(zip(_HELD, held, strict=True))
         unchecked = values["unchecked_violation"]
         square, z_loss, margin, nodes = (total / new_tokens for total in sums)
+        square /= self._runtime.config.model.num_experts
         return values | {
             "dead_experts": int(values["dead_experts"]),
             "starved_steps": int(values["starved_steps"]),

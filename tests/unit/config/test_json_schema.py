@@ -37,9 +37,13 @@ for tag, pattern in (
     _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), None)
 
 
-def _checker(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
+_OF_FILE = jsonschema.Draft202012Validator(file_schema())
+_OF_RUN = jsonschema.Draft202012Validator(run_schema())
+
+
+@pytest.mark.parametrize("checker", [_OF_FILE, _OF_RUN], ids=["file", "run"])
+def test_the_schemas_are_schemas(checker: jsonschema.Draft202012Validator) -> None:
+    jsonschema.Draft202012Validator.check_schema(checker.schema)
 
 
 def test_the_file_in_the_repository_is_that_of_the_code() -> None:
@@ -50,7 +54,7 @@ def test_the_file_in_the_repository_is_that_of_the_code() -> None:
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: file.stem)
 def test_an_editor_finds_no_fault_in_our_configs_and_knows_the_schema_by_their_first_line(file: Path) -> None:
     text = file.read_text()
-    _checker(file_schema()).validate(yaml.load(text, Loader=_Yaml12))
+    _OF_FILE.validate(yaml.load(text, Loader=_Yaml12))
     first = text.splitlines()[0]
     assert first.startswith(MODELINE), f"expected {MODELINE}... as the first line of {file}"
     assert (file.parent / first.removeprefix(MODELINE)).resolve() == SCHEMA_FILE
@@ -58,8 +62,8 @@ def test_an_editor_finds_no_fault_in_our_configs_and_knows_the_schema_by_their_f
 
 def test_a_resolved_run_is_valid_by_both_schemas() -> None:
     run = load_config("quickstart").model_dump(mode="json")
-    _checker(run_schema()).validate(run)
-    _checker(file_schema()).validate(run)
+    _OF_RUN.validate(run)
+    _OF_FILE.validate(run)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_a_resolved_run_is_valid_by_both_schemas() -> None:
     ],
 )
 def test_an_editor_finds_what_the_loader_refuses(section: str, wrong: Any) -> None:
-    assert not _checker(file_schema()).is_valid(values() | {section: wrong})
+    assert not _OF_FILE.is_valid(values() | {section: wrong})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_an_editor_finds_what_the_loader_refuses(section: str, wrong: Any) -> No
     ],
 )
 def test_an_editor_accepts_what_the_loader_takes(section: str, right: Any) -> None:
-    _checker(file_schema()).validate({section: right})
+    _OF_FILE.validate({section: right})
 
 
 def test_every_key_says_what_it_is() -> None:

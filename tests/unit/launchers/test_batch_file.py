@@ -33,7 +33,7 @@ def _printed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
             ],
         ),
         (("train", "v3_671b"), ["--nodes=256", "--gpus-per-node=8", "--nnodes 256 "]),
-        (("--nproc", "4", "train", "v3_16b"), ["--nodes=16", "--gpus-per-node=4", "--nproc 4 "]),
+        (("--nproc", "4", "train", "v3_16b"), ["--nodes=8", "--gpus-per-node=4", "--nproc 4 "]),
         (("--nnodes", "2", "train", "quickstart"), ["--nodes=2", "2 machines of 2"]),
         (
             ("--nnodes", "2:4", "train", "v3_16b", "layout.dp=8"),
