@@ -91,6 +91,7 @@ def test_every_picture_is_drawn_and_nothing_is_asked_for(opened: Any, run: Path)
     _check_quiet(watched, address)
     assert watched.asked == [address]
     _check_links_and_keys(watched.page)
+    _check_paper(watched.page)
     watched.page.context.close()
 
 
@@ -114,6 +115,19 @@ def _check_links_and_keys(page: Any) -> None:
     page.locator("#panel-loss summary").press("Enter")
     page.locator("#panel-loss .all-points").press("Enter")
     assert page.locator("#panel-loss .all-points-table tbody tr").count() == 40
+
+
+def _check_paper(page: Any) -> None:
+    """Printing lays the pictures out for paper, light, and then they are as before."""
+    width = "report.drawn.get('loss').figure.outer_width"
+    before = page.evaluate(width)
+    page.evaluate("window.print = () => dispatchEvent(new Event('afterprint'))")
+    page.evaluate("toPaper(true)")
+    assert page.evaluate(width) < before
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.locator("#print").click()
+    page.wait_for_selector("html:not(.on-paper)", state="attached")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
 def test_a_live_page_takes_in_new_steps_where_the_person_is(opened: Any, run: Path, tmp_path: Path) -> None:

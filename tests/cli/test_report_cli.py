@@ -136,7 +136,7 @@ def test_a_request_that_names_another_host_is_refused(server: ReportServer) -> N
     assert _ask(server, "/news?have=x", Host="localhost:1")[0].status == 200
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_server_quietly(end: signal.Signals, run: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "moe_runtime", "report", str(run), "--serve", "--port", "0"],

@@ -1,7 +1,7 @@
 // Pictures of cells: loads of experts, numbers of layers.
 
 const FAIR = 256; // code of a fair share
-const MOST_LABELS = 24;
+const LABEL_PX = [7, 14]; // of a label: each letter, and what keeps it from the next
 
 function fillImage(figure, values, rows, columns, extra) {
   const source = renderersOf(figure, "image")[0].data_source;
@@ -15,13 +15,18 @@ function fillImage(figure, values, rows, columns, extra) {
   figure.height = Math.min(620, Math.max(240, 110 + rows * 16));
 }
 
-function labelAxis(axis, labels) {
-  const every = Math.ceil(labels.length / MOST_LABELS);
+// As many labels as have room: one below the other on the left, side by side below.
+function labelAxis(axis, labels, room, isBelow) {
+  const [letter, apart] = LABEL_PX;
+  const longest = labels.reduce((most, label) => Math.max(most, label.length), 1);
+  const every = Math.ceil((labels.length * (isBelow ? longest * letter + apart : apart)) / Math.max(room, 1));
   const shown = labels.map((label, place) => [place + 0.5, label]).filter((_, place) => place % every === 0);
   axis.ticker.ticks = shown.map(([place]) => place);
   axis.major_label_overrides = new Map(shown);
 }
 
+const labelRows = (figure, labels) => labelAxis(figure.left[0], labels, figure.height - 110, false);
+const labelColumns = (figure, labels) => labelAxis(figure.below[0], labels, (figure.outer_width || 400) - 150, true);
 const countTo = (count) => Array.from({length: count}, (_, place) => place);
 const cells = (rows, columns, value) => {
   const numbers = new Float32Array(rows * columns);
@@ -61,8 +66,8 @@ function fillLoad({figure}) {
     layer: cells(layers.length, experts, (row) => row),
   };
   fillImage(figure, loads, layers.length, experts, extra);
-  labelAxis(figure.left[0], layers);
-  labelAxis(figure.below[0], countTo(experts).map(String));
+  labelRows(figure, layers);
+  labelColumns(figure, countTo(experts).map(String));
   const [first, last] = [firstSteps[frame], lastSteps[frame]];
   const steps = first === last ? `step ${last}` : `steps ${first} to ${last}`;
   byId("load-step").textContent = steps;
@@ -82,8 +87,8 @@ function fillLoadTime({figure}) {
     step: cells(experts, frames, (_, column) => firstSteps[column]),
   };
   fillImage(figure, cells(experts, frames, value), experts, frames, extra);
-  labelAxis(figure.left[0], countTo(experts).map(String));
-  labelAxis(figure.below[0], firstSteps.map(String));
+  labelRows(figure, countTo(experts).map(String));
+  labelColumns(figure, firstSteps.map(String));
 }
 
 function fillLayers({figure}) {
@@ -98,8 +103,8 @@ function fillLayers({figure}) {
     step: cells(rows, columns, (_, column) => layers.steps[column]),
   };
   fillImage(figure, values, rows, columns, extra);
-  labelAxis(figure.left[0], layers.layers);
-  labelAxis(figure.below[0], layers.steps.map(String));
+  labelRows(figure, layers.layers);
+  labelColumns(figure, layers.steps.map(String));
   const finite = values.filter(Number.isFinite);
   const [low, high] = finite.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
   const mapper = renderersOf(figure, "image")[0].glyph.color_mapper;

@@ -30,6 +30,7 @@ async function takeNews(news) {
   }
   setRange(report.range);
   watchPanels();
+  drawWaiting();
 }
 
 async function follow() {

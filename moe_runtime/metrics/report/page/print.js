@@ -18,6 +18,7 @@ function isDark() {
 }
 
 function toPaper(isLaidOut) {
+  fromPaper(); // if it was pressed twice
   const root = document.documentElement;
   before = {theme: root.dataset.theme, isLaidOut};
   root.classList.toggle("inverted", isDark() && !isLaidOut);

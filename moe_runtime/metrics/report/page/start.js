@@ -53,17 +53,14 @@ function watchPanels() {
 }
 
 async function drawWaiting() {
-  while (true) {
-    const id = waiting.values().next().value;
-    if (id === undefined) {
-      document.body.dataset.drawn = "all";
-      await new Promise((done) => setTimeout(done, 200));
-      continue;
-    }
+  if (document.body.dataset.drawn === "some") return; // it is at it
+  document.body.dataset.drawn = "some";
+  for (let id; (id = waiting.values().next().value) !== undefined; ) {
     waiting.delete(id);
     await draw(id);
-    await new Promise((done) => setTimeout(done, 0));
+    await new Promise((done) => setTimeout(done, 0)); // a person's click comes first
   }
+  document.body.dataset.drawn = "all";
 }
 
 async function hurry(entries) {

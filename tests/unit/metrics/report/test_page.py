@@ -53,7 +53,7 @@ def test_the_summary_says_what_was_recorded_last_to_the_digit(run: tuple[Path, s
 
 def test_the_page_names_the_dead_expert_and_since_when(run: tuple[Path, str]) -> None:
     text = " ".join(Page(run[1]).text)
-    assert "1 experts get less than 1% of a fair share at step 40" in " ".join(text.split())
+    assert "1 expert gets less than 1% of a fair share at step 40" in " ".join(text.split())
     load = Page(run[1]).data["load"]
     assert load["layers"] == ["layers.1", "layers.2", "layers.3"] and len(load["lastSteps"]) == 40
 
