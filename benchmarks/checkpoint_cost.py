@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.store import Saved
 from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.config.load import load_config
 from moe_runtime.config.reliability import GuardConfig
 from moe_runtime.parallel.replica_digest import replica_differences

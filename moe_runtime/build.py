@@ -1,36 +1,25 @@
-"""The only place that turns a RunConfig into objects: the model's part of a rank, its optimizer, a run.
+"""The only place that turns a RunConfig into objects: the model's part of a rank, and its optimizer.
 
 Whatever one rank finds wrong here, all ranks say alike.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from moe_comm.dispatcher import Dispatcher
 from moe_comm.errors import PlacementError
 from moe_comm.factory import open_dispatcher
 from moe_comm.placement import Placement
 from torch.nn import Parameter
 
-from moe_runtime.checkpoint.background import BackgroundSaver
-from moe_runtime.checkpoint.folder import CHECKPOINTS_DIR, list_steps
-from moe_runtime.checkpoint.store import CheckpointStore
-from moe_runtime.config.derive import total_steps
-from moe_runtime.config.layout import ResolvedLayout, check_layout
-from moe_runtime.config.load import dump_config
+from moe_runtime.config.layout import ResolvedLayout
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.gemm_choice import cannot_run
 from moe_runtime.fp8.policy import Policy
 from moe_runtime.fp8.watch import Fp8Watch
 from moe_runtime.fp8.weight_casts import WeightCasts
-from moe_runtime.metrics.alert_rules import rules_of
-from moe_runtime.metrics.console import ConsoleSink, open_console
-from moe_runtime.metrics.files import CONFIG_FILE
-from moe_runtime.metrics.recorder import Recorder
 from moe_runtime.model.fp8_model import use_fp8
 from moe_runtime.model.phase import Compute, Phase
 from moe_runtime.model.transformer import Transformer
@@ -39,31 +28,14 @@ from moe_runtime.optim.groups import parameter_groups
 from moe_runtime.parallel.clock import Clock, open_clock
 from moe_runtime.parallel.executor import Executor
 from moe_runtime.parallel.expert_load import ExpertLoad
-from moe_runtime.parallel.mesh import Groups, Mesh, open_groups
-from moe_runtime.parallel.p2p import ThroughHost, TorchTransport, Transport
-from moe_runtime.parallel.peers import Peers
+from moe_runtime.parallel.mesh import Groups, Mesh
+from moe_runtime.parallel.p2p import Transport, open_transport
 from moe_runtime.parallel.router_meters import RouterMeters
 from moe_runtime.parallel.runtime import Runtime
-from moe_runtime.parallel.shared_weights import tie_embedding, unique_parameters
+from moe_runtime.parallel.shared_weights import tie_and_name
 from moe_runtime.parallel.stage import StageRunner
 from moe_runtime.parallel.weight_grad import WeightGradSink
-from moe_runtime.parallel.world import World
 from moe_runtime.parallel.zero import ZeroOptimizer
-from moe_runtime.train.alerting import Alarm
-from moe_runtime.train.checkpoints import RunCheckpoints
-from moe_runtime.train.guard.guard import Guard
-from moe_runtime.train.guard.integrity import Integrity
-from moe_runtime.train.guard.roll_back import RollBack
-from moe_runtime.train.guard.state import GuardState
-from moe_runtime.train.loop import Run
-from moe_runtime.train.open_data import open_data
-from moe_runtime.train.preempted import take_marker
-from moe_runtime.train.resume import begin_from, resume
-from moe_runtime.train.run_lock import enter_run
-from moe_runtime.train.same_config import check_same_config
-from moe_runtime.train.saving import TrainingState, with_ema
-from moe_runtime.train.step import TrainStep
-from moe_runtime.train.told_data import mixture_facts
 
 # Of weights and activations; under fp8 what is multiplied in FP8 is cast where it is read.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
@@ -107,14 +79,13 @@ def build_runtime(
         for stage in sorted({stage for _, stage in places})
     }
     casts, watch = _use_precision(config, chunks, device)
-    tied = tie_embedding(config.model.mtp_depth, layout.num_stages, chunks)
-    named = unique_parameters(chunks)  # not before embeddings are tied
+    tied, named = tie_and_name(config.model.mtp_depth, layout.num_stages, chunks)
     sink, clock = _open_sink(named), open_clock(mesh.ep, device, ranks_per_node)
     meters, load = _open_meters(config, chunks, dispatcher, device)
     open_executor = partial(
         Executor,
         mesh.pp_rank,
-        transport=transport or _torch_transport(mesh, groups, device),
+        transport=transport or open_transport(mesh, groups, device),
         boundary_dtype=DTYPES[config.precision],
         hidden_size=config.model.hidden_size,
         device=device,
@@ -300,110 +271,3 @@ def _until_head(phases: Sequence[Phase]) -> Sequence[Phase]:
     """The phases up to the final norm; all of them in a chunk without a head."""
     ends = [i for i, phase in enumerate(phases) if isinstance(phase, Compute) and "hidden" in phase.outputs]
     return phases[: ends[0] + 1] if ends else phases
-
-
-def _torch_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
-    if mesh.pp == 1:
-        return None
-    assert groups.pipe_up is not None and groups.pipe_down is not None
-    lane = [mesh.rank_at(row) for row in range(mesh.pp)]
-    transport = TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
-    over_host = device.type == "cuda" and dist.get_backend(groups.pipe_up) == "gloo"
-    return ThroughHost(transport) if over_host else transport
-
-
-def open_run(config: RunConfig, world: World, *, fresh: bool, console: ConsoleSink | None = None) -> Run:
-    """Build everything and take up where the last checkpoint stands.
-
-    Args:
-        console: shows what is being done, on rank 0; None: nothing is shown before the first step.
-    """
-    shown = console or open_console(config, world.attempt, quiet=world.rank > 0)
-    layout = check_layout(config, world.world_size)
-    mesh = build_mesh(layout, world.rank)
-    groups = open_groups(mesh, config.train.peer_timeout_s)
-    peers = Peers(world.rank, world.world_size, groups.control)
-    check_same_config(config, peers)
-    shown.starting("opening data")
-    data = open_data(config, peers, shown.preparing)
-    tokenizer = data.tokenizer
-    shown.starting("building the model")
-    runtime = build_runtime(
-        config,
-        layout,
-        mesh,
-        groups,
-        world.device,
-        ranks_per_node=world.ranks_per_node,
-        document_separator=tokenizer.eos_id if config.data.document_mask else None,
-    )
-    run_dir = Path(config.out_dir) / config.name
-    said = _begin(config, runtime, run_dir, peers, fresh)
-    optimizer = build_optimizer(runtime)
-    private = config.reliability.private
-    lock = peers.alike(lambda: enter_run(run_dir, private) if peers.is_first else None, (ConfigError,))
-    guard_state = GuardState(config.guard.spike_window, config.data.skip, rules_of(config))
-    parts = TrainingState(runtime, optimizer, peers, tokenizer, guard_state, loader=data.loader)
-    state = with_ema(parts, config.train.ema_decay)
-    writers = peers.over_group_of_their_own(config.reliability.limits.save)
-    store = CheckpointStore(run_dir, writers, config.train.keep_checkpoints)
-    shown.starting("looking for a checkpoint")
-    start, resumed = resume(store, state, fresh)
-    preempted = take_marker(run_dir) if peers.is_first else None
-    said += [preempted, *resumed] if preempted else resumed
-    recorder = peers.alike(
-        lambda: _open_recorder(run_dir, config, peers, start, world.attempt, shown), (ConfigError,)
-    )
-    shown.starting("")
-    if peers.is_first:
-        runtime.clock.progress.listeners.append(shown.follow)
-    recorder.begins(start)
-    for line in said:
-        recorder.event("resume", message=line)
-        recorder.say(line)
-    mixed = mixture_facts(config, runtime.layout, data.loader, guard_state.skipped_data)
-    if mixed is not None:
-        recorder.event("data", **mixed)
-        recorder.say(mixed["message"])
-    guard = Guard(config, state.guard, recorder.tell)
-    integrity = Integrity(config.guard, runtime, optimizer, recorder.tell, state.ema is not None)
-    integrity.take()
-    checkpoints = RunCheckpoints(BackgroundSaver(store), state, recorder)
-    step = TrainStep(runtime, optimizer, data.loader, state.guard, integrity, state.ema)
-    return Run(
-        config,
-        state,
-        step,
-        data,
-        checkpoints,
-        recorder,
-        guard,
-        Alarm(guard_state.alerts, peers, recorder, step.recorder.starved_experts),
-        RollBack(checkpoints, state, integrity, recorder),
-        start,
-        total_steps(config, runtime.layout),
-        lock,
-    )
-
-
-def _begin(config: RunConfig, runtime: Runtime, run_dir: Path, peers: Peers, fresh: bool) -> list[str]:
-    """Give a new run the weights of `train.init_from`, whose copies the optimizer then makes its masters."""
-    path = config.train.init_from
-    if path is None or peers.first_says(not fresh and bool(list_steps(run_dir / CHECKPOINTS_DIR))):
-        return []
-    mesh = runtime.mesh
-    first_expert = mesh.ep_rank * (config.model.num_experts // mesh.ep)
-    return [begin_from(path, runtime, first_expert, peers)]
-
-
-def _open_recorder(
-    run_dir: Path, config: RunConfig, peers: Peers, start: int, attempt: int, console: ConsoleSink
-) -> Recorder:
-    """Begin the records: not before data was opened and a checkpoint of another model refused."""
-    try:
-        if peers.is_first:
-            (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start, console=console, attempt=attempt)
-    except OSError as error:
-        where = error.filename or run_dir
-        raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

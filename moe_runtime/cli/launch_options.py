@@ -27,11 +27,13 @@ def parse_options(arguments: list[str], program: str = "launch.sh") -> argparse.
     parser = launch_parser(program)
     options = parser.parse_args(arguments)
     _refuse_mixtures(parser, options)
+    if not options.command:
+        parser.error("expected a command, such as train CONFIG, got none")
     return options
 
 
-def launch_parser(program: str) -> argparse.ArgumentParser:
-    """What reads these options."""
+def launch_parser(program: str = "launch.sh") -> argparse.ArgumentParser:
+    """Reads the options and leaves the command as it is."""
     parser = OneLineParser(prog=program, allow_abbrev=False, description="Runs moe-runtime commands.")
     parser.add_argument(
         "--nnodes", type=_counts, metavar="N|MIN:MAX", help="machines; the same command on each"

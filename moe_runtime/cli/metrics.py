@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moe_runtime.cli.replay_alerts import alerts
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_runtime.metrics.wandb_run import RunPlace, WandbRun
 
 app = typer.Typer(no_args_is_help=True, help="Explain the records of runs, give them to W&B or TensorBoard.")
+
+app.command("alerts")(alerts)
 
 _TOLD_EVERY = 10_000  # steps between words on how far it is
 

@@ -68,10 +68,22 @@ def prepare(
         raise DataError(f"--validation-fraction: expected above 0 and below 0.5, got {validation_fraction}")
     form = _form(fields, loss_on, message_format)
     request = Request(source, tokenizer, seed, fim_rate, validation_fraction, form)
+    begun, read = time.monotonic(), 0
     with progress_display() as progress:
-        manifest = prepare_data(request, out, overwrite=force, progress=progress, workers=workers)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            nonlocal read
+            read = total or 0
+            progress(what, done, total)
+
+        manifest = prepare_data(request, out, overwrite=force, progress=show, workers=workers)
     for line in summary(manifest, out):
         typer.echo(line)
+    if read:
+        seconds = time.monotonic() - begun
+        typer.echo(f"  {read / 1e6:,.1f} MB prepared in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")
+    else:
+        typer.echo("  was there already; --force prepares it anew")
 
 
 def _form(fields: str, loss_on: str | None, message_format: str) -> TextForm:
@@ -128,14 +140,15 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._what, self._first, self._begun, self._told_at = "", 0, 0.0, 0.0
+        self._told = ("", -1)
 
     def show(self, what: str, done: int, total: int | None) -> None:
         now = time.monotonic()
         if what != self._what:
             self._what, self._first, self._begun, self._told_at = what, done, now, now
-        is_end = done == total and self._told_at > self._begun
-        if now - self._told_at >= LINE_S or (is_end and now > self._told_at):
-            self._told_at = now
+        is_end = done == total and self._told_at > self._begun  # of a pass that had lines before
+        if (now - self._told_at >= LINE_S or is_end) and self._told != (what, done):
+            self._told, self._told_at = (what, done), now
             self._console.print(progress_line(what, done, total, done - self._first, now - self._begun))
 
 

@@ -20,6 +20,8 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.train.run_lock import make_run_dir
 
 LOGS_DIR = "logs"
+_HEAD = "--- "  # of the line that begins the part of a process
+_TAIL_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def turn_to_file(run_dir: Path, rank: int, head: str, *, private: bool, fresh: b
         file = os.open(path, mode, 0o644)
         old_size = os.fstat(file).st_size
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        own_size = old_size + os.write(file, f"--- {time} rank {rank}, {head}\n".encode())
+        own_size = old_size + os.write(file, f"{_HEAD}{time} rank {rank}, {head}\n".encode())
     except OSError:  # rank 0 finds it too, and says so
         return
     sys.stdout.flush()
@@ -96,6 +98,18 @@ def turn_to_file(run_dir: Path, rank: int, head: str, *, private: bool, fresh: b
     os.dup2(target, 2)
     os.close(target)
     _turned = _Turned(console, path, old_size, own_size)
+
+
+def last_words(run_dir: Path, rank: int) -> str:
+    """The last line that a rank's newest process has said into its file; empty: nothing."""
+    try:
+        with log_path(run_dir, rank).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    said = [line for line in lines if line.strip()]
+    return "" if not said or said[-1].startswith(_HEAD) else said[-1].strip()
 
 
 def tell_user(text: str) -> None:

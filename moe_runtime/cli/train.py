@@ -93,7 +93,7 @@ def _train(
     # Imported here: torch and DeepSpeed take seconds, and a wrong config should be told at once.
     from moe_comm.errors import CommError
 
-    from moe_runtime.build import open_run
+    from moe_runtime.open_run import open_run
     from moe_runtime.parallel.world import join_world, read_world
     from moe_runtime.train import loop
     from moe_runtime.train.guard.spoil import spoil

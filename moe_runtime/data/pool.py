@@ -84,6 +84,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            start_new_session=True,  # an interrupt from the keyboard is for the one that prepares
         )
         self.meter: _Meter | None = None
         self._rest = b""
@@ -173,19 +174,22 @@ def serve() -> None:
     job = job_from(first)
 
     def say(message: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
+        try:
+            os.write(1, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            os._exit(1)  # nobody listens any more
 
     for line in sys.stdin:
         task = json.loads(line)
         chunk = tuple(FilePart(*part) for part in task["chunk"])
         try:
             job.do(task["what"], task["index"], chunk, _ticker(say, first["parent"]))
-            say({"done": task["index"]})
+            said: dict[str, Any] = {"done": task["index"]}
         except DataError as error:
-            say({"error": str(error)})
+            said = {"error": str(error)}
         except OSError as error:
-            say({"errno": error.errno, "error": error.strerror, "file": error.filename})
+            said = {"errno": error.errno, "error": error.strerror, "file": error.filename}
+        say(said)
 
 
 def _ticker(say: Callable[[dict[str, Any]], None], parent: int) -> Callable[[int], None]:

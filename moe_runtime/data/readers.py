@@ -154,7 +154,7 @@ def _lines(stream: Any, part: FilePart, form: TextForm, counts: Counter[str]) ->
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.removeprefix("\ufeff"))  # some programs begin a file with this mark
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON (column {error.colno}: {error.msg})") from error
     except RecursionError as error:

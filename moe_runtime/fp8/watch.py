@@ -17,6 +17,7 @@ Looked at are the first 128 rows of a matrix, and only in sampled steps; nobody 
 Rows that arrive over the wire as tiles have no values any more; they were seen where they were cast.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,7 @@ class Fp8Watch:
     """
 
     is_on: bool = False
+    seconds: float = 0.0  # host time that looking has taken since `take_seconds`
     classes: dict[str, OperandCounts] = field(default_factory=dict)
     error: Tensor | None = None  # float64 [2]: squares of the error, and of what is right
 
@@ -88,8 +90,10 @@ class Fp8Watch:
 
     def saw(self, kind: str, values: Tensor, tiles: Tiles) -> None:
         """A cast of `values` [..., columns] was made."""
+        begun = time.perf_counter()
         rows = values.detach().reshape(-1, values.shape[-1])[:ROWS]
         self._of(kind, rows.device).add(rows, tiles.codes[:ROWS], tiles.scales[:ROWS])
+        self.seconds += time.perf_counter() - begun
 
     def saw_weights(self, casts: WeightCasts) -> None:
         """The weights that were cast for this step."""
@@ -99,9 +103,16 @@ class Fp8Watch:
 
     def saw_product(self, exact: Tensor, product: Tensor) -> None:
         """Rows of a product, in high precision and as FP8 computed them."""
+        begun = time.perf_counter()
         right = exact.double()
         squares = torch.stack(((product.double() - right).square().sum(), right.square().sum()))
         self.error = squares if self.error is None else self.error + squares
+        self.seconds += time.perf_counter() - begun
+
+    def take_seconds(self) -> float:
+        """Host time that looking took since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def _of(self, kind: str, device: torch.device) -> OperandCounts:
         if kind not in self.classes:

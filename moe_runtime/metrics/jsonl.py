@@ -10,11 +10,13 @@ Lines are appended wherever the file ends: launchers add to the events of a run 
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _TAIL_BYTES = 1 << 16
+_RECORD = re.compile(rb'\{"step": (\d+), ')
 
 
 class JsonLines:
@@ -112,13 +114,26 @@ def _is_past(line: bytes, step: int | None) -> bool:
 def _good_bytes(path: Path, keep_to_step: int | None) -> int:
     """Bytes before the first line that is torn, no JSON object, or past the step."""
     end = 0
-    for line, fields in _lines(path):
-        if fields is None or not line.endswith(b"\n"):
-            break
-        if keep_to_step is not None and fields.get("step", 0) > keep_to_step:
-            break
-        end += len(line)
+    with path.open("rb") as file:
+        for line in file:
+            step = _step_of(line)
+            if step is None or (keep_to_step is not None and step > keep_to_step):
+                break
+            end += len(line)
     return end
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line, 0 where it has none; None of a line that is torn or no object.
+
+    Records begin with their step. Those that do, and end as an object does, are not parsed: a restart should
+    not have to read gigabytes of layers digit by digit.
+    """
+    begins = _RECORD.match(line)
+    if begins and line.endswith(b"}\n"):
+        return int(begins.group(1))
+    fields = _parsed(line) if line.endswith(b"\n") else None
+    return None if fields is None else fields.get("step", 0)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

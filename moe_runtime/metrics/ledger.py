@@ -14,6 +14,7 @@ A run begins anew where a launcher's first attempt starts at step 0: what was be
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -62,14 +63,18 @@ class Ledger:
         return last.get("run_s", 0.0)
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take an event; those of no interest change nothing."""
+        """Take an event; those of no interest, and lines that nobody here has written, change nothing."""
+        with suppress(KeyError, TypeError, ValueError):
+            self._take(event)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
         kind = event.get("kind")
         if kind == "attempt":
             self._begins(event)
         elif kind == "fault":
             self._fault_at = _seconds(event)
         elif kind == "recovered":
-            self._repairs.append(event["seconds"])
+            self._repairs.append(float(event["seconds"]))
         elif kind == "roll_back":
             self._lost_steps += event["step"] - event["to_step"]
         elif kind == "corruption":

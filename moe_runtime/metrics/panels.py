@@ -145,9 +145,23 @@ _ROUTING = (
     ),
     Panel(
         ROUTING,
+        "Experts that nothing brings back",
+        _over_layers("starved_steps"),
+        "steps in a row",
+        "Balancing raises the bias of a starved expert; one that starves without it is lost.",
+    ),
+    Panel(
+        ROUTING,
+        "Load violation that is not balanced",
+        _over_layers("unchecked_violation"),
+        "(max - mean) / mean",
+        "Above 0: the busiest expert is not held back by its bias.",
+    ),
+    Panel(
+        ROUTING,
         "Reach of the routing bias",
-        _over_layers("bias_reach"),
-        "max |bias|",
+        (*_over_layers("bias_reach"), *_over_layers("bias_range")),
+        "max |bias|; max - min",
         "Beyond 1 the bias decides more than the scores, which lie between 0 and 1.",
     ),
     Panel(

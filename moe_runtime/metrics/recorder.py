@@ -126,10 +126,13 @@ class Recorder:
         if self._is_active:
             self._console.say(redact(text))
 
-    def begins(self, step: int) -> None:
-        """Add the event that an attempt of this run begins after `step` steps."""
+    def begins(self, step: int, said: Sequence[str] = ()) -> None:
+        """Add the event that an attempt of this run begins after `step` steps, and how it took up."""
         if self._is_active:
             self.event("attempt", step=step, lost_steps=self._ledger.lost_steps_now, run_s=self._ledger.run_s)
+        for line in said:
+            self.event("resume", message=line)
+            self.say(line)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl: resume, checkpoint, skipped, stopped ...

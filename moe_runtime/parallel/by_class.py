@@ -8,6 +8,7 @@ runs: not all, for that would be four bytes a parameter, but of each piece of a 
 elements, spread evenly. Whatever is smaller is taken whole.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,9 +63,13 @@ class UpdateSample:
     Args:
         partitions: of this rank.
         left_out: names of parameters that another rank counts.
+
+    Attributes:
+        seconds: host time that sampling has taken.
     """
 
     def __init__(self, partitions: Iterable[Partition], left_out: frozenset[str] = frozenset()) -> None:
+        begun = time.perf_counter()
         self._kept = [
             (CLASSES.index(class_of(piece.name)), live, live.clone())
             for partition in partitions
@@ -72,13 +77,16 @@ class UpdateSample:
             if piece.name not in left_out
             for live in (_spread(partition.master.detach().narrow(0, piece.local, piece.numel)),)
         ]
+        self.seconds = time.perf_counter() - begun
 
     def sums(self, device: torch.device) -> Tensor:
         """float64 [2, classes]: squares of the updates, and of the weights from before."""
+        begun = time.perf_counter()
         sums = torch.zeros(2, len(CLASSES), dtype=torch.float64, device=device)
         for row, live, before in self._kept:
             sums[0, row] += torch.linalg.vector_norm(live - before, dtype=torch.float64).square()
             sums[1, row] += torch.linalg.vector_norm(before, dtype=torch.float64).square()
+        self.seconds += time.perf_counter() - begun
         return sums
 
 

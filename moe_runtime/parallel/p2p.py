@@ -18,6 +18,8 @@ import torch.distributed as dist
 from moe_comm.lane import Job, Lane
 from torch import Tensor
 
+from moe_runtime.parallel.mesh import Groups, Mesh
+
 
 class Transfer(Protocol):
     """A transfer that has been started."""
@@ -110,6 +112,17 @@ class _Staged:
         self.transfer.wait()
         if self.above is not None:
             self.above.copy_(self.below, non_blocking=True)
+
+
+def open_transport(mesh: Mesh, groups: Groups, device: torch.device) -> Transport | None:
+    """Between pipeline ranks of this lane, over the host where gloo joins GPUs; None without a pipeline."""
+    if mesh.pp == 1:
+        return None
+    assert groups.pipe_up is not None and groups.pipe_down is not None
+    lane = [mesh.rank_at(row) for row in range(mesh.pp)]
+    transport = TorchTransport(mesh.pp_rank, lane, groups.pipe_up, groups.pipe_down)
+    over_host = device.type == "cuda" and dist.get_backend(groups.pipe_up) == "gloo"
+    return ThroughHost(transport) if over_host else transport
 
 
 class Departures:

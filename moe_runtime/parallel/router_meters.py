@@ -29,16 +29,21 @@ class RouterMeters:
         self._sums = torch.zeros(len(routers), len(QUANTITIES), dtype=torch.float64, device=device)
         nodes = [placement.node_of(expert) for expert in range(placement.num_experts)]
         node_of = torch.tensor(nodes, device=device) if max(nodes) else None
-        for router, row in zip(routers.values(), self._sums, strict=True):
-            router.meter = RouterMeter(row, node_of, self._spent)
+        self._meters = [RouterMeter(row, node_of, self._spent) for row in self._sums]
+        for router, meter in zip(routers.values(), self._meters, strict=True):
+            router.meter = meter
 
     def clear(self) -> None:
         """A forward pass begins."""
         self._sums.zero_()
+        for meter in self._meters:
+            meter.tokens = 0
 
     def sums(self) -> Tensor:
         """What the step's forward pass added up on this rank: FP64 [layers, len(QUANTITIES)], on the CPU."""
-        return self._sums.cpu()
+        sums = self._sums.to("cpu", copy=True)
+        sums[:, QUANTITIES.index("nodes")] += torch.tensor([float(meter.tokens) for meter in self._meters])
+        return sums
 
     def take_seconds(self) -> float:
         """Host time that measuring took since the last call."""

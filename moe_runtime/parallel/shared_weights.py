@@ -33,3 +33,11 @@ def unique_parameters(chunks: dict[int, Transformer]) -> list[tuple[str, Paramet
                 seen[id(param)] = name
                 named.append((name, param))
     return named
+
+
+def tie_and_name(
+    mtp_depth: int, num_stages: int, chunks: dict[int, Transformer]
+) -> tuple[Parameter | None, list[tuple[str, Parameter]]]:
+    """The tied embedding, if two ranks hold a copy of it, and every parameter of this rank by its name."""
+    tied = tie_embedding(mtp_depth, num_stages, chunks)
+    return tied, unique_parameters(chunks)

@@ -63,6 +63,7 @@ class StepResult:
         grad_norms: the same norm of each class of parameters that the model has.
         updates: rms(update) / rms(weights from before) of each class, from a sample; None if not asked for,
             or nothing was changed.
+        sampling_s: host time that this sample took, without the reduction.
     """
 
     grad_norm: float
@@ -71,6 +72,7 @@ class StepResult:
     culprits: tuple[Culprit, ...] = ()
     grad_norms: dict[str, float] = field(default_factory=dict)
     updates: dict[str, float] | None = None
+    sampling_s: float = 0.0
 
 
 class ZeroOptimizer:
@@ -239,18 +241,19 @@ class ZeroOptimizer:
         norm = self.reduce()
         is_usable = norm * norm < _LARGEST_SQUARE_SUM  # not when NaN
         culprits = () if is_usable else tuple(find_culprits(self.gradients()))
-        updates, norms = None, self._grad_norms
+        updates, norms, sampling_s = None, self._grad_norms, 0.0
         if is_usable and apply:
             sample = UpdateSample(self._partitions, self._copies) if measures_updates else None
             self._engine.norm_check = lambda theirs: _compare_norms(norm, theirs)
             self._engine.set_lr(lr)
             self._engine.step()
             self._weights_written()
-            updates = None if sample is None else self._update_sizes(sample)
+            if sample is not None:
+                updates, sampling_s = self._update_sizes(sample), sample.seconds
         self.zero_grad()
         skipped = not (is_usable and apply)
         clipped = not skipped and 0.0 < self._grad_clip < norm + 1e-6
-        return StepResult(norm, clipped, skipped, culprits, norms, updates)
+        return StepResult(norm, clipped, skipped, culprits, norms, updates, sampling_s)
 
     def gradients(self) -> Iterator[GradientPart]:
         """This rank's gradients by parameter, until the step ends.

@@ -141,6 +141,7 @@ class TrainStep:
         if self.ema is not None:
             self.ema.join()
         result = self.optimizer.step(plan.lr, plan.applies, measures_updates=samples)
+        runtime.clock.meters_s += result.sampling_s
         self.blames = []
         if result.skipped:
             self.blames = gather_blame(result.culprits, runtime, self._bad_data)
@@ -152,7 +153,8 @@ class TrainStep:
         record = self._record(plan, scalars, total, result, time.perf_counter() - begun)
         record |= of_gradients(result, self.blames)
         if samples and runtime.config.precision == "fp8":
-            record |= of_casts(runtime.fp8_watch, runtime.groups.control, runtime.mesh.world_size)
+            with runtime.clock.metering():
+                record |= of_casts(runtime.fp8_watch, runtime.groups.control, runtime.mesh.world_size)
         if counts:
             own = client.take_statistics()  # type: ignore[attr-defined]
             record["optim_numerics"] = reduce_statistics(own, runtime.groups.control, runtime.mesh.world_size)
@@ -170,7 +172,8 @@ class TrainStep:
         while self.integrity.heals_weights(step):
             scalars = self._forward_backward(plan)
         if samples:
-            watch.saw_weights(self.runtime.weight_casts)
+            with self.runtime.clock.metering():
+                watch.saw_weights(self.runtime.weight_casts)
         watch.is_on = False
         return scalars
 

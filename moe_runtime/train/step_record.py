@@ -104,7 +104,7 @@ class StepRecorder:
             tables = OneSum(self._shapes(facts.step, program))
             self._fill(tables, facts, scalars, total)
         own = tables["ranks"][self._runtime.mesh.rank]
-        own[_OF_A_RANK.index("meters_s")] = clock.take_meters_s() + self._runtime.meters.take_seconds()
+        own[_OF_A_RANK.index("meters_s")] = self._take_meters_s()
         tables.add_up(self._runtime.groups.control if world_size > 1 else None)
         with clock.metering():
             return self._read(tables, facts)
@@ -116,6 +116,12 @@ class StepRecorder:
         """
         rows = zip(self._runtime.load.layers, self._routing.starved > limit, strict=True)
         return {layer: row.nonzero().flatten().tolist() for layer, row in rows if bool(row.any())}
+
+    def _take_meters_s(self) -> float:
+        """What measuring took this rank since the last record, wherever it was done."""
+        runtime = self._runtime
+        within = runtime.meters.take_seconds() + runtime.fp8_watch.take_seconds()
+        return within + runtime.clock.take_meters_s()
 
     def _shapes(self, step: int, program: Program) -> dict[str, tuple[int, ...]]:
         has_pipeline = self._is_timed and self._runtime.mesh.pp > 1

@@ -1,5 +1,6 @@
 """What a run says about its mixture at the start: the share of each set, and how often it will be read."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_runtime.config.derive import sequences_before, total_steps
@@ -8,6 +9,7 @@ from moe_runtime.config.schema import RunConfig
 from moe_runtime.data.loader import Loader
 from moe_runtime.data.mixture_loader import MixtureLoader
 from moe_runtime.data.skipped import SkippedData
+from moe_runtime.metrics.recorder import Recorder
 
 
 def mixture_facts(
@@ -28,3 +30,14 @@ def mixture_facts(
     ]
     message = f"data: {'; '.join(parts)} by step {steps}"
     return {"message": message, "shares": loader.shares, "epochs": epochs}
+
+
+def tell_data(recorder: Recorder, mixed: Mapping[str, Any] | None) -> None:
+    """What a run reads, if that is a mixture or masked.
+
+    Args:
+        mixed: from `mixture_facts`.
+    """
+    if mixed is not None:
+        recorder.event("data", **mixed)
+        recorder.say(mixed["message"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.cli.rank_output import log_path, read_ranks
+from moe_runtime.cli.rank_output import last_words, log_path, read_ranks
 from moe_runtime.errors import ConfigError
 from tests.cli.small_run import ROOT
 
@@ -50,6 +50,14 @@ os.abort()
     assert text.count("--- ") == 2 and text.endswith("again\n"), "a later attempt adds to it"
     speak(run_dir, "print('anew')", fresh=True)
     assert log_path(run_dir, 3).read_text().count("--- ") == 1
+
+
+def test_the_last_words_of_the_newest_process_are_found(tmp_path: Path) -> None:
+    assert last_words(tmp_path / "run", 3) == ""
+    speak(tmp_path / "run", "os.write(1, b'working\\n'); os.write(2, b'terminate called\\n\\n')")
+    assert last_words(tmp_path / "run", 3) == "terminate called"
+    speak(tmp_path / "run", "os.abort()")
+    assert last_words(tmp_path / "run", 3) == "", "the newest has said nothing"
 
 
 def test_a_rank_that_was_asked_for_is_heard_on_the_console_too_to_its_last_word(tmp_path: Path) -> None:

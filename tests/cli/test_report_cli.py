@@ -111,6 +111,7 @@ def test_a_live_page_hears_of_new_steps_and_of_nothing_else(server: ReportServer
     with (run / METRICS_FILE).open("a") as file:
         file.write(line.replace('"step": 20', '"step": 21') + "\n")
     again = json.loads(gzip.decompress(_ask(server, f"/news?have={told['signature']}")[1]))
+    assert told["data"]["load"]["experts"] == 8 and again["data"]["load"] is None  # which has not changed
     assert again["data"]["lastStep"] == 21 and again["texts"]["summary"] != told["texts"]["summary"]
 
 

@@ -105,6 +105,7 @@ _CASES = [
     "bench generate nosuch",
     "metrics sync runs/s",
     "metrics sync runs/r --to paper",
+    "metrics alerts nosuch",
     "metrics describe --nosuch",
     "report nosuch",
     "report a.txt",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import DataError, NumericsError
@@ -96,9 +96,11 @@ def write(folder: Path, layout: dict[str, Any], **changes: Any) -> str:
     return str(path)
 
 
-def try_all(ranks: int, config: str, trials: tuple[Trial, ...]) -> dict[str, list[Outcome]]:
+def try_all(
+    ranks: int, config: str, trials: tuple[Trial, ...], timeout_s: float = 120.0
+) -> dict[str, list[Outcome]]:
     """All trials in one world; what each rank saw, by name."""
-    outcomes = run_ranks(do_trials, ranks, config, trials)
+    outcomes = run_ranks(do_trials, ranks, config, trials, timeout_s=timeout_s)
     return {trial.name: [seen[i] for seen in outcomes] for i, trial in enumerate(trials)}
 
 

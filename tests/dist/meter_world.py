@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.config.load import load_config
 from moe_runtime.parallel.world import World
 from moe_runtime.train.step_record import StepRecorder

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.guard_world import LAYOUTS, Outcome, Trial, events, records, try_all, write
+from tests.dist.guard_world import (
+    LAYOUTS,
+    Outcome,
+    Trial,
+    events,
+    records,
+    smallest_batch,
+    try_all,
+    write,
+)
 
 QUIET = ("train.checkpoint_every=0", "guard.max_skips=9")
 TRIALS = (
@@ -128,3 +137,33 @@ def test_weights_cast_with_scales_that_are_too_small(tmp_path: Path) -> None:
     clean, cut = (records(config, name)[3] for name in ("clean", "cut"))
     assert clean["fp8"]["weight"]["saturation"] < 0.01 < 0.1 < cut["fp8"]["weight"]["saturation"]
     assert clean["fp8_error"] < 0.05 < cut["fp8_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_no_alert_in_five_hundred_sound_steps(ranks: int, tmp_path: Path) -> None:
+    """With the thresholds as they are by default: a young router's unevenness is none of an alert's business."""
+    batch = {"batch__global_batch_size": 8, "batch__micro_batch_size": 8 // smallest_batch(ranks)}
+    config = write(tmp_path, LAYOUTS[ranks], train__total_steps=500, **batch)
+    outcomes = try_all(ranks, config, (Trial("sound", ("train.checkpoint_every=0",)),), timeout_s=1200.0)
+    assert {outcome.error for outcome in outcomes["sound"]} == {None}
+    lines = records(config, "sound")
+    assert len(lines) == 500 and events(config, "sound", "alert") == []
+    assert any(line["routing"]["dead_experts"]["max"] > 0 for line in lines), (
+        "there was something to be calm about"
+    )
+    assert lines[-1]["spike_z"] is not None and lines[-1]["routing"]["unchecked_violation"]
+
+
+@pytest.mark.slow
+def test_no_alert_in_two_hundred_sound_steps_in_fp8(tmp_path: Path) -> None:
+    config = write(tmp_path, {}, precision="fp8", train__total_steps=200, batch__global_batch_size=2)
+    try_all(
+        1,
+        config,
+        (Trial("sound", ("train.checkpoint_every=0", "metrics.numerics_every=2")),),
+        timeout_s=1200.0,
+    )
+    lines = records(config, "sound")
+    assert len(lines) == 200 and events(config, "sound", "alert") == []
+    assert sum("fp8_error" in line for line in lines) == 100

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.load import load_model
 from moe_runtime.checkpoint.tensors import read_tensors

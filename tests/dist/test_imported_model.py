@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.folder import open_checkpoint
 from moe_runtime.checkpoint.hugging_face.export import ExportOptions, export_model
 from moe_runtime.checkpoint.hugging_face.importing import ImportOptions, import_model

@@ -64,6 +64,31 @@ def test_four_ranks_under_dualpipe_measure_what_one_process_does(seen: dict[int,
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_every_schedule_measures_what_one_process_does(tmp_path: Path) -> None:
+    deep = (*PLAIN, "model.num_layers=5", "model.num_dense_layers=1")
+    layouts = (
+        "schedule: 1f1b, pp: 4, dp: 1, ep: 1",
+        "schedule: 1f1b, pp: 2, dp: 2, ep: 2, ranks_per_node: 2",
+        "schedule: zb1p, pp: 2, dp: 2, ep: 1",
+        "schedule: interleaved, chunks: 2, pp: 2, dp: 2, ep: 2",
+        "schedule: zbv, pp: 2, dp: 2, ep: 2",
+        "schedule: dualpipev, pp: 2, dp: 2, ep: 1",
+        "schedule: dualpipe, pp: 4, dp: 1, ep: 1",
+        "schedule: gpipe, pp: 1, dp: 4, ep: 4",
+    )
+    trials = tuple(
+        (f"name=layout{number}", *deep, f"layout={{{layout}}}") for number, layout in enumerate(layouts)
+    )
+    config = write(tmp_path, {}, batch__global_batch_size=smallest_batch(4))
+    ((whole, _),) = run_ranks(steps_of, 1, config, (("name=one", *deep),), STEPS)[0]
+    by_layout = run_ranks(steps_of, 4, config, trials, STEPS)[0]
+    for layout, (records, counts) in zip(layouts, by_layout, strict=True):
+        assert counts == [1] * STEPS, layout
+        for found, expected in zip(records, whole, strict=True):
+            assert_same(routing_of(found), routing_of(expected))
+
+
 def test_every_rank_holds_the_same_record(seen: dict[int, Seen]) -> None:
     for trial in range(len(TRIALS)):
         first, *others = [rank[trial][0] for rank in seen[4]]

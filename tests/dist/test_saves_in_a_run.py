@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.checkpoint.folder import verify_checkpoint
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import CheckpointError

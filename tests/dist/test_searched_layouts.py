@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.build import open_run
+from moe_runtime.open_run import open_run
 from moe_runtime.config.load import dump_config, load_config
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.parallel.world import read_world

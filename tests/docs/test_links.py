@@ -49,14 +49,18 @@ def test_config_keys_that_are_named_exist(page: Path) -> None:
 
 
 def key_exists(key: str) -> bool:
-    """Whether an override may name it."""
+    """Whether an override may name it; a map has keys of the user's own."""
     section = RunConfig
+    if key.startswith("data.mixture."):  # whose next word is a name that the user gives
+        key = re.sub(r"^data\.mixture\.\w+", "data.mixture", key)
     for part in key.split("."):
         fields = getattr(section, "model_fields", None)
-        if fields is None:  # a map with keys of the user's own
-            return True
+        if fields is None:
+            return False
         if part not in fields:
             return False
+        if "dict[" in str(fields[part].annotation):
+            return True
         section = _model_in(fields[part].annotation)
     return True
 

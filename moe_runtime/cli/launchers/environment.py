@@ -112,8 +112,7 @@ def claim_rank(environ: MutableMapping[str, str] | None = None) -> None:
     for name in _NUMBERS:
         _number(environ, name, 0)
     if "RANK" in environ:
-        if "LOCAL_SIZE" in environ:  # the deepspeed launcher's word
-            environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])
+        _take_deepspeeds_size(environ)
         _name_interface(environ, _number(environ, "LOCAL_WORLD_SIZE", 1))
         return
     place = find_place(environ)
@@ -128,6 +127,15 @@ def claim_rank(environ: MutableMapping[str, str] | None = None) -> None:
         slurm_nodes.adopt_limits(environ)
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_size)
     environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _take_deepspeeds_size(environ: MutableMapping[str, str]) -> None:
+    """LOCAL_SIZE is the deepspeed launcher's word; of no use where machines differ, for ranks must agree."""
+    words = ("LOCAL_SIZE", "CROSS_SIZE", "WORLD_SIZE")
+    if all(name in environ for name in words):
+        local, machines, world = (_number(environ, name) for name in words)
+        if local * machines == world:
+            environ.setdefault("LOCAL_WORLD_SIZE", str(local))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -39,7 +39,7 @@ set -euo pipefail
 
 # Rank 0 lives on the first machine; the port is this job's own.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-master=${{hosts%%$'\n'*}}
+read -r master <<<"$hosts"
 port=$(({first_port} + SLURM_JOB_ID % {num_ports}))
 
 # One launcher on each machine starts, watches and restarts the ranks there. --cpu-bind=none: they share all

@@ -48,7 +48,7 @@ _LOOK_S = 0.1
 _LAST_WORDS_S = 2.0
 _MACHINES_S = 0.5
 _LAST_SAVE_S = 5.0
-_SHOW_CURSOR = b"\x1b[?25h"
+_TIDY_TERMINAL = b"\r\x1b[2K\x1b[?25h"  # clear the line, show the cursor
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ class Agent(LocalElasticAgent):
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         self._shutdown(signal.SIGKILL)
-        if sys.stdout.isatty():  # rank 0 drew a bar there, and may have had no time to show the cursor again
-            os.write(sys.stdout.fileno(), _SHOW_CURSOR)
+        if sys.stdout.isatty():  # rank 0 drew a bar there, and may have had no time to take it away
+            os.write(sys.stdout.fileno(), _TIDY_TERMINAL)
 
 
 class _MachinesWatch:

@@ -1,6 +1,7 @@
 """Judges every attempt of a run, and makes the next one."""
 
 import time
+from dataclasses import replace
 
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
@@ -8,6 +9,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from moe_runtime.cli.rank_output import last_words, log_path
 from moe_runtime.cli.supervise.agent import Agent, End
 from moe_runtime.cli.supervise.blame import find_blame
 from moe_runtime.cli.supervise.job import Job
@@ -16,7 +18,10 @@ from moe_runtime.cli.supervise.meeting_place import Change, MeetingPlace
 from moe_runtime.cli.supervise.outcome import Outcome, explain_end, read_statuses
 from moe_runtime.cli.supervise.policy import RestartPolicy
 from moe_runtime.cli.supervise.signals import Wishes
+from moe_runtime.config.secrets import redact
 from moe_runtime.train.preempted import leave_marker
+
+_MOST_WORDS = 300  # characters
 
 
 class Supervisor:
@@ -69,7 +74,7 @@ class Supervisor:
         if end.hang is not None:
             outcome = Outcome(3, end.hang.text, rank=end.hang.rank)
         elif end.failed:
-            outcome = explain_end(end.failed, read_statuses(end.status_dir), self._wishes.to_stop)
+            outcome = self._explain(end)
         else:
             return self._leave(end)
         step = self._journal.steps_done()
@@ -92,6 +97,19 @@ class Supervisor:
         )
         time.sleep(decision.wait_s)
         return None
+
+    def _explain(self, end: End) -> Outcome:
+        """Why ranks failed; of one that could not say it itself, what its log says last."""
+        statuses = read_statuses(end.status_dir)
+        outcome = explain_end(end.failed, statuses, self._wishes.to_stop)
+        rank, run_dir = outcome.rank, self._job.run_dir
+        if rank is None or rank in statuses or run_dir is None:
+            return outcome
+        words = redact(last_words(run_dir, rank))[:_MOST_WORDS]
+        if not words:
+            return outcome
+        said = f"{outcome.cause}; its last words, in {log_path(run_dir, rank)}: {words}"
+        return replace(outcome, cause=said)
 
     def _leave(self, end: End) -> Outcome | None:
         """Ranks ended well, or because of other machines; None: go on with those that are there."""

@@ -9,7 +9,6 @@ A folded curve is again a curve, and folding it with what came later gives the s
 a live page reads each line of a run once. Up to `EXACT` points nothing is left out.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,51 +36,64 @@ class Stats:
     num_bad: int = 0
     first_bad: int | None = None
 
-    def add(self, step: int, value: float) -> None:
-        """One point more, at a later step than all before."""
-        self.count += 1
-        self.last = (step, value)
-        self.first = self.first or self.last
-        if not math.isfinite(value):
-            self.num_bad += 1
-            self.first_bad = step if self.first_bad is None else self.first_bad
+    def add(self, steps: Floats, values: Floats) -> None:
+        """More points, at later steps than all before."""
+        places = [
+            (int(step), float(value)) for step, value in ((steps[0], values[0]), (steps[-1], values[-1]))
+        ]
+        self.count += len(steps)
+        self.first, self.last = self.first or places[0], places[1]
+        bad = np.flatnonzero(~np.isfinite(values))
+        self.num_bad += len(bad)
+        if len(bad) and self.first_bad is None:
+            self.first_bad = int(steps[bad[0]])
+        if len(bad) == len(values):
             return
-        if self.least is None or value < self.least[1]:
-            self.least = self.last
-        if self.greatest is None or value > self.greatest[1]:
-            self.greatest = self.last
+        low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
+        if self.least is None or values[low] < self.least[1]:
+            self.least = (int(steps[low]), float(values[low]))
+        if self.greatest is None or values[high] > self.greatest[1]:
+            self.greatest = (int(steps[high]), float(values[high]))
 
 
 class Folded:
     """A curve that grows at its end and stays small."""
 
     def __init__(self) -> None:
-        self.stats = Stats()
         self.width = 1
+        self._stats = Stats()
         self._steps: Floats = np.zeros(0)
         self._values: Floats = np.zeros(0)
-        self._waiting: list[tuple[int, float]] = []
+        self._new_steps: list[int] = []
+        self._new_values: list[float] = []
+
+    @property
+    def stats(self) -> Stats:
+        """Of all points so far."""
+        self._fold()
+        return self._stats
 
     def add(self, step: int, value: float) -> None:
         """Add a point, at a later step than all before; NaN where it is not finite."""
-        self.stats.add(step, value)
-        self._waiting.append((step, value))
-        if len(self._waiting) >= _WAITING:
+        self._new_steps.append(step)
+        self._new_values.append(value)
+        if len(self._new_steps) >= _WAITING:
             self._fold()
 
     def points(self) -> tuple[Floats, Floats]:
         """Steps and values, ascending; the last point is always there."""
-        self._fold()
         last = self.stats.last
         if last is None or self._steps[-1] == last[0]:
             return self._steps, self._values
         return np.append(self._steps, last[0]), np.append(self._values, last[1])
 
     def _fold(self) -> None:
-        if not self._waiting:
+        if not self._new_steps:
             return
-        steps, values = np.array(self._waiting, dtype=np.float64).T
-        self._waiting.clear()
+        steps = np.array(self._new_steps, dtype=np.float64)
+        values = np.array(self._new_values, dtype=np.float64)
+        self._new_steps, self._new_values = [], []
+        self._stats.add(steps, values)
         self._steps, self._values = np.append(self._steps, steps), np.append(self._values, values)
         self.width = wide_enough(self._steps, self.width, EXACT, FEW)
         if self.width > 1:

@@ -6,7 +6,7 @@ lines that a later one replaces are left out.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +90,26 @@ class History:
         layers = record.get(PER_LAYER)
         if isinstance(layers, Mapping):
             self.layers.add(step, layers)
-        for key, value in _numbers(record):
-            self.curves.setdefault(key, Folded()).add(step, value)
+        self._take(step, record, "", 1)
+
+    def _take(self, step: int, numbers: Mapping[str, Any], prefix: str, depth: int) -> None:
+        """Add numbers to their curves; null, which was measured and is not finite, as NaN."""
+        for name, value in numbers.items():
+            if type(value) is dict:
+                if depth < _DEEPEST and (prefix or name != PER_LAYER):
+                    self._take(step, value, f"{prefix}{name}/", depth + 1)
+            elif value is None or isinstance(value, int | float):
+                key = prefix + name
+                curve = self.curves.get(key)
+                if curve is None:
+                    curve = self.curves[key] = Folded()
+                curve.add(step, value if type(value) is float else as_float(value))
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, float]]:
-    """Flat keys and numbers; null, which was measured and is not finite, is NaN."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            if depth < _DEEPEST and (prefix or key != PER_LAYER):
-                yield from _numbers(value, f"{prefix}{key}/", depth + 1)
-        elif value is None:
-            yield prefix + key, math.nan
-        elif isinstance(value, int | float):
-            yield prefix + key, as_float(value)
-
-
-def as_float(value: int | float) -> float:
-    """A number of JSON; its whole numbers may be larger than any float."""
+def as_float(value: int | float | None) -> float:
+    """A number of JSON; its whole numbers may be larger than any float, and null is not finite."""
     try:
-        return float(value)
+        return math.nan if value is None else float(value)
     except OverflowError:
         return math.nan
 

@@ -28,6 +28,7 @@ _SCRIPTS = (
     "images.js",
     "pipeline.js",
     "controls.js",
+    "print.js",
     "live.js",
     "start.js",
 )
@@ -51,7 +52,7 @@ def page(view: RunView, page_dir: Path | None) -> str:
         .render(
             name=visible(view.run_dir.resolve().name, 120),
             live=page_dir is None,
-            signature=view.signature(),
+            signature=view.signature,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
             contents=contents,
             sections=sections,
@@ -64,9 +65,9 @@ def page(view: RunView, page_dir: Path | None) -> str:
     )
 
 
-def update(view: RunView) -> dict[str, Any]:
-    """What a page that follows the run takes in: new data, and new texts by id."""
-    return {"signature": view.signature(), "data": view.data(), "texts": texts_of(view, None)}
+def update(view: RunView, known: str) -> dict[str, Any]:
+    """What a page that is as of the signature `known` takes in: data, and texts by id."""
+    return {"data": view.data(known), "texts": texts_of(view, None)}
 
 
 @cache

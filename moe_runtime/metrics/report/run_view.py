@@ -26,6 +26,7 @@ _IMAGES = {  # what the data is called: the pictures made of it, by id, and the 
     "layers": {"layer-numbers": "layers"},
     "pipeline": {"pipeline-measured": "measured", "pipeline-ideal": "ideal"},
 }
+_HEAVY = ("load", "pipeline")  # images that change seldom, in the order of their words in a signature
 _Stamp = tuple[int, int, int] | None
 
 
@@ -37,6 +38,7 @@ class RunView:
         heatmap: loads of experts; no times if there are none.
         pipeline: of the traced step; a sentence if the trace cannot be shown, None if there is none.
         config: None if there is none that this version knows.
+        signature: of what the last look read; see `signature_of`.
         dead: experts that are dead at the last time, and how many more there are.
     """
 
@@ -48,11 +50,13 @@ class RunView:
         self.pipeline: Pipeline | str | None = None
         self.config: RunConfig | None = None
         self.dead: tuple[list[DeadExpert], int] = ([], 0)
+        self.signature = ""
         self._stamps: dict[str, _Stamp] = {}
         self._images: dict[str, Any] = {}
 
     def look(self) -> None:
         """Read what is new."""
+        self.signature = signature_of(self.run_dir)  # first: what changes meanwhile is for the next look
         self.history.look()
         self.journal.look()
         if self._is_new(HEATMAP_FILE):
@@ -65,23 +69,24 @@ class RunView:
         if self._is_new(CONFIG_FILE):
             self.config = config_of(self.run_dir / CONFIG_FILE)
 
-    def signature(self) -> str:
-        """Differs whenever a file of the run has changed."""
-        names = (METRICS_FILE, EVENTS_FILE, HEATMAP_FILE, TRACE_FILE, CONFIG_FILE)
-        return "-".join(str(hash(_stamp(self.run_dir / name))) for name in names)
-
     def keys_by_panel(self) -> dict[str, list[str]]:
         """Keys of the curves of each picture that has any."""
         emitted = [key for key in self.history.curves if key != _STEP_KEY]
         found = {panel_id(panel): panel.lines(emitted) for panel in line_panels()}
         return {name: keys for name, keys in found.items() if keys}
 
-    def data(self) -> dict[str, Any]:
-        """What the page's script draws: numbers packed, pictures as Bokeh's JSON."""
+    def data(self, known: str = "") -> dict[str, Any]:
+        """What the page's script draws: numbers packed, pictures as Bokeh's JSON.
+
+        Args:
+            known: a signature; heavy images that have not changed since then are null.
+        """
         layers = _pack_layers(self.history)
         images = {name: packed for name, packed in self._images.items() if packed}
         if layers:
             images["layers"] = layers
+        words = zip(_HEAVY, known.split("-"), self.signature.split("-"), strict=False)
+        unchanged = {name: None for name, old, new in words if old == new and name in images}
         return {
             **pack_curves(self.history.curves),
             "lastStep": self.history.last_step,
@@ -90,6 +95,7 @@ class RunView:
             "plots": self._plots(images),
             "forms": self._forms(),
             **images,
+            **unchanged,
         }
 
     def _plots(self, images: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +131,12 @@ class RunView:
         is_new = name not in self._stamps or self._stamps[name] != stamp
         self._stamps[name] = stamp
         return is_new
+
+
+def signature_of(run_dir: Path) -> str:
+    """Words that differ whenever a file of the run has changed; those of the heavy images come first."""
+    names = (HEATMAP_FILE, TRACE_FILE, METRICS_FILE, EVENTS_FILE, CONFIG_FILE)
+    return "-".join(f"{hash(_stamp(run_dir / name)) % 2**64:x}" for name in names)
 
 
 def _name(form: Form) -> str:

@@ -6,7 +6,6 @@ files of a run that the page links to, each by its name: no path from a request 
 """
 
 import gzip
-import json
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +16,9 @@ from urllib.parse import parse_qs, urlsplit
 from moe_runtime.errors import ConfigError
 from moe_runtime.metrics.report.files import SERVED
 from moe_runtime.metrics.report.html import page, update
+from moe_runtime.metrics.report.packing import as_json
 from moe_runtime.metrics.report.run_state import run_state
-from moe_runtime.metrics.report.run_view import RunView
+from moe_runtime.metrics.report.run_view import RunView, signature_of
 
 HOST, PORT = "127.0.0.1", 8712
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -48,7 +48,6 @@ class ReportServer(ThreadingHTTPServer):
         self.run_dir = run_dir
         self._view = RunView(run_dir)
         self._looking = threading.Lock()  # browsers ask at the same time; a view is read by one
-        self._made: tuple[str, bytes] | None = None
         super().__init__((HOST, port), _Handler)
 
     @property
@@ -68,18 +67,13 @@ class ReportServer(ThreadingHTTPServer):
             signature = self._signature()
             if signature == have:
                 return None
-            if self._made is None or self._made[0] != signature:
-                self._view.look()
-                told = update(self._view) | {"signature": signature}
-                self._made = (
-                    signature,
-                    gzip.compress(json.dumps(told, allow_nan=False).encode(), compresslevel=5),
-                )
-            return self._made[1]
+            self._view.look()
+            told = update(self._view, have) | {"signature": signature}
+            return gzip.compress(as_json(told).encode(), compresslevel=3)
 
     def _signature(self) -> str:
         state = run_state(self.run_dir, self._view.journal.lines, self._view.history.last_step)
-        return f"{self._view.signature()}-{state.word.replace(' ', '')}"
+        return f"{signature_of(self.run_dir)}-{state.word.replace(' ', '')}"
 
 
 def open_server(run_dir: Path, port: int | None) -> ReportServer:

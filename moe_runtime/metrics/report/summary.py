@@ -138,7 +138,11 @@ def _layout(config: RunConfig | None) -> Iterator[Fact]:
     yield Fact("ranks", f"pp {layout.pp} × dp {layout.dp}, ep {layout.ep}", str(layout.pp * layout.dp))
     yield Fact("schedule", str(layout.schedule), link="section-config")
     yield Fact("batch", f"{batch.global_batch_size:,} sequences of {batch.seq_len:,} tokens")
-    yield Fact("data", visible(str(config.data.source or config.data.path), 200), link="section-config")
+    yield Fact(
+        "data",
+        visible(str(config.data.source or config.data.path or ", ".join(config.data.mixture)), 200),
+        link="section-config",
+    )
 
 
 def _last(history: History, key: str, label: str, link: str) -> Iterator[Fact]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json  # three times as fast as the standard library's
+
 _KNOWN = 256  # bytes before the place that must still be there
 
 
@@ -59,7 +61,10 @@ class Tail:
 def parsed(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None if it is none."""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        fields = from_json(line)
+    except ValueError:  # it refuses half a surrogate pair too, which a sample may well have
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
     return fields if isinstance(fields, dict) else None

@@ -134,6 +134,7 @@ class RoutingMeter:
         values: dict[str, Any] = dict(zip(_HELD, held, strict=True))
         unchecked = values["unchecked_violation"]
         square, z_loss, margin, nodes = (total / new_tokens for total in sums)
+        square /= self._runtime.config.model.num_experts
         return values | {
             "dead_experts": int(values["dead_experts"]),
             "starved_steps": int(values["starved_steps"]),
@@ -163,7 +164,7 @@ def summary(layers: Layers) -> dict[str, Any]:
 def detail(layers: Layers) -> Layers:
     """What a record says of each layer."""
     return {
-        layer: {name: value for name, value in values.items() if name != "rank_load_ratio"}
+        layer: {name: _short(value) for name, value in values.items() if name != "rank_load_ratio"}
         for layer, values in layers.items()
     }
 
@@ -171,4 +172,9 @@ def detail(layers: Layers) -> Layers:
 def _spread(values: list[Any]) -> dict[str, Any]:
     if values[0] is None:  # of one layer, then of all
         return {}
-    return {"min": min(values), "p50": median(values), "max": max(values)}
+    return {"min": _short(min(values)), "p50": _short(median(values)), "max": _short(max(values))}
+
+
+def _short(value: Any) -> Any:
+    """Seven digits: as many as the sums behind it have, and half as many as a record of 58 layers needs."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value

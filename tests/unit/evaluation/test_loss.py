@@ -1,6 +1,8 @@
 """Losses by document and by source against a loop that looks at one token after the other."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +51,29 @@ def test_every_token_is_counted_in_its_document(dataset: TokenDataset, sequences
     assert (found.tokens == slow.tokens).all() and (found.bytes == slow.bytes).all()
     if sequences >= loader.samples_per_epoch:  # each once; nothing stands before the first
         assert found.tokens.sum() == dataset.num_tokens - 1
+
+
+def test_tokens_that_are_no_targets_are_read_and_not_counted(tmp_path: Path) -> None:
+    lines = [{"text": f"ask {number}? tell {number}!", "loss_spans": [[8, 12]]} for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare(Request(str(tmp_path / "a.jsonl"), validation_fraction=0.45), tmp_path / "data")
+    masked = BatchLoader(TokenDataset.open(tmp_path / "data", "validation"), 16, 0, seed=4)
+    model = small_model(BYTES).eval()
+    found, nats, targets = evaluate(model, masked, 1000, 4), 0.0, 0
+    for row, start in zip(
+        masked.sequences(0, masked.samples_per_epoch),
+        masked.starts(range(masked.samples_per_epoch)),
+        strict=True,
+    ):
+        ids = torch.where(row < 0, -1 - row, row)
+        with torch.no_grad():
+            logs = model(ids[None, :-1])[0].double().log_softmax(-1)
+        for place in range(16):
+            if row[place + 1] >= 0 and start + place + 1 < masked.dataset.num_tokens:
+                nats, targets = nats - float(logs[place, row[place + 1]]), targets + 1
+    result = found.result()
+    assert result.tokens == targets == 4 * masked.dataset.record.documents == result.bytes
+    assert result.loss == pytest.approx(nats / targets, rel=1e-5)
 
 
 def test_sources_add_up_to_the_set_and_are_named_by_folder(dataset: TokenDataset) -> None:

@@ -1,6 +1,7 @@
 """The batch file for Slurm, and the program line of mpiexec."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def test_a_batch_file_is_clean_bash_whatever_the_words(
     path.write_text(_printed(capsys, "train", "quickstart", "optim.betas=[0.9, 0.95]", f"data.path={folder}"))
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    if shutil.which("shellcheck") is not None:
+        checked = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
     # The words that srun gets, as bash would split them.
     shown = path.read_text().replace("srun ", "printf '<%s>\\n' ", 1).replace("$(scontrol", "$(echo host; :")
     said = subprocess.run(

@@ -62,10 +62,21 @@ def test_a_process_on_its_own_is_no_rank(words: dict[str, str]) -> None:
 
 
 def test_the_words_of_torchrun_stand_and_deepspeed_lacks_one() -> None:
-    words = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **_MASTER}
+    words = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "CROSS_SIZE": "2",
+        **_MASTER,
+    }
     environ = dict(words | _SRUN)
     claim_rank(environ)
     assert environ["RANK"] == "3" and environ["LOCAL_WORLD_SIZE"] == "2"
+    for local in ("1", "3"):  # machines of 3 and 1: their ranks would not agree
+        environ = words | {"LOCAL_SIZE": local}
+        claim_rank(environ)
+        assert "LOCAL_WORLD_SIZE" not in environ
 
 
 def test_ranks_of_one_machine_meet_on_loopback_under_srun() -> None:

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from moe_runtime.metrics.balance import dead_experts, load_entropy, rank_load_ratio, relative_load, violation
+from moe_runtime.metrics.balance import (
+    dead_experts,
+    is_starved,
+    load_entropy,
+    rank_load_ratio,
+    relative_load,
+    unchecked_violation,
+    violation,
+)
 from moe_runtime.metrics.window import LoadWindow, TimeWindow
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -71,3 +79,18 @@ def test_percentiles_of_step_times_are_of_the_last_steps() -> None:
     for step in range(1, 1001):
         window.add(float(step))
     assert (window.p50, window.p99) == (900.5, 998.0)  # of 801 to 1000; 1% of 200 steps are above 998
+
+
+def test_an_expert_without_tokens_is_starved_unless_its_bias_is_on_the_way_up() -> None:
+    load = torch.tensor([[0.0, 0.005, 0.5, 3.495]])
+    bias = torch.tensor([[0.4, -0.4, 0.1, -0.1]])
+    assert is_starved(load, bias, is_moving=True).tolist() == [[False, True, False, False]]
+    assert is_starved(load, bias, is_moving=False).tolist() == [[True, True, False, False]]
+    assert is_starved(load, torch.zeros(1, 4), is_moving=True).tolist() == [[True, True, False, False]]
+
+
+def test_an_overload_is_unchecked_unless_the_bias_of_its_expert_is_on_the_way_down() -> None:
+    load = torch.tensor([[3.0, 0.5, 0.5, 0.0], [0.0, 2.0, 1.0, 1.0]]).double()
+    bias = torch.tensor([[-0.2, 0.1, 0.1, 0.0], [0.0, 0.3, 0.0, 0.0]])
+    assert unchecked_violation(load, bias, is_moving=True).tolist() == [0.0, 1.0]
+    assert unchecked_violation(load, bias, is_moving=False).tolist() == [2.0, 1.0]

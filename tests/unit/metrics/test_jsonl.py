@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.metrics.jsonl import JsonLines, read_jsonl
+from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
 
 
 def write(path: Path, *steps: int) -> None:
@@ -144,3 +144,23 @@ def test_a_roll_back_removes_later_steps_written_or_waiting(tmp_path: Path) -> N
     lines.append({"step": 3})
     lines.close()
     assert steps_in(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", [0, 3, 7, 40, 99])
+def test_the_last_line_is_found_without_reading_the_others(tmp_path: Path, kept: int) -> None:
+    path, file = tmp_path / "f", JsonLines(tmp_path / "f")
+    for step in range(kept):
+        file.append({"step": step, "text": "x" * (5000 * step)})  # up to a few times what is read at once
+    file.close()
+    with path.open("a") as torn:
+        torn.write('{"step": 100, "te')
+    found = last_of(path)
+    assert found == (None if not kept else {"step": kept - 1, "text": "x" * (5000 * (kept - 1))})
+    assert last_of(tmp_path / "none") is None
+
+
+def test_a_line_that_begins_as_a_record_and_is_torn_ends_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.\x00\x00\n{"step": 3, "loss": 2.0}\n')
+    JsonLines(path, keep_to_step=9).close()
+    assert [line["step"] for line in read_jsonl(path)] == [1]

@@ -136,6 +136,7 @@ def test_a_roll_back_loses_steps_and_their_time(clocks: Clocks) -> None:
 
 
 def test_events_of_older_versions_are_read(clocks: Clocks) -> None:
-    events = [event(0, "attempt", step=0), event(1, "attempt", step=4), event(2, "spike", z=9.0), {"kind": 3}]
+    events = [event(0, "attempt", step=0), event(1, "attempt", step=4), event(2, "spike", z=9.0)]
+    events += [{"kind": 3}, {"kind": "fault", "time": "noon"}, {"kind": "roll_back"}, {}]
     found = Ledger(events, {"step": 6}, {"step": 4}, 4, 1).step(done(5))
     assert found["train_s"] == 1.0 and found["verified_step"] == 4

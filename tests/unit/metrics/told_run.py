@@ -68,7 +68,8 @@ def told_run(run_dir: Path, wandb: str = "offline") -> Path:
         if step % 5 == 0:
             recorder.sample(step, f"{HOSTILE} {step}")
         if step in ALERTS_AT:
-            recorder.alert(step, f"{ALERTS_AT[step]} is dead", **alert(step))
+            fields = alert(step)
+            recorder.alert(step, f"{ALERTS_AT[step]} is dead", fields["action"], fields)
     recorder.close()
     return run_dir
 
@@ -76,7 +77,7 @@ def told_run(run_dir: Path, wandb: str = "offline") -> Path:
 def alert(step: int) -> dict[str, Any]:
     """What an alert has besides its step and message."""
     fields = {"metric": "routing/dead_experts/max", "value": 1.0, "threshold": 0.0, "last": [[step, 1.0]]}
-    return {"alert": "dead_expert", "action": "wandb" if step == 8 else "log", **fields}
+    return {"alert": "dead_expert", "action": ["wandb" if step == 8 else "log"], **fields}
 
 
 def load(run: RunConfig) -> torch.Tensor:

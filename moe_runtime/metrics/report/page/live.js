@@ -17,9 +17,13 @@ function setText(id, html) {
 async function takeNews(news) {
   document.body.dataset.signature = news.signature;
   for (const [id, html] of Object.entries(news.texts)) setText(id, html);
+  for (const [name, value] of Object.entries(news.data)) {
+    if (value === null) news.data[name] = report.data[name]; // it has not changed
+  }
   takeData(news.data);
   for (const [id, entry] of [...report.drawn]) {
     const plot = report.data.plots[id];
+    if (entry.kind === "drawing") continue;
     const same = plot && JSON.stringify(plot) === JSON.stringify(entry.plot);
     if (same) fill(entry);
     else await forget(id);
@@ -34,10 +38,11 @@ async function follow() {
     await new Promise((done) => setTimeout(done, wait));
     if (document.hidden) continue;
     try {
+      const asked = performance.now();
       const answer = await fetch(`news?have=${encodeURIComponent(document.body.dataset.signature)}`);
       if (answer.status === 200) await takeNews(await answer.json());
       byId("live").textContent = `live, as of ${new Date().toLocaleTimeString()}`;
-      wait = ASK_MS;
+      wait = Math.min(LONGEST_MS, Math.max(ASK_MS, 5 * (performance.now() - asked))); // of a long run less often
     } catch {
       byId("live").textContent = "the report's server does not answer; shown is what it said last";
       wait = Math.min(LONGEST_MS, wait * 2);

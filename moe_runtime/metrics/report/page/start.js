@@ -89,6 +89,7 @@ async function start() {
   Bokeh.set_log_level("error"); // it warns of pictures that are drawn before they are filled
   takeData(JSON.parse(data));
   wireControls();
+  wirePrint();
   seen = new IntersectionObserver(hurry, {rootMargin: "200px"});
   watchPanels();
   setRange(null);

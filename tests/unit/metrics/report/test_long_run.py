@@ -1,4 +1,4 @@
-"""A run of 100,000 steps with 58 MoE layers of 256 experts: its report is small, and nothing extreme is lost."""
+"""A run of 100,000 steps and 58 MoE layers of 256 experts: a small report, and nothing extreme is lost."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,9 @@ STEPS, LAYERS, EXPERTS = 100_000, 58, 256
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "long"
-    return make_run(folder, STEPS, LAYERS, EXPERTS, layers_every=100, heatmap_every=10, dead=(31, 200, 60_000))
+    return make_run(
+        folder, STEPS, LAYERS, EXPERTS, layers_every=100, heatmap_every=10, dead=(31, 200, 60_000)
+    )
 
 
 @pytest.fixture(scope="module")
