@@ -26,6 +26,18 @@ from moe_runtime.planner.reckon.plan_fields import plan_fields
 from moe_runtime.planner.reckon.scale import at_scales
 
 
+Write = Annotated[
+    Path | None, typer.Option(help="of --search: file for the best run [default: under out_dir/plans]")
+]
+Validate = Annotated[
+    Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
+]
+
+
 def plan(
     config: Annotated[
         str | None,
@@ -48,19 +60,11 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="of --search: accelerators [default: pp x dp of the run]")
     ] = None,
-    write: Annotated[
-        Path | None,
-        typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
-    ] = None,
+    write: Write = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to draw the plan into")] = None,
     brief: Annotated[bool, typer.Option("--note", help="a few lines, as a comment for the config")] = False,
-    validate: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
-    ] = None,
+    validate: Validate = None,
+    calibrate: Calibrate = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
