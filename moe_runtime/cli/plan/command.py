@@ -25,7 +25,6 @@ from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
 from moe_runtime.planner.reckon.scale import at_scales
 
-
 Write = Annotated[
     Path | None, typer.Option(help="of --search: file for the best run [default: under out_dir/plans]")
 ]
@@ -95,11 +94,7 @@ def plan(
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
-    if brief:
-        found = reckon(run, machine, imbalance=imbalance, with_sensitivity=False)
-        typer.echo("\n".join(note(found)))
-        return 0
-    return _plan(run, machine, imbalance, page, as_json)
+    return _note(run, machine, imbalance) if brief else _plan(run, machine, imbalance, page, as_json)
 
 
 def _plan(run: RunConfig, cluster: Cluster, imbalance: float, page: Path | None, as_json: bool) -> int:
@@ -112,6 +107,11 @@ def _plan(run: RunConfig, cluster: Cluster, imbalance: float, page: Path | None,
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _note(run: RunConfig, cluster: Cluster, imbalance: float) -> int:
+    typer.echo("\n".join(note(reckon(run, cluster, imbalance=imbalance, with_sensitivity=False))))
+    return 0
 
 
 def _check_together(options: dict[str, object]) -> None:
