@@ -1,9 +1,11 @@
 """The `moe-runtime` command: registers the sub-commands, and turns errors into one line and a code."""
 
+import errno
 import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -12,7 +14,7 @@ from moe_runtime.cli.launchers.environment import rank_here
 from moe_runtime.cli.lazy import lazy_app
 from moe_runtime.cli.rank_output import leave_no_trace, note, tell_user
 from moe_runtime.cli.supervise.outcome import leave_status
-from moe_runtime.cli.usage import run_typer
+from moe_runtime.cli.usage import UsageMistake, run_typer
 from moe_runtime.cli.version import show_version
 from moe_runtime.config.secrets import redact
 from moe_runtime.errors import AlertStop, MoeRuntimeError
@@ -58,11 +60,19 @@ app = lazy_app(moe_runtime, COMMANDS, _UNLISTED)
 def main() -> None:
     """Run one command; a user's mistake ends with its message alone and exit code 2."""
     try:
+        _require_folder()
         code = _launched() if _is_to_launch(sys.argv[1:]) else run_typer(app, "moe-runtime")
     except KeyboardInterrupt:
         _leave(130, "interrupted before there was anything to save")
     except MoeRuntimeError as error:
         _leave(error.exit_code, str(error))
+    except BrokenPipeError:
+        _leave(0, "")  # whoever reads our output, such as `head`, has had enough
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _leave(1, traceback.format_exc())
+        place = error.filename or "standard output"
+        _leave(MoeRuntimeError.exit_code, f"{place}: expected room to write, got none; free some space")
     except Exception:
         _leave(1, traceback.format_exc())
     else:
@@ -74,6 +84,14 @@ def main() -> None:
         os._exit(code)
 
 
+def _require_folder() -> None:
+    """Every relative path means a file of the current folder."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageMistake("the current folder was removed; cd to one that is there") from None
+
+
 def _is_to_speak(rank: int, code: int) -> bool:
     """Whether this rank tells what ended it, where no launcher of ours does.
 
@@ -83,7 +101,7 @@ def _is_to_speak(rank: int, code: int) -> bool:
     if rank == 0 or code not in (MoeRuntimeError.exit_code, AlertStop.exit_code):
         return True
     time.sleep(_RANK_0_SPEAKS_S)
-    return os.environ.get("LOCAL_RANK") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 _RANK_0_SPEAKS_S = 3.0
@@ -107,16 +125,25 @@ def _launched() -> NoReturn:
     launch.leave(launch.main(sys.argv[2:] if is_named else sys.argv[1:], program))
 
 
+def _rank() -> int:
+    """The rank of this process; 0 also where the variables that say it are the mistake."""
+    try:
+        return rank_here(os.environ) or 0
+    except MoeRuntimeError:
+        return 0
+
+
 def _leave(code: int, message: str) -> None:
     """Tell the launcher, tell the user, and go."""
     message = redact(message)
-    rank = rank_here(os.environ) or 0
+    rank = _rank()
     if not leave_status(str(rank), code, message) and _is_to_speak(rank, code):
         tell_user(message)
     elif code == MoeRuntimeError.exit_code:
         leave_no_trace()
     else:
         note(message)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     # Not sys.exit: after a failure other threads may wait for ranks that are gone.
     os._exit(code)

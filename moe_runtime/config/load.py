@@ -97,10 +97,11 @@ def find_config(name: str | Path) -> Path:
         if (folder / given / "config.yaml").is_file():
             return folder / given / "config.yaml"
     known = config_names("run")
-    close = closest(str(given.with_suffix("")), known) or closest(given.stem, known)
+    close = closest(str(given).removesuffix(given.suffix), known) or closest(given.stem, known)
     near = f"did you mean {close[0]}?" if close else _near_run(given)
     hint = near or f"in configs/run: {', '.join(known)}"
-    raise ConfigError(f"{name}: no such config file; {hint}")
+    word = str(name) if str(name).isprintable() and str(name) else repr(str(name))
+    raise ConfigError(f"{word}: no such config file; {hint}")
 
 
 def _near_run(given: Path) -> str:

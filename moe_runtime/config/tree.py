@@ -147,6 +147,7 @@ def parse_text(text: str, place_of: Callable[[int], str]) -> Tree:
         place_of: names the place of a line, counted from 1.
 
     Raises:
+        ConfigError: it is a list or a word.
         yaml.YAMLError: it is no YAML, or uses tags or types beyond plain ones.
         RecursionError: it is nested very deep, or holds itself by an alias.
     """
@@ -158,7 +159,8 @@ def parse_text(text: str, place_of: Callable[[int], str]) -> Tree:
             tree.values = _mapping(node, loader, (), tree, place_of)
         elif node is not None:
             place = place_of(node.start_mark.line + 1)
-            tree.mistakes.append(f"{place}: expected sections and keys, got {node.value!r}")
+            got = "a list" if isinstance(node, yaml.SequenceNode) else f"text {str(node.value)[:80]!r}"
+            raise ConfigError(f"{place}: expected sections and keys, got {got}")
     finally:
         loader.dispose()  # type: ignore[no-untyped-call]
     return tree
@@ -196,6 +198,9 @@ def read_overrides(overrides: tuple[str, ...]) -> Iterator[Tree]:
     for override in overrides:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
+        if "\udc80" <= max(override, default="") <= "\udcff":  # what is no UTF-8 reaches us as these
+            yield Tree(mistakes=[f"override: expected text in UTF-8, got {override!r}"])
+            continue
         if not equals or not all(path):
             mistake = f"override: expected key=value, such as optim.peak_lr=1e-3, got {override!r}"
             yield Tree(mistakes=[mistake])

@@ -50,11 +50,11 @@ def read_world(wanted_device: str) -> World:
         wanted_device: auto, cpu or cuda.
 
     Raises:
-        ConfigError: cuda is wanted and there is none, or there are fewer GPUs than local ranks.
+        ConfigError: cuda is wanted and there is none, there are fewer GPUs than local ranks, or a variable
+            is no number.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    per_node = int(os.environ.get(RANKS_PER_NODE, os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    world_size, local_rank = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    per_node = _number(RANKS_PER_NODE, _number("LOCAL_WORLD_SIZE", world_size))
     has_gpu = torch.cuda.is_available()
     if wanted_device == "cuda" and not has_gpu:
         raise ConfigError("device: expected a GPU, got none that torch can use; set device=cpu")
@@ -65,8 +65,17 @@ def read_world(wanted_device: str) -> World:
             f"for {per_node} processes on this machine; use more machines or set device=cpu"
         )
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
-    rank, attempt = int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "1"))
+    rank, attempt = _number("RANK", 0), _number(ATTEMPT, 1)
+    if rank >= world_size:
+        raise ConfigError(f"RANK: expected less than WORLD_SIZE {world_size}, got {rank}; unset both")
     return World(rank, world_size, local_rank, per_node, device, attempt)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{variable}: expected the whole number of a launcher, got {text!r}; unset it")
+    return int(text)
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def _open_store(world: World, timeout_s: float) -> dist.Store:
     """Where the ranks meet: at their launcher's store, or under another launcher at rank 0's."""
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 29500)
     if TOKEN in os.environ:
         store = join_store(address, port, timeout_s)
         check_token(store, os.environ[TOKEN], f"{address}:{port}")

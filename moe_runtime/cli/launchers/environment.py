@@ -43,6 +43,8 @@ _MPI_WORDS = (
     ),
 )
 
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -85,9 +87,13 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
 
 def rank_here(environ: Mapping[str, str]) -> int | None:
-    """The rank of this process, set up or not; None: it is no rank."""
+    """The rank of this process, set up or not; None: it is no rank.
+
+    Raises:
+        ConfigError: the launcher's words are no numbers.
+    """
     if "RANK" in environ:
-        return int(environ["RANK"])
+        return _number(environ, "RANK")
     place = find_place(environ)
     return None if place is None else place.rank
 
@@ -98,14 +104,16 @@ def claim_rank(environ: MutableMapping[str, str] | None = None) -> None:
     Collective where mpiexec started it and MASTER_ADDR is not set.
 
     Raises:
-        ConfigError: the ranks of a machine are not in a row, or there is no way to meet.
+        ConfigError: the ranks of a machine are not in a row, there is no way to meet, or a number is none.
     """
     environ = os.environ if environ is None else environ
     if STATUS_DIR in environ:  # our own launcher has set everything
         return
+    for name in _NUMBERS:
+        _number(environ, name, 0)
     if "RANK" in environ:
         _take_deepspeeds_size(environ)
-        _name_interface(environ, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+        _name_interface(environ, _number(environ, "LOCAL_WORLD_SIZE", 1))
         return
     place = find_place(environ)
     if place is None:
@@ -130,10 +138,10 @@ def _take_deepspeeds_size(environ: MutableMapping[str, str]) -> None:
             environ.setdefault("LOCAL_WORLD_SIZE", str(local))
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name, "nothing")
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "nothing" if default is None else str(default))
     if not text.isdecimal():
-        raise ConfigError(f"{name}: expected a whole number from mpiexec or srun, got {text}")
+        raise ConfigError(f"{name}: expected the whole number of a launcher, got {text}; unset it")
     return int(text)
 
 
@@ -169,7 +177,7 @@ def _name_interface(environ: MutableMapping[str, str], local_size: int) -> None:
     """Tell gloo its interface: by itself it takes that of the machine's name, which may be loopback."""
     if "GLOO_SOCKET_IFNAME" in environ or "MASTER_ADDR" not in environ:
         return
-    is_alone = local_size >= int(environ.get("WORLD_SIZE", "1"))
+    is_alone = local_size >= _number(environ, "WORLD_SIZE", 1)
     address = network.address_towards(environ["MASTER_ADDR"])
     if address is not None and address.startswith("127.") and not is_alone:
         address = network.own_address(environ)

@@ -25,6 +25,17 @@ from moe_runtime.planner.reckon.plan import plan as reckon
 from moe_runtime.planner.reckon.plan_fields import plan_fields
 from moe_runtime.planner.reckon.scale import at_scales
 
+Write = Annotated[
+    Path | None, typer.Option(help="of --search: file for the best run [default: under out_dir/plans]")
+]
+Validate = Annotated[
+    Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
+]
+
 
 def plan(
     config: Annotated[
@@ -48,19 +59,11 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="of --search: accelerators [default: pp x dp of the run]")
     ] = None,
-    write: Annotated[
-        Path | None,
-        typer.Option(help="of --search: file for the best run [default: under out_dir/plans]"),
-    ] = None,
+    write: Write = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to draw the plan into")] = None,
     brief: Annotated[bool, typer.Option("--note", help="a few lines, as a comment for the config")] = False,
-    validate: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="hold a run that was made against its plan")
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="write a cluster file of this machine from short runs of CONFIG"),
-    ] = None,
+    validate: Validate = None,
+    calibrate: Calibrate = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> int:
     """Reckon time, memory, traffic and cost of a run on a cluster.
@@ -91,11 +94,7 @@ def plan(
     if search:
         _search(run, machine, gpus, write, imbalance, as_json)
         return 0
-    if brief:
-        found = reckon(run, machine, imbalance=imbalance, with_sensitivity=False)
-        typer.echo("\n".join(note(found)))
-        return 0
-    return _plan(run, machine, imbalance, page, as_json)
+    return _note(run, machine, imbalance) if brief else _plan(run, machine, imbalance, page, as_json)
 
 
 def _plan(run: RunConfig, cluster: Cluster, imbalance: float, page: Path | None, as_json: bool) -> int:
@@ -108,6 +107,11 @@ def _plan(run: RunConfig, cluster: Cluster, imbalance: float, page: Path | None,
         return 0
     typer.echo(found.misfit, err=True)
     return 2
+
+
+def _note(run: RunConfig, cluster: Cluster, imbalance: float) -> int:
+    typer.echo("\n".join(note(reckon(run, cluster, imbalance=imbalance, with_sensitivity=False))))
+    return 0
 
 
 def _check_together(options: dict[str, object]) -> None:

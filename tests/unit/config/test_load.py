@@ -76,7 +76,7 @@ def test_a_config_goes_by_name_path_or_run_folder(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("quikstart", "did you mean quickstart?"), ("xyz", "in configs/run: calibrate, quickstart")],
+    [("quikstart", "did you mean quickstart?"), ("xyz", "in configs/run: calibrate, medium, quickstart")],
 )
 def test_a_missing_config_is_told_with_what_there_is(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match="no such config file") as caught:

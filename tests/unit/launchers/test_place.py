@@ -114,7 +114,7 @@ def test_where_the_masters_name_is_loopback_gloo_is_told_the_way_out(monkeypatch
     [
         (_SRUN | {"SLURM_LOCALID": "2"}, "srun: expected the 4 ranks of a machine in a row, got rank 5"),
         (_HYDRA | {"MPI_LOCALNRANKS": "3"}, "mpiexec: expected the 3 ranks of a machine in a row"),
-        (_HYDRA | {"PMI_RANK": "x"}, "PMI_RANK: expected a whole number from mpiexec or srun, got x"),
+        (_HYDRA | {"PMI_RANK": "x"}, "PMI_RANK: expected the whole number of a launcher, got x"),
         (_SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4x2"}, "srun: expected tasks of machines such as"),
         (_SRUN | {"SLURM_NODEID": "2"}, "srun: expected SLURM_NODEID below 2, got 2"),
         (_SRUN | {"MASTER_ADDR": "a"}, "MASTER_ADDR: expected MASTER_ADDR and MASTER_PORT or neither"),
