@@ -16,6 +16,7 @@ from moe_runtime.config.origins import leaves, origins
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.fp8.policy import Policy
+from moe_runtime.metrics.alert_rules import rules_of
 
 app = typer.Typer(no_args_is_help=True, help="Show, compare and describe configs.")
 
@@ -36,6 +37,7 @@ def show(
     """Print the resolved config and what follows from it: weights, batches, steps, layout."""
     given = tuple(overrides or ())
     run = load_config(config, given)
+    rules_of(run)  # refuses alerts on what no record has
     derived = derived_facts(run)
     if as_json:
         fields = {"config": run.model_dump(mode="json"), "derived": derived}

@@ -29,6 +29,7 @@ from moe_runtime.config.layout import check_layout
 from moe_runtime.config.load import load_config
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.metrics.alert_rules import rules_of
 from moe_runtime.train.fault import read_faults, split_orders
 
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None, program: str = "launch.sh") -> int:
 def _launch_train(options: argparse.Namespace, program: str) -> int:
     parameters = parse_train(options.command[1:], program)
     config = load_config(parameters["config"], train.with_wandb(parameters["overrides"], parameters["wandb"]))
+    rules_of(config)  # refuses alerts on what no record has, before ranks are started
     if options.slurm:
         return _print_batch_file(options, config, parameters["fresh"])
     if options.mpi or options.hostfile is not None:

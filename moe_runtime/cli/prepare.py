@@ -25,6 +25,7 @@ from moe_runtime.data.manifest import Manifest
 from moe_runtime.data.prepare import prepare as prepare_data
 from moe_runtime.data.task import Progress as ProgressCallback
 from moe_runtime.data.task import Request
+from moe_runtime.data.tokenizer import bpe_size
 from moe_runtime.errors import DataError
 
 LINE_S = 5.0  # seconds between lines where there is no terminal
@@ -171,7 +172,13 @@ def progress_line(what: str, done: int, total: int | None, own: int, seconds: fl
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What was prepared, in a few lines for people."""
+    made = manifest.tokenizer.vocab_size
     lines = [f"{out}: {manifest.source}, tokenizer {manifest.tokenizer.name} ({manifest.dtype})"]
+    wanted = bpe_size(manifest.tokenizer.name) or made
+    fewer = (
+        f", for the text has no more to merge than that; {wanted:,} were asked for" if made < wanted else ""
+    )
+    lines.append(f"  vocabulary: {made:,} entries{fewer}; model.vocab_size={made} or more")
     for name, split in manifest.splits.items():
         rewritten = f", {split.fim_documents} rewritten for infill" if split.fim_documents else ""
         masked = "" if split.targets is None else f", {split.targets:,} of them targets"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from moe_runtime.config.closest import did_you_mean
@@ -80,6 +81,8 @@ def _explain_one(item: Mapping[str, Any], of_run: bool) -> list[Finding]:
         hint = _suggest_word(item["input"], context)
     elif item["type"] in _RANGES and of_run:
         hint = _suggest_default(path)
+    elif item["type"] in ("tuple_type", "list_type"):
+        hint = _suggest_list(key, item["input"])
     return [Finding.expected(key, wanted.format(**context), describe(item["input"]) + hint)]
 
 
@@ -106,6 +109,14 @@ def _short(value: Any) -> str:
 def _suggest_word(value: Any, context: Mapping[str, Any]) -> str:
     words = [word.strip("' ") for word in str(context.get("expected", "")).replace(" or ", ",").split(",")]
     return did_you_mean(str(value), words)
+
+
+def _suggest_list(key: str, value: Any) -> str:
+    """The whole list as an override, where a part was given by its number (`alerts.custom.0.name=x`)."""
+    if not isinstance(value, dict) or not value or not all(str(part).isdigit() for part in value):
+        return ""
+    whole = yaml.safe_dump(list(value.values()), default_flow_style=True, sort_keys=False, width=10_000)
+    return f"; give the whole list, such as '{key}={whole.strip()}'"
 
 
 def _suggest_default(path: tuple[str, ...]) -> str:

@@ -96,11 +96,14 @@ def find_config(name: str | Path) -> Path:
                 return candidate
         if (folder / given / "config.yaml").is_file():
             return folder / given / "config.yaml"
+    word = str(name) if str(name).isprintable() and str(name) else repr(str(name))
+    if str(name) and given.exists():
+        got = "a folder without config.yaml" if given.is_dir() else "something else"
+        raise ConfigError(f"{word}: expected a regular file, a run folder or the name of a config, got {got}")
     known = config_names("run")
     close = closest(str(given).removesuffix(given.suffix), known) or closest(given.stem, known)
     near = f"did you mean {close[0]}?" if close else _near_run(given)
     hint = near or f"in configs/run: {', '.join(known)}"
-    word = str(name) if str(name).isprintable() and str(name) else repr(str(name))
     raise ConfigError(f"{word}: no such config file; {hint}")
 
 

@@ -15,6 +15,7 @@ _MOST = 3
 # A slip within the section that was named is likelier than one that goes to another as well.
 _ELSEWHERE = 0.5  # slips
 _ALIKE_ELSEWHERE = 0.8
+_WHOLE_SLIPS = 2  # in a whole dotted key, lost and added dots among them
 
 
 @lru_cache(maxsize=4096)
@@ -67,19 +68,62 @@ def suggest_key(path: KeyPath, value: Any = None) -> str:
 
     Args:
         path: the key; all of it but the last word is a section.
-        value: what it was set to. A section of a single key is that key's, as an override makes it.
+        value: what it was set to. A section of a single key is that key's, as an override makes it, and
+            so on inwards.
     """
     section = section_at(path[:-1])
     if section is None:
         return ""
-    keys = meant_by(path)
-    if isinstance(value, dict) and len(value) == 1:
-        keys = [_inner(key, str(next(iter(value)))) for key in keys]
+    inner = _chain(value)
+    keys = _whole((*path, *inner)) if inner or not _is_slip(path, section) else []
+    if not keys:
+        keys = meant_by(path)
+        for word in inner:
+            keys = [_inner(key, word) for key in keys]
     if keys:
         names = ", ".join(".".join(key) for key in keys)
         return f"; did you mean {' or '.join(names.rsplit(', ', 1))}?"
     where = f" of {'.'.join(path[:-1])}" if path[:-1] else ""
     return f"; keys{where}: {', '.join(section.model_fields)}"
+
+
+def _chain(value: Any) -> KeyPath:
+    """The keys from a section of one key inwards, down to the first that holds anything else."""
+    words: list[str] = []
+    while isinstance(value, dict) and len(value) == 1:
+        word, value = next(iter(value.items()))
+        words.append(str(word))
+    return tuple(words)
+
+
+def _is_slip(path: KeyPath, section: type[BaseModel]) -> bool:
+    """True where a key of the section that was named is one slip away."""
+    places = (rank(path[-1], name) for name in section.model_fields)
+    return any(place is not None and place[0] <= 1 for place in places)
+
+
+def _whole(typed: KeyPath) -> list[KeyPath]:
+    """The keys that are a slip or two away as a whole: in a section's name, in its key, or in a dot."""
+    word = ".".join(typed)
+    found: dict[str, KeyPath] = {}
+    for key in _all_keys():
+        named = _named_as(key, typed)
+        if abs(len(".".join(named)) - len(word)) <= _WHOLE_SLIPS:
+            found[".".join(named)] = named
+    near = sorted((place, name) for name in found if (place := _whole_place(word, name)) is not None)
+    return [found[name] for place, name in near if place == near[0][0]][:_MOST]
+
+
+def _named_as(key: KeyPath, typed: KeyPath) -> KeyPath:
+    """A key with NAME and N replaced by what was typed in their places."""
+    if len(key) != len(typed):
+        return key
+    return tuple(word if part in ("NAME", "N") else part for part, word in zip(key, typed, strict=True))
+
+
+def _whole_place(word: str, name: str) -> tuple[float, float, int] | None:
+    place = rank(word, name)
+    return place if place is not None and place[0] <= _WHOLE_SLIPS else None
 
 
 def meant_by(path: KeyPath) -> list[KeyPath]:

@@ -133,6 +133,8 @@ def _difference(
     for key, (got, expected) in pairs.items():
         if claims is not None and key not in claims:
             continue
+        if key == "source" and _place_of(manifest.source) == _place_of(wanted.source):
+            continue
         if got != expected and not (key == "tokenizer" and _is_same_file(manifest, wanted.tokenizer)):
             return key, got, expected
     return None
@@ -146,6 +148,14 @@ def _is_same_file(manifest: Manifest, name: str) -> bool:
     return hashlib.sha256(content).hexdigest() == manifest.tokenizer.record.sha256
 
 
+def _place_of(source: str) -> str:
+    """A source with its path made absolute, so that one file has one name wherever it is named from."""
+    kind, mark, path = source.partition(":")
+    if mark and kind in ("dir", "glob"):
+        return f"{kind}:{os.path.abspath(path)}"
+    return source if source.startswith("builtin:") else os.path.abspath(source)
+
+
 def _shown(form: TextForm) -> str:
     """As it can be given again."""
     return json.dumps(form.model_dump(exclude_defaults=True)).replace('"', "")
@@ -153,10 +163,29 @@ def _shown(form: TextForm) -> str:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold `.NAME.lock` beside the folder; the system lets go of it if the process dies."""
-    with (out.parent / f".{out.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Hold `.NAME.lock` beside the folder; the system lets go of it if the process dies.
+
+    The file is removed in the end. Whoever waited for it then holds a file that nobody else can find, so
+    they look whether it is still there, and begin again.
+    """
+    path = out.parent / f".{out.name}.lock"
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file.fileno()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _disk_error(error: OSError, out: Path) -> DataError:

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_runtime.cli.app import app
+from moe_runtime.cli.launch import main as launch
 from moe_runtime.config.load import dump_config, load_config
 from moe_runtime.errors import ConfigError
 
@@ -96,3 +97,13 @@ def test_the_schema_goes_to_a_file_and_says_how_an_editor_finds_it(tmp_path: Pat
     assert "bases" not in json.loads(call("schema", "--resolved"))["properties"]
     with pytest.raises(ConfigError, match="cannot be written"):
         call("schema", "--out", tmp_path / "none" / "schema.json")
+
+
+def test_an_alert_on_what_no_record_has_is_refused_by_show_and_before_ranks_start(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = "alerts.custom=[{name: x, metric: lss, above: 3}]"
+    with pytest.raises(ConfigError, match=r"alerts\.custom\.0\.metric: .* got 'lss'; did you mean loss\?"):
+        call("show", "quickstart", wrong)
+    assert launch(["train", "quickstart", wrong]) == 2
+    assert "did you mean loss?" in capsys.readouterr().err

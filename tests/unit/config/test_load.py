@@ -240,3 +240,14 @@ def test_a_date_is_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml")
     assert load_config(path, ["name=2026-01-31"]).name == "2026-01-31"
     assert load_config(path, ["name=2026-13-45"]).name == "2026-13-45"
+
+
+@pytest.mark.parametrize(
+    ("name", "got"), [(".", "a folder without config.yaml"), ("/dev/null", "something else")]
+)
+def test_what_is_there_but_is_no_config_is_told_as_that(
+    name: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"expected a regular file, a run folder or .*, got {got}"):
+        load_config(name)

@@ -189,3 +189,11 @@ def test_mistakes_are_one_error_of_the_users_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path / "a.yaml", seed=-1))
     assert caught.value.exit_code == 2 and caught.value.__cause__ is None
+
+
+def test_a_list_of_sections_given_by_numbers_is_shown_as_it_works(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml")
+    (line,) = refusal(file, "alerts.custom.0.name=x")
+    assert line.endswith(
+        "got a section with keys 0; give the whole list, such as 'alerts.custom=[{name: x}]'"
+    )

@@ -31,6 +31,21 @@ def test_slips_are_counted_as_they_are_defined() -> None:
         assert slips(word, other) == _slow_slips(word, other), (word, other)
 
 
+def suggest_override(key: str) -> str:
+    """The hint for `key=1`: of the first part of it that is not there."""
+    words = key.split(".")
+    for length, word in enumerate(words, start=1):
+        section = section_at(tuple(words[: length - 1]))
+        if section is None:
+            return "no section"
+        if word not in section.model_fields:
+            value: object = 1
+            for inner in reversed(words[length:]):
+                value = {inner: value}
+            return suggest_key(tuple(words[:length]), value)
+    return "a key"
+
+
 def _missed(typos: list[tuple[tuple[str, ...], str]]) -> list[str]:
     """Typos for which not the right key, alone, is suggested."""
     hints = [(path, typo, suggest_key((*path[:-1], typo))) for path, typo in typos]
@@ -47,6 +62,21 @@ def test_of_200_keys_with_one_slip_at_least_95_percent_are_recognised() -> None:
     typos = [(path, draw.choice(typos_of(path))) for path in draw.choices(keys, k=200)]
     missed = _missed(typos)
     assert len(missed) <= 10, missed
+
+
+def test_of_300_overrides_with_one_slip_anywhere_95_percent_lead_to_the_whole_key() -> None:
+    draw = random.Random(300)
+    keys = [".".join(path) for path in key_paths() if not {"NAME", "N"} & set(path)]
+    leaves = [key for key in keys if section_at(tuple(key.split("."))) is None]
+    missed = []
+    for key in draw.choices(leaves, k=300):
+        typo = draw.choice(sorted(slips_of(key, draw) - set(keys)))
+        if "" in typo.split("."):  # told as no key at all
+            continue
+        hint = suggest_override(typo)
+        if not hint.startswith(f"; did you mean {key}") or hint[15 + len(key)] not in "?, ":
+            missed.append(f"{typo}{hint}")
+    assert len(missed) <= 15, missed
 
 
 @pytest.mark.slow
@@ -67,7 +97,13 @@ def test_of_all_slips_in_all_keys_95_percent_are_recognised() -> None:
         ("optm", {"peak_lr": 1}, "optim.peak_lr"),
         ("optm", {"peak_lrr": 1}, "optim.peak_lr"),
         ("optm", {"peak_lr": 1, "eps": 1}, "optim"),
-        ("modle", {"yarn": {"factor": 2}}, "model.yarn"),
+        ("modle", {"yarn": {"factor": 2}}, "model.yarn.factor"),
+        ("lerts", {"violation": {"action": 1}}, "alerts.violation.action"),
+        ("optim.numrics", {"warn": {"saturated": 1}}, "optim.numerics.warn.saturated"),
+        ("optimnumerics", {"stop": {"nonfinite": 1}}, "optim.numerics.stop.nonfinite"),
+        ("metricsheatmap-every", 1, "metrics.heatmap_every"),
+        ("layoutcosts", 1, "layout.costs"),
+        ("data.mixtur", {"web": {"weight": 2}}, "data.mixture.web.weight"),
         ("Layout", {"PP": 2}, "layout.pp"),
         ("optim.peak-lr", 1, "optim.peak_lr"),
         ("lr", 1, "optim.peak_lr"),

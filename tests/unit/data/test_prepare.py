@@ -78,7 +78,7 @@ def test_manifest_says_where_the_data_came_from(byte_folder: Path, corpus: Path)
     assert (manifest.source, manifest.tokenizer.name, manifest.dtype) == (str(corpus), "byte", "uint16")
     assert manifest.splits["train"].tokens > 4 * 30_000
     assert len({manifest.fingerprint, TokenDataset.open(byte_folder).manifest.fingerprint}) == 1
-    assert sorted(p.name for p in byte_folder.parent.iterdir()) == [".byte.lock", "byte"]
+    assert sorted(p.name for p in byte_folder.parent.iterdir()) == ["byte"]
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_failing_disk_is_one_line_and_leaves_nothing(
         prepare(Request(source), tmp_path / "deep" / "out")
     assert ("disk full" if number == errno.ENOSPC else "Permission denied") in str(error.value)
     assert "\n" not in str(error.value)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == [".out.lock"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == []
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_disk_that_is_really_full_leaves_nothing(tmp_path: Path) -> None:
     try:
         with pytest.raises(DataError, match="disk full while preparing data"):
             prepare(Request("builtin:stdlib"), small / "out")
-        assert [p.name for p in small.iterdir()] == [".out.lock"]
+        assert [p.name for p in small.iterdir()] == []
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -157,7 +157,7 @@ def test_leftovers_of_a_killed_preparation_are_removed(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / ".out.preparing-abc" / "new").mkdir(parents=True)
     prepare(Request(source), tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "a.jsonl", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
 def test_two_processes_may_prepare_the_same_folder_at_once(corpus: Path, tmp_path: Path) -> None:

@@ -67,3 +67,25 @@ def test_lines_in_a_pipe_come_now_and_then_and_once_at_the_end(monkeypatch: pyte
         "reading: 100.0 of 120.0 MB, 10.0 MB/s, 0:00:02 left",
         "reading: 120.0 of 120.0 MB, 10.0 MB/s",
     ]
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
+    _, error = run("--source", str(tmp_path / "none.txt"), "--out", str(tmp_path / "out"))
+    assert isinstance(error, DataError) and not list(tmp_path.iterdir())
+
+
+def test_the_vocabulary_is_counted_and_one_file_is_one_source_by_any_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "web.jsonl"
+    source.write_text("".join(json.dumps({"text": f"low lower lowest {i}"}) + "\n" for i in range(40)))
+    words = ("--out", str(tmp_path / "out"), "--tokenizer", "bpe:9999999")
+    said, error = run("--source", str(source), *words)
+    made = read_manifest(tmp_path / "out").tokenizer.vocab_size
+    assert error is None and f"vocabulary: {made:,} entries, for the text has no more to merge" in said
+    said, error = run("--source", "./web.jsonl", *words)
+    assert error is None and "was there already" in said
+    (tmp_path / "other.jsonl").write_text(source.read_text())
+    _, error = run("--source", "other.jsonl", *words)
+    assert isinstance(error, DataError) and "already prepared with source" in str(error)

@@ -72,7 +72,7 @@ def test_neither_workers_nor_chunks_show(
     prepare(request_, out, workers=workers, shard_tokens=SHARD, chunk_bytes=chunk, progress=show)
     assert tree(out) == whole
     assert all(dones == sorted(dones) and dones[-1] == size for dones in seen.values())
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 class Killed(BaseException):
