@@ -195,13 +195,16 @@ def _how_far(done: int, total: int | None, seconds: float) -> str:
     return f"{amount}, {speed / 1e6:.1f} MB/s{left}"
 
 
+_TURNS = ("RLO", "LRO", "RLE", "LRE", "PDF", "RLI", "LRI", "FSI", "PDI")  # the direction of what follows
+
+
 def printable(text: str) -> str:
-    """Text of a model, made safe for a terminal: control characters but tab and newline as escapes."""
+    """Text of a model, made safe for a terminal: what steers it, but tab and newline, as escapes."""
     return "".join(char if char in "\t\n" or not _is_control(char) else ascii(char)[1:-1] for char in text)
 
 
 def _is_control(char: str) -> bool:
-    return unicodedata.category(char) == "Cc"
+    return unicodedata.category(char) == "Cc" or unicodedata.bidirectional(char) in _TURNS
 
 
 def clock(seconds: float) -> str:

@@ -141,5 +141,6 @@ def test_preparing_says_amount_speed_and_time_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_text_of_a_model_cannot_command_a_terminal() -> None:
+    assert printable("a\u202eb\u2067") == "a\\u202eb\\u2067"
     assert printable("a\x1b[2Jb\tc\n\x9bd") == "a\\x1b[2Jb\tc\n\\x9bd"
     assert (clock(75), clock(3675)) == ("1:15", "1:01:15")
