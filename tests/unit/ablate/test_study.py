@@ -27,7 +27,7 @@ def test_every_study_of_the_repository_plans_its_runs(file):
     for seed in study.seeds:  # pairs: one data order and one initialisation a seed
         mine = [run.config for run in runs if run.seed == seed]
         assert {config.seed for config in mine} == {seed}
-        assert len({(config.data, config.batch) for config in mine}) == 1
+        assert all((config.data, config.batch) == (mine[0].data, mine[0].batch) for config in mine)
 
 
 def _written(folder: Path, **changes: object) -> Path:
