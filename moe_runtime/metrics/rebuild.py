@@ -87,7 +87,7 @@ def records_of(
             last = step
             yield record
     if odd:
-        left_out(f"{path}: {odd:,} lines were left out: their step is no whole number")
+        left_out(f"{path}: lines whose step is no whole number were left out: {odd:,}")
     if last == 0:
         raise ConfigError(f"{path}: expected records of a run, got none; train first, or give another folder")
 

@@ -194,7 +194,7 @@ def _check_live(watched: Watched, run_dir: Path, lines: list[str]) -> None:
     before = page.evaluate("document.querySelector('#section-samples').getBoundingClientRect().top")
     with (run_dir / METRICS_FILE).open("a") as file:
         file.write("".join(lines[18:]) + '{"step": 41, "val_bpb": 1.25, "torn')
-    page.wait_for_selector("#summary data[value='40']", state="attached")
+    page.wait_for_selector("#summary data[title='40']", state="attached")
     page.wait_for_timeout(100)
     after = page.evaluate("document.querySelector('#section-samples').getBoundingClientRect().top")
     assert abs(after - before) < 40

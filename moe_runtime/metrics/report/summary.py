@@ -117,7 +117,7 @@ def _checkpoints(events: Sequence[dict[str, Any]]) -> Iterator[Fact]:
         ("blocked_s", "newest, training stood still, s"),
     ):
         value = newest.get(key)
-        if type(value) in (int, float):
+        if isinstance(value, int | float):
             yield Fact(label, rounded(value), exact(value), f"{key} in events.jsonl", "section-events")
 
 

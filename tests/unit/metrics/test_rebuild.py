@@ -79,7 +79,7 @@ def test_a_line_whose_step_is_no_number_is_left_out_and_told(folder: Path) -> No
         file.write(json.dumps(json.loads(load) | {"step": "x"}) + "\n")
     result = CliRunner().invoke(app, ["metrics", "sync", str(folder), "--to", "tensorboard"])
     assert result.exit_code == 0 and result.stdout.startswith(f"{STEPS} steps"), result.output
-    assert "metrics.jsonl: 2 lines were left out: their step is no whole number" in result.stderr
+    assert "metrics.jsonl: lines whose step is no whole number were left out: 2" in result.stderr
 
 
 def test_torn_lines_and_missing_files_cost_what_they_held_and_no_more(folder: Path) -> None:

@@ -45,7 +45,7 @@ function markAll() {
 
 function showRange({figure, plot}) {
   const all = allSteps();
-  if (plot.curves.every(([key]) => report.curves.get(key).x.length === 1)) {
+  if (plot.curves.some(([key]) => report.curves.get(key).x.length === 1)) {
     const room = LONE_ROOM * (all[1] - all[0]);
     all[0] -= room;
     all[1] += room;
