@@ -3,9 +3,12 @@
 Whatever one rank finds wrong here, all ranks say alike.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import TextIO
+
+import psutil
 
 from moe_runtime.build import build_mesh, build_optimizer, build_runtime
 from moe_runtime.checkpoint.background import BackgroundSaver
@@ -143,7 +146,8 @@ def _open_recorder(
     try:
         if peers.is_first:
             (run_dir / CONFIG_FILE).write_text(dump_config(config))
-        return Recorder(run_dir, config, peers, resume_step=start, console=console, attempt=attempt)
+        lived_s = time.time() - psutil.Process().create_time()
+        return Recorder(run_dir, config, peers, start, console, attempt, lived_s)
     except OSError as error:
         where = error.filename or run_dir
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another name") from error

@@ -28,6 +28,7 @@ class Ledger:
         kept: the last record that counts; likewise.
         start: steps done where this attempt begins.
         attempt: its number, from 1.
+        lived_s: since this process was started, to load libraries and build the model.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Ledger:
         kept: Mapping[str, Any] | None,
         start: int,
         attempt: int,
+        lived_s: float = 0.0,
     ) -> None:
         self._forget()
         self._begun: tuple[float, float] | None = None  # (wall clock, run_s) when the last attempt began
@@ -46,7 +48,7 @@ class Ledger:
         if is_new:
             self._forget()
         self.lost_steps_now = 0 if is_new or last is None else max(0, last.get("step", 0) - start)
-        self.run_s = 0.0 if is_new else self._run_s_at_start(last or {}, attempt)
+        self.run_s = lived_s if is_new else self._run_s_at_start(last or {}, attempt, lived_s)
         self._train_s = (kept or {}).get("train_s", 0.0)
         self._since = time.monotonic()
 
@@ -56,11 +58,11 @@ class Ledger:
         self._fault_at: float | None = None
         self._checkpoint: dict[str, Any] = {}
 
-    def _run_s_at_start(self, last: Mapping[str, Any], attempt: int) -> float:
+    def _run_s_at_start(self, last: Mapping[str, Any], attempt: int, lived_s: float) -> float:
         if attempt > 1 and self._begun is not None:
             wall, run_s = self._begun
             return run_s + max(0.0, time.time() - wall)
-        return last.get("run_s", 0.0)
+        return float(last.get("run_s", 0.0)) + lived_s
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Take an event; those of no interest, and lines that nobody here has written, change nothing."""

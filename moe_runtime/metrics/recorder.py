@@ -41,6 +41,7 @@ class Recorder:
             metrics.jsonl. 0 starts it empty. events.jsonl keeps everything.
         console: shows the run on rank 0; None: a new one on standard output.
         attempt: number of the launcher's attempt; stands in events, and from the second on in every line.
+        lived_s: how long this process has lived.
 
     Raises:
         OSError: metrics.jsonl or events.jsonl cannot be opened (rank 0 only).
@@ -54,6 +55,7 @@ class Recorder:
         resume_step: int = 0,
         console: ConsoleSink | None = None,
         attempt: int = 1,
+        lived_s: float = 0.0,
     ) -> None:
         self._attempt = attempt
         self._warned: set[str] = set()
@@ -68,7 +70,7 @@ class Recorder:
         self._metrics = JsonLines(path, keep_to_step=resume_step)
         self._events = JsonLines(run_dir / EVENTS_FILE)
         past = read_jsonl(run_dir / EVENTS_FILE)
-        self._ledger = Ledger(past, last, last_of(path), resume_step, attempt)
+        self._ledger = Ledger(past, last, last_of(path), resume_step, attempt, lived_s)
         self._heatmap = _open_heatmap(run_dir, config, resume_step)
         self._moe_layers = moe_layers(config.model)
         if metrics.wandb != "off":

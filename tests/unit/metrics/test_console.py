@@ -142,5 +142,5 @@ def test_preparing_says_amount_speed_and_time_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_text_of_a_model_cannot_command_a_terminal() -> None:
-    assert unhidden("a\x1b[2Jb\tc\n\x9bd\u202e") == "a\\x1b[2Jb\tc\n\\x9bd\\u202e"
+    assert unhidden("a\x1b[2Jb\tc\n\x9bd\u202e\u2067") == "a\\x1b[2Jb\tc\n\\x9bd\\u202e\\u2067"
     assert (clock(75), clock(3675)) == ("1:15", "1:01:15")

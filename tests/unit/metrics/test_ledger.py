@@ -140,3 +140,14 @@ def test_events_of_older_versions_are_read(clocks: Clocks) -> None:
     events += [{"kind": 3}, {"kind": "fault", "time": "noon"}, {"kind": "roll_back"}, {}]
     found = Ledger(events, {"step": 6}, {"step": 4}, 4, 1).step(done(5))
     assert found["train_s"] == 1.0 and found["verified_step"] == 4
+
+
+def test_loading_libraries_and_building_the_model_is_no_training(clocks: Clocks) -> None:
+    book = Ledger([], None, None, 0, 1, lived_s=9.0)
+    begins(book, 9.0, 0, 1)
+    clocks.now += 1.0
+    found = book.step(done(1))
+    assert (found["run_s"], found["train_s"], found["ettr"]) == (10.0, 1.0, 0.1)
+    again = Ledger([event(9.0, "attempt", step=0)], found, found, 1, 1, lived_s=4.0)
+    clocks.now += 1.0
+    assert again.step(done(2))["run_s"] == 15.0
