@@ -85,7 +85,7 @@ def _to_tensorboard(run_dir: Path, config: dict[str, Any]) -> str:
     folder, aside = run_dir / "tensorboard", run_dir / "tensorboard.new"
     shutil.rmtree(aside, ignore_errors=True)
     copy = TensorBoardCopy(aside, config)
-    steps = rebuild(run_dir, copy, _told)
+    steps = rebuild(run_dir, copy, _told, _warn)
     copy.finish()
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
@@ -103,7 +103,7 @@ def _to_wandb(run_dir: Path, config: dict[str, Any], project: str | None, online
     run = _open(place, online)
     if not is_in_use(run_dir):
         keep_id(run_dir, place.run_id)
-    steps = rebuild(run_dir, run, _told)
+    steps = rebuild(run_dir, run, _told, _warn)
     folder = run.folder
     said = f"at {run.url}" if online else f"in {folder}; send them with: wandb sync {folder}"
     run.finish()
@@ -129,3 +129,7 @@ def _open(place: "RunPlace", online: bool) -> "WandbRun":
 def _told(step: int) -> None:
     if step % _TOLD_EVERY == 0:
         typer.echo(f"step {step}", err=True)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,20 +64,47 @@ def _write(run_dir: Path, out: Path, open_it: bool) -> None:
     view = RunView(run_dir)
     view.look()
     text = page(view, out.parent).encode()
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        if out.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        aside.write_bytes(text)
-        os.replace(aside, out)
+        is_output = _is_output(out)
+        if is_output:
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+        else:
+            _put(text, out)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         got = error.strerror or str(error)
         raise ConfigError(f"{out}: expected a file to write, got: {got}; choose another with --out") from None
-    typer.echo(f"{out}: {view.history.last_step:,} steps, {len(text) / 1e6:.2f} MB")
+    typer.echo(f"{out}: {view.history.last_step:,} steps, {len(text) / 1e6:.2f} MB", err=is_output)
     if open_it:
         _open(out.resolve().as_uri())
+
+
+def _is_output(out: Path) -> bool:
+    """Whether a file is our standard output, such as /dev/stdout: what we say must then go elsewhere."""
+    try:
+        return os.path.samestat(out.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # not there, or an output without a descriptor
+        return False
+
+
+def _put(text: bytes, out: Path) -> None:
+    """Write a file as a whole: aside, then renamed over the old one.
+
+    Devices, pipes and links are written in place: to rename over one would put a file where it was.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(21, "it is a folder")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        out.write_bytes(text)
+        return
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(text)
+        os.replace(aside, out)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def _serve(run_dir: Path, port: int | None, open_it: bool) -> None:

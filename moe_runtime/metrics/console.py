@@ -6,7 +6,6 @@ has a phase that takes long.
 """
 
 import time
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,18 +192,6 @@ def _how_far(done: int, total: int | None, seconds: float) -> str:
     speed = done / seconds
     left = "" if total is None else f", {clock(max(0, total - done) / speed)} left"
     return f"{amount}, {speed / 1e6:.1f} MB/s{left}"
-
-
-_TURNS = ("RLO", "LRO", "RLE", "LRE", "PDF", "RLI", "LRI", "FSI", "PDI")  # the direction of what follows
-
-
-def printable(text: str) -> str:
-    """Text of a model, made safe for a terminal: what steers it, but tab and newline, as escapes."""
-    return "".join(char if char in "\t\n" or not _is_control(char) else ascii(char)[1:-1] for char in text)
-
-
-def _is_control(char: str) -> bool:
-    return unicodedata.category(char) == "Cc" or unicodedata.bidirectional(char) in _TURNS
 
 
 def clock(seconds: float) -> str:

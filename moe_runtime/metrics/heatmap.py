@@ -137,9 +137,10 @@ def read_heatmap(path: Path) -> Heatmap:
     found: list[tuple[int, list[str], NDArray[np.float32]]] = []
     layers: list[str] = []
     for line in read_jsonl(path):
-        layers = line.get("layers", layers)
+        said = line.get("layers", layers)
+        layers = said if isinstance(said, list) else layers
         load = _unpacked(line, len(layers))
-        if load is not None:
+        if load is not None and type(line.get("step")) is int:
             found.append((line["step"], layers, load))
     if not found:
         return Heatmap([], [], np.zeros((0, 0, 0), dtype=np.float32))

@@ -67,26 +67,42 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return config
 
 
-def records_of(run_dir: Path) -> Iterator[dict[str, Any]]:
+def records_of(
+    run_dir: Path, left_out: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, Any]]:
     """Lines of metrics.jsonl in ascending order of steps.
+
+    Args:
+        left_out: told at the end, in a sentence, of lines whose step is no number, if there are any.
 
     Raises:
         ConfigError: there are none.
     """
-    path, last = run_dir / METRICS_FILE, 0
+    path, last, odd = run_dir / METRICS_FILE, 0, 0
     for record in read_jsonl(path):
-        if record.get("step", 0) > last:
-            last = record["step"]
+        step = record.get("step")
+        if type(step) is not int:
+            odd += 1
+        elif step > last:
+            last = step
             yield record
+    if odd:
+        left_out(f"{path}: lines whose step is no whole number were left out: {odd:,}")
     if last == 0:
         raise ConfigError(f"{path}: expected records of a run, got none; train first, or give another folder")
 
 
-def rebuild(run_dir: Path, copy: Copy, told: Callable[[int], None] = lambda step: None) -> int:
+def rebuild(
+    run_dir: Path,
+    copy: Copy,
+    told: Callable[[int], None] = lambda step: None,
+    left_out: Callable[[str], None] = lambda text: None,
+) -> int:
     """Tell a copy everything that a run folder has.
 
     Args:
         told: called with every step that the copy has been told.
+        left_out: see `records_of`.
 
     Returns:
         The number of steps.
@@ -96,7 +112,7 @@ def rebuild(run_dir: Path, copy: Copy, told: Callable[[int], None] = lambda step
     """
     deeds = _deeds_by_step(run_dir)
     steps = 0
-    for record in records_of(run_dir):
+    for record in records_of(run_dir, left_out):
         step = record["step"]
         copy.log(record, step)
         for deed in deeds.get(step, ()):

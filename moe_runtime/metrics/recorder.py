@@ -10,12 +10,13 @@ from torch import Tensor
 from moe_runtime.config.counts import moe_layers
 from moe_runtime.config.schema import RunConfig
 from moe_runtime.config.secrets import redact
-from moe_runtime.metrics.console import ConsoleSink, open_console, printable
+from moe_runtime.metrics.console import ConsoleSink, open_console
 from moe_runtime.metrics.files import EVENTS_FILE, METRICS_FILE
 from moe_runtime.metrics.heatmap import HEATMAP_FILE, HeatmapWriter
 from moe_runtime.metrics.jsonl import JsonLines, last_of, read_jsonl
 from moe_runtime.metrics.ledger import Ledger
 from moe_runtime.metrics.line import finite_or_none, to_line
+from moe_runtime.metrics.report.shown import unhidden
 from moe_runtime.metrics.table_events import SAMPLE, read_table_events
 from moe_runtime.metrics.wandb_sink import WandbSink
 from moe_runtime.parallel.peers import Peers
@@ -179,7 +180,7 @@ class Recorder:
         if not self._is_active:
             return
         self.event(SAMPLE, step=step, text=text)
-        self.say(f"--- sample at step {step}\n{printable(text)}\n---")
+        self.say(f"--- sample at step {step}\n{unhidden(text)}\n---")
         if self._wandb is not None:
             self._wandb.sample(step, text)
 

@@ -95,6 +95,39 @@ def test_every_picture_is_drawn_and_nothing_is_asked_for(opened: Any, run: Path)
     watched.page.context.close()
 
 
+def test_without_javascript_words_and_numbers_stand_for_the_pictures(opened: Any, run: Path) -> None:
+    watched = open_page(opened, _written(run), java_script_enabled=False)
+    loss = watched.page.locator("#panel-loss")
+    assert loss.locator(".words").is_visible() and "loss from" in loss.locator(".words").inner_text()
+    assert loss.locator(".plot").is_hidden()
+    loss.locator("summary").click()
+    assert loss.locator("table").is_visible()
+    assert "needs JavaScript" in watched.page.locator("#panel-load-by-expert").inner_text()
+    watched.page.context.close()
+
+
+def test_a_lone_point_is_whole_and_paper_has_words_for_what_is_not_drawn(opened: Any, run: Path) -> None:
+    watched = open_page(opened, _written(run))
+    page = watched.page
+    page.wait_for_selector(DRAWN, state="attached")
+    lone = """([id, key]) => {
+      const {x, y} = report.curves.get(key);
+      report.curves.set(key, {x: x.slice(-1), y: y.slice(-1)});
+      const entry = report.drawn.get(id);
+      entry.plot.curves = entry.plot.curves.filter(([each]) => each === key);
+      fillLines(entry);
+      const points = entry.figure.renderers.at(-1);
+      return [entry.figure.x_range.end, points.visible, points.glyph.size.value];
+    }"""
+    end, visible, size = page.evaluate(lone, ["learning-rate", "lr"])
+    assert end > 41 and visible and size == 9
+    page.emulate_media(media="print")
+    assert page.locator("#words-loss").bounding_box()["width"] == 1
+    page.evaluate("forget('loss')")
+    assert page.locator("#words-loss").bounding_box()["width"] > 100
+    watched.page.context.close()
+
+
 def _check_links_and_keys(page: Any) -> None:
     """What a person does: a step of an event, one curve away, the theme, all by the keyboard."""
     page.keyboard.press("Tab")
@@ -161,7 +194,7 @@ def _check_live(watched: Watched, run_dir: Path, lines: list[str]) -> None:
     before = page.evaluate("document.querySelector('#section-samples').getBoundingClientRect().top")
     with (run_dir / METRICS_FILE).open("a") as file:
         file.write("".join(lines[18:]) + '{"step": 41, "val_bpb": 1.25, "torn')
-    page.wait_for_selector("#summary data[value='40']", state="attached")
+    page.wait_for_selector("#summary data[title='40']", state="attached")
     page.wait_for_timeout(100)
     after = page.evaluate("document.querySelector('#section-samples').getBoundingClientRect().top")
     assert abs(after - before) < 40

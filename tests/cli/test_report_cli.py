@@ -3,12 +3,15 @@
 import gzip
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
@@ -53,6 +56,49 @@ def test_a_report_is_one_file_beside_the_run(run: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith(f"{run}/report.html: 20 steps, ")
     assert Page((run / "report.html").read_text()).curve("loss").keys() == {*range(1, 21)}
     assert [path.name for path in run.glob(".*")] == []  # nothing half written is left
+
+
+def test_what_is_no_regular_file_is_written_in_place(
+    run: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target.html"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(run_typer, app, "moe-runtime", ["report", str(run), "--out", str(pipe)])
+        got = b""
+        while not writing.done() or select.select([reader], [], [], 0)[0]:
+            select.select([reader], [], [], 0.05)
+            with suppress(BlockingIOError):
+                part = os.read(reader, 1 << 20)
+                got += part
+                if writing.done() and not part:
+                    break
+        writing.result()
+    os.close(reader)
+    assert pipe.is_fifo() and got.startswith(b"<!doctype html>") and got.endswith(b"</html>")
+    run_typer(app, "moe-runtime", ["report", str(run), "--out", str(link)])
+    assert link.is_symlink() and target.read_bytes().startswith(b"<!doctype html>")
+    capfdbinary.readouterr()
+    run_typer(app, "moe-runtime", ["report", str(run), "--out", "/dev/fd/1"])
+    told = capfdbinary.readouterr()
+    assert told.out.startswith(b"<!doctype html>") and told.out.endswith(b"</html>")
+    assert told.err.startswith(b"/dev/fd/1: 20 steps")
+
+
+@pytest.mark.parametrize("command", [["report", "--out"], ["dashboard", "--json"]])
+def test_a_full_device_is_told_and_stays_one(command: list[str], run: Path) -> None:
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("/dev/full is no device here")
+    name, option = command
+    before = full.stat()
+    given = [str(run)] if name == "report" else []
+    with pytest.raises(MoeRuntimeError, match="No space left on device") as caught:
+        run_typer(app, "moe-runtime", [name, *given, option, str(full)])
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert full.is_char_device() and os.path.samestat(before, full.stat())
 
 
 def test_links_of_a_report_elsewhere_lead_to_the_run(run: Path, tmp_path: Path) -> None:
@@ -129,6 +175,15 @@ def test_a_server_gives_the_files_of_the_run_and_no_others(server: ReportServer,
     ):
         assert _ask(server, path)[0].status == 404
     (run / "secret.txt").unlink()
+
+
+def test_head_answers_as_get_does_without_the_body(server: ReportServer) -> None:
+    connection = HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    for path, kind in (("/", "text/html; charset=utf-8"), (f"/{METRICS_FILE}", "text/plain; charset=utf-8")):
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Content-Type"], answer.read()) == (200, kind, b"")
+        connection.close()
 
 
 def test_a_request_that_names_another_host_is_refused(server: ReportServer) -> None:

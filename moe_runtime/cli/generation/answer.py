@@ -14,7 +14,7 @@ from moe_runtime.generate.engine import Piece
 from moe_runtime.generate.request import Continuation, Request
 from moe_runtime.generate.sampling import SamplingParams
 from moe_runtime.generate.text import TextStream
-from moe_runtime.metrics.console import printable
+from moe_runtime.metrics.report.shown import unhidden
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _warn_of_length(generator: Generator, how: Answering, longest: int) -> None:
 
 def _shown(text: str) -> str:
     """A terminal gets no control characters."""
-    return printable(text) if sys.stdout.isatty() else text
+    return unhidden(text) if sys.stdout.isatty() else text
 
 
 def _write(text: str) -> None:

@@ -45,6 +45,7 @@ def page(view: RunView, page_dir: Path | None) -> str:
     texts = {name: Markup(text) for name, text in texts_of(view, page_dir).items()}
     panels = [(panel, panel_id(panel)) for panel in line_panels()]
     sections = [(name, [each for each in panels if each[0].section == name]) for name in SECTIONS]
+    data = view.data()
     contents = [("summary", "Summary"), *((name.lower(), name) for name in SECTIONS), *_OTHERS]
     return (
         templates()
@@ -57,10 +58,12 @@ def page(view: RunView, page_dir: Path | None) -> str:
             contents=contents,
             sections=sections,
             texts=texts,
+            shown=data["plots"].keys(),
             style=Markup(_asset("page.css")),
+            bare_style=Markup(_asset("bare.css")),  # of browsers that run no script
             script=Markup("\n".join(map(_asset, _SCRIPTS))),
             library=Markup(_packed_library()),
-            data=Markup(packed(as_json(view.data()))),
+            data=Markup(packed(as_json(data))),
         )
     )
 

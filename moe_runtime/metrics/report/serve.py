@@ -101,6 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = 30.0
 
+    def do_HEAD(self) -> None:
+        """What GET answers, without its body, which `_body` leaves out."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         if not self._is_for_us():
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"this report is for this machine alone\n")
@@ -138,11 +142,15 @@ class _Handler(BaseHTTPRequestHandler):
         with file:
             self._start(HTTPStatus.OK, "text/plain; charset=utf-8", {})
             while block := file.read(_BLOCK):
-                self.wfile.write(block)
+                self._body(block)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, more: dict[str, str] | None = None) -> None:
         self._start(status, kind, {"Content-Length": str(len(body)), **(more or {})})
-        self.wfile.write(body)
+        self._body(body)
+
+    def _body(self, body: bytes) -> None:
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _start(self, status: HTTPStatus, kind: str, more: dict[str, str]) -> None:
         self.send_response(status)

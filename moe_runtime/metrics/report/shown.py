@@ -1,4 +1,4 @@
-"""Text and numbers as a page may show them, whoever wrote them."""
+"""Text and numbers as a page or a terminal may show them, whoever wrote them."""
 
 import json
 import unicodedata

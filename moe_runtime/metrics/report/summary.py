@@ -40,14 +40,19 @@ def config_of(path: Path) -> RunConfig | None:
 
 
 def facts_of(
-    config: RunConfig | None, history: History, events: Sequence[dict[str, Any]], num_dead: int | None
+    config: RunConfig | None, history: History, events: Sequence[dict[str, Any]], dead: tuple[int, int] | None
 ) -> dict[str, list[Fact]]:
-    """The facts by group, those that were measured or are known alone."""
+    """The facts by group, those that were measured or are known alone.
+
+    Args:
+        dead: how many experts are dead, and at which step they were counted; None: they were not.
+    """
     groups = {
         "Progress": _progress(config, history, events),
         "Quality": _quality(history, events),
         "Speed": _speed(history),
-        "Routing": _routing(history, num_dead),
+        "Routing": _routing(history, dead),
+        "Checkpoints": _checkpoints(events),
         "Trouble": _trouble(history, events),
         "Model": _model(config),
         "Layout": _layout(config),
@@ -91,11 +96,29 @@ def _speed(history: History) -> Iterator[Fact]:
     yield from _most(history, "memory_peak_gb", "peak memory, GB", "panel-peak-memory-of-the-worst-rank")
 
 
-def _routing(history: History, num_dead: int | None) -> Iterator[Fact]:
+def _routing(history: History, dead: tuple[int, int] | None) -> Iterator[Fact]:
     yield from _last(history, "max_violation", "load violation", "panel-load-violation")
-    if num_dead is not None:
-        note = "below 1% of a fair share at the last time recorded"
-        yield Fact("dead experts", str(num_dead), str(num_dead), note, "dead-experts")
+    if dead is not None:
+        count, step = dead
+        note = f"below 1% of a fair share at step {step:,}, the newest in expert_load.jsonl"
+        yield Fact(f"dead experts at step {step:,}", str(count), str(count), note, "dead-experts")
+
+
+def _checkpoints(events: Sequence[dict[str, Any]]) -> Iterator[Fact]:
+    """As the events tell them: records have of a checkpoint what is known when the next step ends."""
+    written = [event for event in events if event["kind"] == "checkpoint" and type(event.get("step")) is int]
+    if not written:
+        return
+    newest, count = written[-1], len(written)
+    yield Fact("written", f"{count:,}", str(count), "events.jsonl", "section-events")
+    yield Fact("newest, step", f"{newest['step']:,}", str(newest["step"]), "events.jsonl", "section-events")
+    for key, label in (
+        ("write_s", "newest, written in, s"),
+        ("blocked_s", "newest, training stood still, s"),
+    ):
+        value = newest.get(key)
+        if isinstance(value, int | float):
+            yield Fact(label, rounded(value), exact(value), f"{key} in events.jsonl", "section-events")
 
 
 def _trouble(history: History, events: Sequence[dict[str, Any]]) -> Iterator[Fact]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_runtime.metrics.panel import SECTIONS
+from moe_runtime.metrics.panel import RELIABILITY, SECTIONS
 from moe_runtime.metrics.record import metric_of
 from moe_runtime.metrics.report.curves_of_panels import (
     in_words,
@@ -61,11 +61,12 @@ def texts_of(view: RunView, page_dir: Path | None) -> dict[str, str]:
     events, more_events = shown_events(view.journal.lines)
     samples, more_samples = shown_samples(view.journal.lines)
     dead, more_dead = view.dead
-    num_dead = len(dead) + more_dead if view.heatmap.steps else None
+    steps = view.heatmap.steps
+    counted = (len(dead) + more_dead, steps[-1]) if steps else None
     state = run_state(view.run_dir, view.journal.lines, view.history.last_step)
     parts = {
         "state": _part("state", state=state, problems=_problems(view)),
-        "summary": _part("summary", groups=facts_of(view.config, view.history, view.journal.lines, num_dead)),
+        "summary": _part("summary", groups=facts_of(view.config, view.history, view.journal.lines, counted)),
         "dead-experts": _part("dead_experts", heatmap=view.heatmap, dead=dead, more=more_dead),
         "pipeline-figures": _pipeline(view.pipeline),
         "samples": _part("samples", samples=samples, more=more_samples),
@@ -102,7 +103,8 @@ def _not_measured(view: RunView) -> dict[str, str]:
             for panel in line_panels()
             if panel.section == section and panel_id(panel) not in shown
         ]
-        parts[f"absent-{section.lower()}"] = _part("absent", titles=absent)
+        told = section == RELIABILITY and bool(view.journal.of("checkpoint"))
+        parts[f"absent-{section.lower()}"] = _part("absent", titles=absent, told=told)
     parts["unseen"] = _part("unseen", rows=numbers_of(unseen(view.history.curves), view.history.curves))
     return parts
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_runtime.metrics.console import ConsoleSink, clock, printable
+from moe_runtime.metrics.console import ConsoleSink, clock
 from moe_runtime.metrics.phase_lines import PhaseLines
+from moe_runtime.metrics.report.shown import unhidden
 from moe_runtime.parallel.progress import Progress
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -141,6 +142,5 @@ def test_preparing_says_amount_speed_and_time_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_text_of_a_model_cannot_command_a_terminal() -> None:
-    assert printable("a\u202eb\u2067") == "a\\u202eb\\u2067"
-    assert printable("a\x1b[2Jb\tc\n\x9bd") == "a\\x1b[2Jb\tc\n\\x9bd"
+    assert unhidden("a\x1b[2Jb\tc\n\x9bd\u202e\u2067") == "a\\x1b[2Jb\tc\n\\x9bd\\u202e\\u2067"
     assert (clock(75), clock(3675)) == ("1:15", "1:01:15")

@@ -1,5 +1,6 @@
 """`metrics sync`: what it makes of a run folder has the digits of metrics.jsonl, whatever befell it."""
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_a_run_that_is_under_way_keeps_its_own_id(folder: Path) -> None:
             lock.close()
     assert (folder / "wandb" / "run_id").read_text() == "0badcafe\n"
     assert only_file(folder).stem != "run-0badcafe"
+
+
+def test_a_line_whose_step_is_no_number_is_left_out_and_told(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": "x", "loss": 1.0}\n{"loss": 1.0}\n')
+    load = (folder / "expert_load.jsonl").read_text().splitlines()[-1]
+    with (folder / "expert_load.jsonl").open("a") as file:
+        file.write(json.dumps(json.loads(load) | {"step": "x"}) + "\n")
+    result = CliRunner().invoke(app, ["metrics", "sync", str(folder), "--to", "tensorboard"])
+    assert result.exit_code == 0 and result.stdout.startswith(f"{STEPS} steps"), result.output
+    assert "metrics.jsonl: lines whose step is no whole number were left out: 2" in result.stderr
 
 
 def test_torn_lines_and_missing_files_cost_what_they_held_and_no_more(folder: Path) -> None:

@@ -1,5 +1,8 @@
 // Curves over steps: their data, the marks of events, and one range of steps for all of them.
 
+const LONE_PX = 9; // a point without a line
+const LONE_ROOM = 0.03; // of all steps, beside a lone point at either end, which the frame would cut in half
+
 // The renderers of a curve, in the order in which its form has them: marks, lines, points.
 function renderersOfCurve({figure, plot}, place) {
   return [figure.renderers[1 + place], figure.renderers[1 + plot.curves.length + place]];
@@ -11,7 +14,7 @@ function nameLines({figure, plot}) {
     const [line, points] = renderersOfCurve({figure, plot}, place);
     line.name = label;
     line.glyph.setv({line_color: {value: colour}, line_width: {value: width}, line_dash: {value: dash}});
-    points?.glyph.setv({fill_color: {value: colour}, size: {value: width > 1 ? 4 : 2}});
+    points?.glyph.setv({fill_color: {value: colour}, size: {value: width > 1 ? 4 : 3}});
   });
 }
 
@@ -21,6 +24,7 @@ function fillLines(entry) {
     const {x, y} = report.curves.get(key);
     line.data_source.data = {x, y};
     if (points) points.visible = line.visible && x.length <= report.data.fewPoints;
+    if (x.length === 1) points?.glyph.setv({size: {value: LONE_PX}});
   });
   fillMarks(entry);
   showRange(entry);
@@ -39,8 +43,13 @@ function markAll() {
   for (const entry of report.drawn.values()) if (entry.kind === "lines") fillMarks(entry);
 }
 
-function showRange({figure}) {
+function showRange({figure, plot}) {
   const all = allSteps();
+  if (plot.curves.some(([key]) => report.curves.get(key).x.length === 1)) {
+    const room = LONE_ROOM * (all[1] - all[0]);
+    all[0] -= room;
+    all[1] += room;
+  }
   const [start, end] = report.range ?? all;
   report.setting = true;
   figure.x_range.setv({reset_start: all[0], reset_end: all[1], start, end});

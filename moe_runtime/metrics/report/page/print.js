@@ -1,5 +1,6 @@
 // Paper is white and narrow. The button lays every picture out for it and paints it anew, which takes a browser a
 // moment; a browser that prints by itself leaves no such moment, so pictures are scaled, and dark ones inverted.
+// For those that are not drawn yet the style sheet puts their words on paper.
 
 const PAPER_PX = 700;
 let before = null; // what to go back to
@@ -43,6 +44,7 @@ function fromPaper() {
 
 function wirePrint() {
   byId("print").addEventListener("click", async () => {
+    while (document.body.dataset.drawn !== "all") await new Promise((done) => setTimeout(done, 50));
     toPaper(true);
     for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
     print();

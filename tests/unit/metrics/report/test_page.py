@@ -1,6 +1,7 @@
 """The page: what is recorded is in it to the digit, and nothing that a run wrote becomes part of it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,30 @@ def test_the_summary_says_what_was_recorded_last_to_the_digit(run: tuple[Path, s
     values = Page(run[1]).values
     assert values[f"{last['loss']!r} · loss, last, step 40"] == repr(last["loss"])
     assert values[f"{last['tokens_per_s']!r} · tokens_per_s, last, step 40"] == repr(last["tokens_per_s"])
-    assert "1 · below 1% of a fair share at the last time recorded" in values
+    assert "1 · below 1% of a fair share at step 40, the newest in expert_load.jsonl" in values
+
+
+def test_without_a_script_every_picture_that_has_data_is_there_in_words(run: tuple[Path, str]) -> None:
+    figures = {
+        tag.split('data-plot="')[1].split('"')[0]: tag.endswith(" hidden")
+        for tag in re.findall(r"<figure[^>]*(?=>)", run[1])
+    }
+    assert {name for name, hidden in figures.items() if not hidden} == Page(run[1]).data["plots"].keys()
+    assert "loss" in figures and ".words { position: static" in run[1].split("<noscript>")[1]
+
+
+def test_checkpoints_that_no_record_follows_are_told_from_the_events(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", steps=10)
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    kept = [{key: line[key] for key in ("step", "loss")} for line in lines]
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    own = Page(_page(run_dir))
+    assert own.values["0.01 · blocked_s in events.jsonl"] == "0.01"
+    assert own.values["10 · events.jsonl"] == "10"
+    text = " ".join(" ".join(own.text).split())
+    assert (
+        "Age of the newest checkpoint" in text and "those after the last step are told in the summary" in text
+    )
 
 
 def test_the_page_names_the_dead_expert_and_since_when(run: tuple[Path, str]) -> None:
