@@ -87,6 +87,8 @@ class PlainModel:
 
         def loss(hidden: Tensor, tokens: Tensor) -> tuple[Tensor]:
             targets = tokens[:, shift : shift + hidden.shape[1]].flatten()
+            if bool((targets >= 0).all()):  # a mean over all tokens is the same, and rounds as in the layouts
+                return phase.fn(hidden, tokens)
             logits = (hidden @ self.model.head.weight.t()).flatten(0, 1)
             high = torch.promote_types(logits.dtype, torch.float32)
             return (cross_entropy(logits.to(high), targets.where(targets >= 0, -100)),)
