@@ -226,7 +226,8 @@ def test_a_held_lock_stops_threads_and_handlers_and_a_sleep_stops_neither(tmp_pa
         process.stdin.write("\n")
         process.send_signal(signal.SIGUSR2)
         time.sleep(0.5)
-        assert sorted(lines) == (["alive\n", "handled\n"] if answers else []), kind
+        said = "".join(lines)  # thread and handler may write into each other's line
+        assert ("alive" in said, "handled" in said) == (answers, answers), kind
         process.kill()
         process.wait()
 
