@@ -20,11 +20,6 @@ app.command("alerts")(alerts)
 _TOLD_EVERY = 10_000  # steps between words on how far it is
 
 
-@app.callback()
-def _() -> None:
-    """Explain the records of runs, give them to W&B or TensorBoard."""
-
-
 @app.command()
 def describe(
     keys: Annotated[
